@@ -1,0 +1,425 @@
+"""The YAML run config as frozen pydantic models: load, `--set` overrides, errors with the dotted key, JSON schema."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medlora.errors import InputError
+from medlora.prompts import MCQ_STYLES
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+"""Names become folder and adapter names: letters, digits, `_` and `-`, so that none can leave its folder."""
+
+Scoring = Literal["letter", "reason"]
+McqStyle = Literal["reasoning", "reasoning_full", "answer"]
+assert McqStyle.__args__ == MCQ_STYLES  # type: ignore[attr-defined]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BaseModelConfig(Section):
+    """The base model that every adapter stands on."""
+
+    model: str
+    """Folder of a Hugging Face model, hub id (`google/medgemma-4b-it`), or `miniature` (built here in two minutes)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); pin a commit to reproduce a run."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """bitsandbytes: `int8` (LLM.int8), `nf4` (QLoRA, double quantization) or none."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on CUDA, float32 on CPU (bf16 products are many times slower there)."""
+    extra_tokens: tuple[str, ...] = ()
+    """Words added to the vocabulary; their rows start as the mean of their old pieces. A text file, one a line, is
+    named as `file:PATH` in a list of one."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; off unless you trust its author."""
+
+
+class LoraSettings(Section):
+    """The shape of a LoRA adapter."""
+
+    r: int = Field(16, ge=1, le=4096)
+    alpha: float = Field(32, gt=0)
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["attention", "all-linear"] | tuple[str, ...] = "all-linear"
+    """`attention` (q, k, v, o), `all-linear`, or names of linear layers; always in the language model alone."""
+
+
+class SourceConfig(Section):
+    """Where records come from."""
+
+    source: str
+    """File (.jsonl .json .csv .parquet .txt), folder, `hf:owner/name/config:split@revision`, `miniature:NAME`, or two
+    aligned text files as `ENGLISH|KOREAN`."""
+    kind: Literal["auto", "text", "translation", "mcq"] = "auto"
+    """What the rows are; `auto` looks at the columns."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first so many records."""
+
+
+class TrainSource(SourceConfig):
+    """A source to train on."""
+
+    weight: float | None = Field(None, gt=0)
+    """Share of the examples relative to the other weighted sources; without weights every example is seen once an
+    epoch."""
+    style: McqStyle = "reasoning"
+    """Prompt style of MCQs."""
+
+
+class Replay(Section):
+    """An earlier phase's sources mixed in, against forgetting."""
+
+    phase: Name
+    share: float = Field(gt=0, lt=1)
+    """Share of all examples of the phase."""
+
+
+class Validation(Section):
+    """Scoring of dev records during training: MCQ accuracy, perplexity of text, token F1 of translations."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Dev splits, never a test."""
+    every_steps: int | None = Field(None, ge=1)
+    """Also every so many steps; each epoch's end and the last step are always scored."""
+    sample: int = Field(64, ge=1)
+    """Seeded sample of so many records per source."""
+    scoring: Scoring = "letter"
+    style: McqStyle = "reasoning"
+    max_tokens: int = Field(128, ge=1)
+    """Most new tokens of greedy reasoning or translation."""
+    keep_best: bool = False
+    """End with the adapter of the best validation instead of the last one."""
+
+
+class FullPrompt(Section):
+    """Begin an MCQ phase with a worked example in the prompt, then switch to the normal prompt."""
+
+    records: int = Field(500, ge=1)
+    """Train on the first so many records (seeded order) while in this mode."""
+    max_steps: int = Field(100, ge=1)
+    """Switch after so many steps at the latest."""
+    until_format_score: float = Field(0.7, gt=0, le=1)
+    """Switch as soon as the reasoning-format score on dev reaches this."""
+
+
+class Placement(Section):
+    """Where on the cluster something runs."""
+
+    workers: int = Field(1, ge=1)
+    """Data-parallel training workers; the global batch is split over them."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """Fractions share a GPU; unset = 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """Also the number of torch threads, which the bytes of a result depend on."""
+    accelerator_type: str | None = None
+    """Ray's name of an accelerator, e.g. `H200`, `A100-80G`, `L4`."""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """Ray node labels that a worker's node must have."""
+    retries: int = Field(2, ge=0)
+    """How often a phase goes on from its last checkpoint after a worker or node died."""
+
+
+class PhaseConfig(Section):
+    """One phase of the curriculum."""
+
+    name: Name
+    chain: Literal["new", "continue", "stack"]
+    """`new`: an adapter on the base alone. `continue`: train the last adapter on. `stack`: freeze what is there, which
+    stays active, and train one more adapter."""
+    sources: tuple[TrainSource, ...] = Field(min_length=1)
+    replay: tuple[Replay, ...] = ()
+    validation: Validation | None = None
+    full_prompt: FullPrompt | None = None
+    lora: LoraSettings | None = None
+    """Shape of this phase's adapter where it differs from the run's; a phase that continues keeps its parent's."""
+    train_extra_tokens: bool = False
+    """Train the embedding rows of `base.extra_tokens` too."""
+
+    max_tokens: int = Field(512, ge=8)
+    """Sequence length; a longer example is dropped and counted, plain text is split, never cut silently."""
+    packing: bool = True
+    """Fill sequences with several plain-text documents, no attention across them."""
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps; overrides epochs."""
+    batch_size: int = Field(2, ge=1)
+    """Sequences per worker and forward pass."""
+    accumulation: int = Field(16, ge=1)
+    """Forward passes per optimiser step; global batch = batch_size x accumulation x workers."""
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After the warm-up; `wsd` stays constant and decays linearly to 0 over `decay_ratio` of the steps."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    decay_ratio: float = Field(0.5, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(0.3, gt=0)
+    optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit"] = "auto"
+    """`auto`: paged_adamw_8bit on CUDA, adamw_torch on CPU."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    log_every_steps: int = Field(5, ge=1)
+    checkpoint_every_steps: int = Field(100, ge=1)
+    placement: Placement | None = None
+    """Where this phase runs when not where the run says."""
+
+
+class TestConfig(SourceConfig):
+    """A test that the finished stages are scored on and that nothing else ever reads."""
+
+    name: Name
+
+
+class EvaluationConfig(Section):
+    """How every stage is scored after the last phase."""
+
+    tests: tuple[TestConfig, ...] = Field(min_length=1)
+    scoring: Scoring = "letter"
+    """`letter`: log-likelihood of each option's letter. `reason`: greedy reasoning up to the answer field, then that."""
+    style: McqStyle = "reasoning"
+    max_tokens: int = Field(256, ge=1)
+    """Most new tokens of greedy reasoning."""
+    batch_size: int = Field(32, ge=1)
+    """Questions per forward pass."""
+    placement: Placement | None = None
+
+
+class Storage(Section):
+    """Where things are kept."""
+
+    folder: str = "runs"
+    """The folder of all runs; on a cluster, a mount that every node sees."""
+    cache: str | None = None
+    """Where a miniature base is kept; unset = `~/.cache/medlora`."""
+
+
+class RunConfig(Section):
+    """A whole run: base, phases and evaluation."""
+
+    name: Name
+    seed: int = Field(0, ge=0, lt=2**31)
+    base: BaseModelConfig
+    lora: LoraSettings = LoraSettings()
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    evaluation: EvaluationConfig | None = None
+    placement: Placement = Placement()
+    storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        seen: dict[str, int] = {}
+        tests = {test.source: f"evaluation.tests.{i}" for i, test in enumerate(self.evaluation.tests)} if self.evaluation else {}
+        for i, phase in enumerate(self.phases):
+            at = f"phases.{i}"
+            if phase.name in seen:
+                raise ValueError(f"{at}.name: {phase.name!r} is the name of phases.{seen[phase.name]} too; names must differ")
+            if phase.name == "base":
+                raise ValueError(f"{at}.name: 'base' is the name of the untrained stage; choose another")
+            if i == 0 and phase.chain != "new":
+                raise ValueError(f"{at}.chain: {phase.chain!r} needs a phase before it; the first phase must be 'new'")
+            if phase.chain == "continue" and phase.lora is not None:
+                raise ValueError(f"{at}.lora: a phase that continues keeps its parent's adapter shape; remove the key")
+            for j, replay in enumerate(phase.replay):
+                if replay.phase not in seen:
+                    raise ValueError(
+                        f"{at}.replay.{j}.phase: {replay.phase!r} is no earlier phase; earlier: {', '.join(seen) or 'none'}"
+                    )
+            if sum(replay.share for replay in phase.replay) >= 1:
+                raise ValueError(f"{at}.replay: the shares add up to 1 or more; nothing would be left for the phase's sources")
+            weighted = [source.weight is not None for source in phase.sources]
+            if any(weighted) and not all(weighted):
+                raise ValueError(f"{at}.sources: give every source a weight or none")
+            if phase.full_prompt and phase.validation is None:
+                raise ValueError(f"{at}.full_prompt: needs {at}.validation, whose dev split gives the format score")
+            if phase.train_extra_tokens and not self.base.extra_tokens:
+                raise ValueError(f"{at}.train_extra_tokens: base.extra_tokens is empty; name the tokens or remove the key")
+            for key, sources in (("sources", phase.sources), ("validation.sources", phase.validation.sources if phase.validation else ())):
+                for j, source in enumerate(sources):
+                    if source.source in tests:
+                        raise ValueError(
+                            f"{at}.{key}.{j}.source: {source.source!r} is the test {tests[source.source]}; a phase never reads a test"
+                        )
+            seen[phase.name] = i
+        return self
+
+    def phase(self, name: str) -> PhaseConfig:
+        """The phase of that name; raises KeyError."""
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(name)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of numbers: `1e-4` is one, `00` and `012` are text, so that phase names need no quotes."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?|(?:0|[1-9][0-9]*)\.?[eE][-+]?[0-9]+|(?:0|[1-9][0-9]*)\.)$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """YAML text as plain values, with YAML 1.2 numbers; raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The config file as a plain mapping with `--set` overrides applied and `phase_defaults` spread over the phases.
+
+    Raises InputError when the file is missing, unreadable or not a mapping, or an override names nothing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such config file; see configs/ for complete ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        raw = read_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}; see configs/quickstart.yaml")
+    for override in overrides:
+        _override(raw, override)
+    defaults = raw.pop("phase_defaults", None) or {}
+    if not isinstance(defaults, dict):
+        raise InputError(f"{path}: phase_defaults must be a mapping, found {type(defaults).__name__}")
+    if isinstance(raw.get("phases"), list):
+        raw["phases"] = [{**defaults, **phase} if isinstance(phase, dict) else phase for phase in raw["phases"]]
+    return raw
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
+    raw = load_raw(path, overrides)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _explain(error, RunConfig))
+        raise InputError(f"{path}: the config is not valid:\n{lines}") from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write KEY=VALUE, e.g. --set phases.01.learning_rate=1e-4")
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_position(node, part, key)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise InputError(f"--set {override}: {'.'.join(parents[: depth + 1])} is {node!r}, which has no keys")
+    if isinstance(node, list):
+        node[_position(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _position(items: list[Any], part: str, key: str) -> int:
+    """Where `part` points in a list: an item of that name first, then a 0-based index."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if re.fullmatch(r"0|[1-9][0-9]*", part) and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names if name is not None)
+    raise InputError(f"--set {key}: no item {part!r}; there are 0..{len(items) - 1}" + (f" or by name {known}" if known else ""))
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        path = [part for part in problem["loc"] if _is_key(part, problem["loc"])]
+        dotted = ".".join(str(part) for part in path)
+        if problem["type"] == "extra_forbidden":
+            allowed = _keys_at(model, path[:-1])
+            near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
+            yield f"{dotted}: unknown key; {hint}"
+        elif problem["type"] == "value_error":
+            yield f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
+        elif problem["type"] == "missing":
+            yield f"{dotted}: is required"
+        else:
+            found = json.dumps(problem["input"], ensure_ascii=False, default=str)
+            yield f"{dotted}: {problem['msg']}, found {found[:120]}"
+
+
+def _is_key(part: int | str, loc: tuple[int | str, ...]) -> bool:
+    """Whether a part of pydantic's location stands in the file; the branch names of unions do not."""
+    return isinstance(part, int) or re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None and not part.startswith(("literal", "tuple"))
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """The keys that the section at `path` knows; empty where it is no section."""
+    current: type[BaseModel] | None = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if current is None or part not in current.model_fields:
+            return []
+        current = _section_of(current.model_fields[part].annotation)
+    return list(current.model_fields) if current else []
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if found := _section_of(argument):
+            return found
+    return None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a run config file, for editors; `phase_defaults` takes any key of a phase."""
+    made = RunConfig.model_json_schema()
+    phase = made["$defs"]["PhaseConfig"]
+    made["properties"]["phase_defaults"] = {
+        "type": "object",
+        "description": "Values that every phase has unless it says otherwise.",
+        "properties": phase["properties"],
+        "additionalProperties": False,
+    }
+    # A phase may take its required keys from phase_defaults, so only its name must stand in the list.
+    phase["required"] = ["name"]
+    return made
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""The embedded default: a tiny base model and a small Korean medical corpus, both made here in a few minutes."""

@@ -1,0 +1,112 @@
+"""What medlora trains and tests on: frozen records that are valid from birth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LETTERS = "ABCDEFGHIJ"
+"""Option letters in order; a question has 2 to 10 options."""
+
+FIELDS = ("facts", "candidates", "criteria", "analysis", "evaluation")
+"""The fields of a structured rationale, in the order in which a completion shows them."""
+
+
+class RecordError(ValueError):
+    """A row that is no valid record; the message is the reason, ready to stand behind `file:line: `."""
+
+
+def _check_text(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise RecordError(f"`{name}` must be text, found {type(value).__name__}")
+    if not value.strip():
+        raise RecordError(f"`{name}` is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecord:
+    """A document of plain text; raises RecordError when `text` or `id` is empty."""
+
+    id: str
+    text: str
+
+    def __post_init__(self) -> None:
+        _check_text(self.id, "id")
+        _check_text(self.text, "text")
+
+
+@dataclass(frozen=True, slots=True)
+class TranslationRecord:
+    """An English text and its Korean translation; raises RecordError when one side is empty."""
+
+    id: str
+    english: str
+    korean: str
+
+    def __post_init__(self) -> None:
+        _check_text(self.id, "id")
+        _check_text(self.english, "english")
+        _check_text(self.korean, "korean")
+
+
+@dataclass(frozen=True, slots=True)
+class McqRecord:
+    """A multiple-choice question with one right letter.
+
+    `rationale` is empty, or maps field names out of FIELDS to text; it comes from the data, never from us.
+    Raises RecordError when the question or an option is empty, when there are fewer than 2 or more than 10 options, or
+    when the answer is none of the letters of the options.
+    """
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    subject: str = ""
+    rationale: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_text(self.id, "id")
+        _check_text(self.question, "question")
+        if not 2 <= len(self.options) <= len(LETTERS):
+            raise RecordError(f"{len(self.options)} options; a question needs 2 to {len(LETTERS)}")
+        for letter, option in zip(LETTERS, self.options, strict=False):
+            _check_text(option, f"option {letter}")
+        if self.answer not in self.letters or len(self.answer) != 1:
+            raise RecordError(f"answer {self.answer!r} is none of the options {', '.join(self.letters)}")
+        for name, text in self.rationale.items():
+            if name not in FIELDS:
+                raise RecordError(f"rationale field {name!r} is none of {', '.join(FIELDS)}")
+            _check_text(text, f"rationale.{name}")
+
+    @property
+    def letters(self) -> str:
+        """The letters of this question's options, e.g. "ABCDE"."""
+        return LETTERS[: len(self.options)]
+
+
+Record = TextRecord | TranslationRecord | McqRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one stage answered to one question.
+
+    `choice` is None when no letter could be read (unparsed) or the question failed (`error` says why); either counts as
+    wrong. `probabilities` are over the question's letters in order and sum to 1 where the scoring gives them, else ().
+    """
+
+    id: str
+    test: str
+    stage: str
+    gold: str
+    choice: str | None
+    subject: str = ""
+    probabilities: tuple[float, ...] = ()
+    text: str = ""
+    error: str = ""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the choice is the gold letter."""
+        return self.choice == self.gold
