@@ -13,14 +13,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medlora.errors import InputError
-from medlora.prompts import MCQ_STYLES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become folder and adapter names: letters, digits, `_` and `-`, so that none can leave its folder."""
 
 Scoring = Literal["letter", "reason"]
 McqStyle = Literal["reasoning", "reasoning_full", "answer"]
-assert McqStyle.__args__ == MCQ_STYLES  # type: ignore[attr-defined]
+PlainStyle = Literal["reasoning", "answer"]
+"""Styles without a worked example, which a phase's `full_prompt` adds by itself."""
 
 
 class Section(BaseModel):
@@ -79,7 +79,7 @@ class TrainSource(SourceConfig):
     weight: float | None = Field(None, gt=0)
     """Share of the examples relative to the other weighted sources; without weights every example is seen once an
     epoch."""
-    style: McqStyle = "reasoning"
+    style: PlainStyle = "reasoning"
     """Prompt style of MCQs."""
 
 
@@ -101,7 +101,7 @@ class Validation(Section):
     sample: int = Field(64, ge=1)
     """Seeded sample of so many records per source."""
     scoring: Scoring = "letter"
-    style: McqStyle = "reasoning"
+    style: PlainStyle = "reasoning"
     max_tokens: int = Field(128, ge=1)
     """Most new tokens of greedy reasoning or translation."""
     keep_best: bool = False
@@ -192,7 +192,7 @@ class EvaluationConfig(Section):
     tests: tuple[TestConfig, ...] = Field(min_length=1)
     scoring: Scoring = "letter"
     """`letter`: log-likelihood of each option's letter. `reason`: greedy reasoning up to the answer field, then that."""
-    style: McqStyle = "reasoning"
+    style: PlainStyle = "reasoning"
     max_tokens: int = Field(256, ge=1)
     """Most new tokens of greedy reasoning."""
     batch_size: int = Field(32, ge=1)
@@ -245,8 +245,8 @@ class RunConfig(Section):
             weighted = [source.weight is not None for source in phase.sources]
             if any(weighted) and not all(weighted):
                 raise ValueError(f"{at}.sources: give every source a weight or none")
-            if phase.full_prompt and phase.validation is None:
-                raise ValueError(f"{at}.full_prompt: needs {at}.validation, whose dev split gives the format score")
+            if phase.full_prompt and (phase.validation is None or phase.validation.scoring != "reason"):
+                raise ValueError(f"{at}.full_prompt: needs {at}.validation with scoring: reason, whose dev split gives the format score")
             if phase.train_extra_tokens and not self.base.extra_tokens:
                 raise ValueError(f"{at}.train_extra_tokens: base.extra_tokens is empty; name the tokens or remove the key")
             for key, sources in (("sources", phase.sources), ("validation.sources", phase.validation.sources if phase.validation else ())):
@@ -363,9 +363,16 @@ def _position(items: list[Any], part: str, key: str) -> int:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        path = [part for part in problem["loc"] if _is_key(part, problem["loc"])]
+    problems = error.errors(include_url=False)
+    said = set()
+    for problem in problems:
+        path = [part for part in problem["loc"] if _is_key(part)]
         dotted = ".".join(str(part) for part in path)
+        # A list whose items are wrong is counted as too short as well; a union complains once a branch.
+        deeper = any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
+        if dotted in said or deeper:
+            continue
+        said.add(dotted)
         if problem["type"] == "extra_forbidden":
             allowed = _keys_at(model, path[:-1])
             near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
@@ -380,9 +387,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             yield f"{dotted}: {problem['msg']}, found {found[:120]}"
 
 
-def _is_key(part: int | str, loc: tuple[int | str, ...]) -> bool:
-    """Whether a part of pydantic's location stands in the file; the branch names of unions do not."""
-    return isinstance(part, int) or re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None and not part.startswith(("literal", "tuple"))
+def _is_key(part: int | str) -> bool:
+    """Whether a part of pydantic's location stands in the file; the branch names of unions (`literal[...]`) do not."""
+    return isinstance(part, int) or re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None
 
 
 def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """A seed of its own for everything that has a name, below 2**31, from the run's one seed."""
+    return int.from_bytes(hashlib.sha256("/".join([str(seed), *names]).encode()).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class Prediction:
 
     `choice` is None when no letter could be read (unparsed) or the question failed (`error` says why); either counts as
     wrong. `probabilities` are over the question's letters in order and sum to 1 where the scoring gives them, else ().
+    `options` is how many options the question has, 0 where that is not known.
     """
 
     id: str
@@ -105,6 +106,7 @@ class Prediction:
     probabilities: tuple[float, ...] = ()
     text: str = ""
     error: str = ""
+    options: int = 0
 
     @property
     def correct(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -185,6 +186,33 @@ def hold(lock: Path, what: str, wait_s: float = 0) -> Iterator[None]:
         file_lock.release()
 
 
+@contextmanager
+def log_to(*sinks: tuple[logging.Logger, Path]) -> Iterator[None]:
+    """Append what each logger says to its file while inside."""
+    opened = []
+    for logger, path in sinks:
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        opened.append((logger, handler))
+    try:
+        yield
+    finally:
+        for logger, handler in opened:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def find_home(folder: str) -> Path:
+    """The folder of all runs. Where Ray unpacked the working dir of a submitted job, which it deletes later, a relative
+    folder means one in the user's home."""
+    path = Path(folder).expanduser()
+    if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        return Path.home() / "medlora" / path
+    return path
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: temp file, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,15 +277,16 @@ def hash_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder` but its manifest, by relative path."""
+def hash_files(folder: Path, passing: Sequence[Path] = ()) -> dict[str, str]:
+    """sha256 of every file below `folder` by relative path, but of its manifest and what stands in folders `passing`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    kept = [path for path in files if not any(path.is_relative_to(other) for other in passing)]
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in kept}
 
 
-def commit(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a finished folder: `about` and the hashes of its files. Nothing may change afterwards."""
-    manifest = {**about, "files": hash_files(folder), "finished": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+def commit(folder: Path, about: Mapping[str, Any], passing: Sequence[Path] = ()) -> dict[str, Any]:
+    """Write the manifest of a finished folder: `about` and the hashes of its files, but for folders `passing` away."""
+    manifest = {**about, "files": hash_files(folder, passing), "finished": time.strftime("%Y-%m-%d %H:%M:%S%z")}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -279,6 +308,11 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     return None
 
 
+def as_json(content: Any) -> Any:
+    """Plain values as they come back from a JSON file: tuples as lists, keys as text."""
+    return json.loads(json.dumps(content))
+
+
 def find_differences(was: Any, now: Any, at: str = "") -> list[str]:
     """Every dotted key in which two fingerprints differ, as `key: was X, now Y`."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
@@ -292,6 +326,13 @@ def find_differences(was: Any, now: Any, at: str = "") -> list[str]:
 def _shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def remove(*folders: Path) -> None:
+    """Delete folders of ours that are no longer needed, present or not."""
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from medlora.miniature.wording import QUESTIONS, STATEMENTS, word_fact, word_fac
 from medlora.prompts import render
 from medlora.records import FIELDS, LETTERS, McqRecord, TranslationRecord
 
-VOCABULARY = 2000
+VOCABULARY = 3000
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
 CHAT_TEMPLATE = (
@@ -44,9 +44,10 @@ def _template_words() -> list[str]:
 
 
 def _words(facts: tuple[Fact, ...]) -> list[str]:
-    """The words of the facts, each behind a space, without EXTRA_TOKENS."""
-    cells = [c for f in facts for c in (f.subject, f.relation, f.relation_en, f.term, f.term_en, f.answer, f.answer_en)]
-    return [f" {word}" for cell in cells for word in cell.split() if word not in EXTRA_TOKENS]
+    """The words of the facts, each behind a space, without EXTRA_TOKENS; Korean ones thrice, so that they merge first."""
+    korean = [cell for f in facts for cell in (f.subject, f.relation, f.term, f.answer)] * 3
+    english = [cell for f in facts for cell in (f.relation_en, f.term_en, f.answer_en)]
+    return [f" {word}" for cell in (*korean, *english) for word in cell.split() if word not in EXTRA_TOKENS]
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:

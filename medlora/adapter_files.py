@@ -1,0 +1,160 @@
+"""Saved LoRA adapters as PEFT folders: find, read, write, and join a chain into one. No model is needed here."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from medlora.errors import InputError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROWS = "token_adapter.trainable_tokens_delta"
+"""PEFT's name of trained vocabulary rows within an embedding."""
+
+_PLACES = ("", "adapter", "lora_adapter", "final")
+_PREFIX = "base_model.model."
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """The PEFT adapter in `folder` itself or in its `adapter/`, `lora_adapter/` or `final/`.
+
+    Raises InputError when there is none, or it is no LoRA adapter with safetensors weights.
+    """
+    places = [Path(folder) / place for place in _PLACES]
+    found = next((place for place in places if (place / CONFIG).is_file()), None)
+    if found is None:
+        looked = ", ".join(str(place) for place in places)
+        raise InputError(f"{folder}: no adapter here; looked for {CONFIG} in {looked}")
+    kind = _read_json(found).get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{found / CONFIG}: peft_type is {kind!r}; only LORA adapters make a chain")
+    if (found / WEIGHTS).is_file():
+        return found
+    if (found / "adapter_model.bin").is_file():
+        raise InputError(f"{found}: adapter_model.bin is a pickle, which can run code on loading; save it as {WEIGHTS}")
+    raise InputError(f"{found}: has no {WEIGHTS}; the adapter was not saved completely")
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The adapter's config as PEFT knows it; raises InputError when it is not valid."""
+    values = _read_json(folder)
+    try:
+        return LoraConfig.from_peft_type(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: is no valid LoRA config: {error}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by PEFT's names, without an adapter name; raises InputError when the file is damaged."""
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
+
+
+def write_adapter(
+    folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor], base_model_name: str | None
+) -> None:
+    """Write an ordinary PEFT folder; equal adapters give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors' own save_file leaves a file that nobody else may read, whatever the umask says.
+    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(data)
+    # LoraConfig.save_pretrained writes its sets in hash order, another one in each process.
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    values |= {"base_model_name_or_path": base_model_name, "inference_mode": True}
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def export_chain(adapters: Sequence[str | Path], out: str | Path) -> None:
+    """Write a chain as one ordinary PEFT adapter that gives the same logits, without loading the base.
+
+    The ranks add up: A is concatenated along the rank, and B with each adapter's scaling folded in; a layer of lower
+    rank is padded with zeros, so that all have one rank (exact, as PEFT's `add_weighted_adapter` with "cat").
+    Vocabulary rows come from the last adapter that has them, tokenizer files from the last that has some.
+    Raises InputError when an adapter holds more than LoRA and vocabulary rows (DoRA, whole modules), the adapters are
+    of different bases, or `out` holds an adapter already.
+    """
+    out = Path(out)
+    if not adapters:
+        raise InputError("nothing to export: the base alone has no adapter")
+    if (out / CONFIG).exists():
+        raise InputError(f"{out}: already holds an adapter; choose another folder or remove it")
+    folders = [find_adapter(place) for place in adapters]
+    configs = [read_config(folder) for folder in folders]
+    low_rank: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    rows: dict[str, dict[int, torch.Tensor]] = {}
+    for folder, config in zip(folders, configs, strict=True):
+        _collect(folder, config, low_rank, rows)
+    for layer, pairs in low_rank.items():
+        if len({(a.shape[1], b.shape[0]) for a, b in pairs}) > 1:
+            raise InputError(f"{out}: the adapters disagree about the size of {layer}; they are of different bases")
+    rank = max(sum(len(a) for a, _ in pairs) for pairs in low_rank.values())
+    tensors = {}
+    for layer, pairs in low_rank.items():
+        a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, rank - len(a)))
+        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = torch.nn.functional.pad(b, (0, rank - b.shape[1]))
+    for layer, by_id in rows.items():
+        tensors[f"{_PREFIX}{layer}.{ROWS}"] = torch.stack([by_id[i] for i in sorted(by_id)])
+    same = all(config.target_modules == configs[0].target_modules for config in configs)
+    joined = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank,
+        target_modules=configs[0].target_modules if same else sorted(low_rank),
+        trainable_token_indices={layer: sorted(by_id) for layer, by_id in rows.items()} or None,
+    )
+    write_adapter(out, joined, tensors, configs[0].base_model_name_or_path)
+    tokenizers = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
+    for file in sorted(tokenizers[-1].iterdir()) if tokenizers else ():
+        if file.name != CONFIG and file.suffix in (".json", ".jinja", ".model", ".txt"):
+            shutil.copyfile(file, out / file.name)
+
+
+def _collect(
+    folder: Path,
+    config: LoraConfig,
+    low_rank: dict[str, list[tuple[torch.Tensor, torch.Tensor]]],
+    rows: dict[str, dict[int, torch.Tensor]],
+) -> None:
+    """Add one adapter's (A, scaled B) per layer and its vocabulary rows by id."""
+    if config.use_dora:
+        raise InputError(f"{folder}: DoRA rescales the base's weights; it cannot become part of one LoRA adapter")
+    tensors = read_tensors(folder)
+    for name in sorted(tensors):
+        path = name.removeprefix(_PREFIX)
+        if path.endswith(".lora_A.weight"):
+            layer = path.removesuffix(".lora_A.weight")
+            a, b = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+            low_rank.setdefault(layer, []).append((a, b * alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))))
+        elif path.endswith(f".{ROWS}"):
+            layer, indices = path.removesuffix(f".{ROWS}"), config.trainable_token_indices
+            if isinstance(indices, dict):
+                indices = next(ids for target, ids in indices.items() if layer.endswith(target))
+            rows.setdefault(layer, {}).update(zip(indices, tensors[name].float(), strict=True))
+        elif not path.endswith(".lora_B.weight"):
+            raise InputError(
+                f"{folder}: holds {name}, neither LoRA nor vocabulary rows; it cannot become part of one LoRA adapter"
+            )
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG}: must be a mapping, found {type(config).__name__}")
+    return config

@@ -1,0 +1,254 @@
+"""A stage's chain of LoRA adapters on one base: add, load, switch, save.
+
+PEFT turns an adapter's name into an attribute and a part of parameter names; `_key` keeps a phase called `0` or `train`
+from meaning a layer or a method.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medlora.adapter_files import ROWS, find_adapter, read_config, read_tensors, write_adapter
+from medlora.config import LoraSettings
+from medlora.errors import InputError
+
+Model = PreTrainedModel | PeftModel
+
+
+def _key(name: str) -> str:
+    return f"adapter-{name}"
+
+
+def add_adapter(
+    model: Model, name: str, lora: LoraSettings, train_token_ids: Sequence[int] = (), seed: int = 0
+) -> PeftModel:
+    """Add a new adapter on top of the active ones and make it the only trainable part of the model.
+
+    It sits on linear layers of the text decoder alone; `train_token_ids` are the vocabulary rows it trains too, from
+    where the active adapters left them. One seed gives the same initial bytes whatever ran before.
+    Raises InputError for a target that the decoder does not have, or a name that is taken.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    below = _active(model)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        lora_dropout=lora.dropout,
+        target_modules=_targets(base, lora.targets),
+        trainable_token_indices=_token_indices(base, train_token_ids),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = _inject(model, name, config)
+    for wrapper in _token_wrappers(model).values():
+        _inherit_rows(wrapper, below, _key(name))
+    _switch(model, [*below, _key(name)], _key(name))
+    return model
+
+
+def load_chain(model: Model, adapters: Sequence[tuple[str, str | Path]], trainable: str | None = None) -> Model:
+    """Put saved adapters (name, folder) on one base, all of them active and all frozen but the one named `trainable`.
+
+    Without adapters the model comes back as it was. Raises InputError for an adapter that is none or of another base.
+    """
+    for name, place in adapters:
+        folder = find_adapter(place)
+        config = read_config(folder)
+        config.inference_mode = False
+        try:
+            model = _inject(model, name, config)
+        except ValueError as error:
+            raise InputError(f"{folder}: this adapter does not fit the base: {error}") from error
+        load_adapter_weights(model, name, folder)
+    if adapters:
+        activate(model, [name for name, _ in adapters], trainable)
+    return model
+
+
+def activate(model: Model, names: Sequence[str], trainable: str | None = None) -> None:
+    """Switch to the stage of exactly these adapters, in chain order; none of them is the plain base.
+
+    Nothing is trainable but the adapter named `trainable`. Where two adapters hold the same vocabulary rows, the later
+    one counts. Raises KeyError for an adapter that the model does not hold.
+    """
+    held = model.peft_config if isinstance(model, PeftModel) else {}
+    for name in [*names, trainable]:
+        if name is not None and _key(name) not in held:
+            raise KeyError(name)
+    if isinstance(model, PeftModel):
+        _switch(model, [_key(name) for name in names], None if trainable is None else _key(trainable))
+
+
+def save_adapter(
+    model: PeftModel,
+    name: str,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model_name: str | None = None,
+) -> None:
+    """Write one adapter as an ordinary PEFT folder of deterministic bytes, the tokenizer beside it when given."""
+    key = _key(name)
+    absent = _absent_rows(model, key)
+    state = {f"{row}.{key}": empty for row, empty in absent.items()}
+    state |= {name: p.detach() for name, p in model.named_parameters() if key in name.split(".")}
+    # Without the last argument PEFT adds the whole embedding after a resize, and asks the hub about it.
+    tensors = get_peft_model_state_dict(model, state, adapter_name=key, save_embedding_layers=False)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in absent}
+    write_adapter(Path(folder), model.peft_config[key], tensors, base_model_name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
+    """Load a saved adapter's tensors into the adapter of that name; raises InputError when they do not fit it."""
+    folder, key = find_adapter(folder), _key(name)
+    absent = _absent_rows(model, key)
+    try:
+        result = set_peft_model_state_dict(model, {**absent, **read_tensors(folder)}, adapter_name=key)
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{folder}: this adapter does not fit the base or its own config: {error}") from error
+    # A tied head names its rows once more; named_parameters has them once.
+    missing = sorted({name for name, _ in model.named_parameters() if key in name.split(".")} & set(result.missing_keys))
+    unexpected = sorted(set(result.unexpected_keys) - set(absent) - {f"{row}.{key}" for row in absent})
+    if missing or unexpected:
+        wrong = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which has no place there"
+        raise InputError(f"{folder}: this adapter does not fit the base or its own config: it {wrong}")
+
+
+def _inject(model: Model, name: str, config: LoraConfig) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        with warnings.catch_warnings():
+            # PEFT asks for a property that transformers has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return get_peft_model(model, config, adapter_name=_key(name))
+    if _key(name) in model.peft_config:
+        raise InputError(f"adapter {name!r} is on the model already; the names of a chain must differ")
+    model.add_adapter(_key(name), config)
+    return model
+
+
+def _active(model: Model) -> list[str]:
+    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+    return [] if layer is None or layer.disable_adapters else list(layer.active_adapters)
+
+
+def _switch(model: PeftModel, keys: list[str], trainable: str | None) -> None:
+    """PEFT's own set_adapter refuses two adapters with vocabulary rows and makes all that it activates trainable."""
+    if keys:
+        model.base_model.enable_adapter_layers()
+        model.base_model.active_adapter = keys
+        model.active_adapter = keys[-1]
+        for module in model.modules():
+            if isinstance(module, TrainableTokensWrapper):
+                module.set_adapter(_row_owners(module, keys))
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter([key for key in keys if key in module._adapters][-1:])
+            elif isinstance(module, LoraLayer):
+                module.set_adapter(keys)
+    else:
+        model.base_model.disable_adapter_layers()
+    decoder = f"base_model.model.{_decoder(model.get_base_model())}."
+    for name, parameter in model.named_parameters():
+        # An adapter from elsewhere may sit on a vision tower too, which text never gives a gradient.
+        reached = ".lora_" not in name or name.startswith(decoder)
+        parameter.requires_grad_(trainable is not None and trainable in name.split(".") and reached)
+
+
+def _token_wrappers(model: PeftModel) -> dict[str, TrainableTokensWrapper]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)}
+
+
+def _absent_rows(model: PeftModel, key: str) -> dict[str, torch.Tensor]:
+    """Empty stand-ins for the vocabulary rows that this adapter does not have.
+
+    PEFT 0.21 asks every embedding with trained rows for those of the adapter it saves or loads, and dies with KeyError
+    when only another adapter of the chain has some.
+    """
+    wrappers = _token_wrappers(model).items()
+    lacking = [name for name, wrapper in wrappers if key not in wrapper.token_adapter.token_indices]
+    return {f"{name}.{ROWS}": torch.empty(0) for name in lacking}
+
+
+def _row_owners(wrapper: TrainableTokensWrapper, keys: list[str]) -> list[str]:
+    """The active adapters whose rows count: a later adapter with the rows of an earlier one replaces it."""
+    owners: list[str] = []
+    taken: set[int] = set()
+    for key in reversed(keys):
+        rows = set(wrapper.token_adapter.token_indices.get(key, ()))
+        if rows & taken and rows - taken:
+            raise InputError(
+                f"adapter {key.removeprefix(_key(''))!r}: a later adapter of the chain trains some of its vocabulary "
+                "rows again but not all; train all of them or none"
+            )
+        if rows - taken:
+            owners.insert(0, key)
+        taken |= rows
+    return owners
+
+
+@torch.no_grad()
+def _inherit_rows(wrapper: TrainableTokensWrapper, below: list[str], key: str) -> None:
+    """Start an adapter's vocabulary rows from where the adapters below left them instead of from the base."""
+    indices, deltas = wrapper.token_adapter.token_indices, wrapper.token_adapter.trainable_tokens_delta
+    place = {token: position for position, token in enumerate(indices.get(key, ()))}
+    for earlier in below:
+        for position, token in enumerate(indices.get(earlier, ())):
+            if token in place:
+                deltas[key][place[token]] = deltas[earlier][position]
+
+
+def _decoder(base: PreTrainedModel) -> str:
+    """Name of the text decoder: the module that holds the input embeddings."""
+    embeddings = base.get_input_embeddings()
+    return next(name for name, module in base.named_modules() if module is embeddings).rpartition(".")[0]
+
+
+def _targets(base: PreTrainedModel, wanted: str | Sequence[str]) -> list[str] | str:
+    """Leaf names where they mean the decoder alone, else a regex that is anchored to it."""
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | LoraLayer)]
+    linear = [name for name in linear if not re.search(r"\.(base_layer$|lora_[AB]\.)", name)]
+    decoder = _decoder(base)
+    inside = [name for name in linear if name.startswith(f"{decoder}.")]
+    leaves = {name.rpartition(".")[2] for name in inside}
+    if wanted == "all-linear":
+        chosen = leaves
+    elif wanted == "attention":
+        chosen = {name.rpartition(".")[2] for name in inside if re.search("attn|attention", name.rpartition(".")[0])}
+    else:
+        chosen = set(wanted)
+    if not chosen or chosen - leaves:
+        unknown = ", ".join(sorted(chosen - leaves)) or wanted
+        raise InputError(f"lora.targets: the text decoder has no layer {unknown}; it has {', '.join(sorted(leaves))}")
+    outside = {name.rpartition(".")[2] for name in set(linear) - set(inside)}
+    if not chosen & outside:
+        return sorted(chosen)
+    return rf"{re.escape(decoder)}\..*\.({'|'.join(sorted(chosen))})"
+
+
+def _token_indices(base: PreTrainedModel, ids: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
+    """The rows to train as PEFT wants them: a list where input and output embeddings are tied, else one for each."""
+    rows = sorted(set(ids))
+    entrance, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if not rows:
+        return None
+    if _bare(head) is _bare(entrance):
+        return rows
+    names = {id(module): name.rpartition(".")[2] for name, module in base.named_modules()}
+    return {names[id(entrance)]: rows, names[id(head)]: list(rows)}
+
+
+def _bare(embeddings: torch.nn.Module) -> torch.Tensor:
+    module = embeddings.original_module if isinstance(embeddings, TrainableTokensWrapper) else embeddings
+    return module.weight

@@ -1,0 +1,127 @@
+"""What a run looks like while it goes on: a live line on a terminal, plain lines in a log, a table at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from medlora import runs
+
+log = logging.getLogger("medlora.run")
+
+_PLAIN_EVERY_S = 10.0
+
+
+class Display:
+    """Shows a run's events: one bar per phase on a terminal, at most a line every ten seconds elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.label = ""
+        self.started = self.said = time.monotonic()
+        self.answered = 0
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Take one event of a run."""
+        kind, phase = event["event"], event.get("phase", "")
+        if kind == "step":
+            figures = f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {event['peak_memory_mib']:,.0f} MiB"
+            label = phase if event["segment"] == "normal" else f"{phase} {event['segment']}"
+            self._advance(label, event["step"], event["steps"], figures)
+        elif kind == "build":
+            self._advance(event["what"], event["step"], event["total"], f"loss {event['loss']:.3f}")
+        elif kind == "evaluation":
+            self.answered += event["questions"]
+            rate = self.answered / max(time.monotonic() - self.started, 1e-9)
+            self._advance("evaluation", self.answered, event["total"], f"{rate:.1f} questions/s")
+        elif kind == "validation":
+            scores = "  ".join(f"{name} {event[name]:.3f}" for name in ("accuracy", "format_score", "perplexity", "token_f1") if name in event)
+            self._say(f"{phase}  dev at step {event['step']}: {scores}")
+        elif kind == "phase":
+            self._begin(phase)
+            self._say(f"{phase}  on {event['device']}")
+        elif kind == "finished":
+            self._begin("")
+            self._say(f"{phase}  done in {event['seconds']:.0f} s")
+        elif kind == "reused":
+            self._say(f"{phase}  is finished already and reused")
+        elif kind == "cluster":
+            how = "started Ray here" if event["started_here"] else "connected to the running Ray cluster"
+            self._say(f"{how}: {event['text']} ({event['seconds']:.1f} s)")
+        else:
+            self._say(f"{phase}  {event['text']}")
+
+    def _begin(self, label: str) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task, self.label, self.answered = None, label, 0
+        self.started = time.monotonic()
+
+    def _advance(self, label: str, step: int, total: int, figures: str) -> None:
+        if self.task is None or label != self.label:
+            self._begin(label)
+            self.task = self.progress.add_task(label, total=total, figures=figures)
+            self.first_step = step
+        self.progress.update(self.task, completed=step, total=total, figures=figures)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.said > _PLAIN_EVERY_S or step == total):
+            done = step - self.first_step
+            left = f"  {(now - self.started) / done * (total - step):.0f} s left" if done and step < total else ""
+            self._say(f"{label}  {step}/{total}  {figures}{left}")
+
+    def _say(self, text: str) -> None:
+        self.said = time.monotonic()
+        log.info(text)
+        self.console.print(text, markup=False)
+
+
+def print_outcome(phases: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any] | None, run: runs.RunFolder, worked: bool) -> None:
+    """The final table (stage, test, accuracy, 95 % interval, n, time) and where the run is."""
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if not worked:
+        console.print("everything is done already; nothing was computed again")
+    if report:
+        table = Table("stage", "test", "accuracy", "95 % interval", "n", "trained in")
+        rows = report["stages"]
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
+            seconds = report["phase_seconds"].get(row["stage"])
+            low, high = row["interval"]
+            table.add_row(
+                row["stage"],
+                row["test"],
+                f"{row['accuracy']:.1%}",
+                f"{low:.1%} .. {high:.1%}",
+                str(row["n"]),
+                f"{seconds:.0f} s" if seconds is not None else "",
+                end_section=following is None or following["stage"] != row["stage"],
+            )
+        console.print(table)
+        console.print(f"evaluation: {report['seconds']:.0f} s")
+    console.print(f"run: {run.root}", markup=False, soft_wrap=True)

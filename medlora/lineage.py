@@ -1,0 +1,184 @@
+"""What each phase is made from, the chain of adapters it stands on, and whether a finished one still stands."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medlora import miniature, prompts, runs
+from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig, Section, TrainSource
+from medlora.errors import InputError
+from medlora.records import McqRecord
+from medlora.sources import hash_records, read
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps"}
+"""Keys of a phase that change where and how loudly it runs, not what it learns."""
+
+
+class Link(Section):
+    """One adapter of a stage's chain: the name of the phase that trained it and its folder."""
+
+    name: str
+    folder: str
+
+
+class PhaseJob(Section):
+    """All that one phase needs, as plain values that cross into a Ray worker: no other part of the config goes along."""
+
+    run: str
+    base: BaseModelConfig
+    cache: str
+    """Where a miniature base is kept."""
+    lora: LoraSettings
+    phase: PhaseConfig
+    replayed: dict[str, tuple[TrainSource, ...]]
+    """The sources of the earlier phases that this one replays."""
+    parent: tuple[Link, ...]
+    seed: int
+    threads: int
+    fingerprint: dict[str, Any]
+
+
+def extend_chain(parent: Sequence[Link], phase: PhaseConfig, adapter: Path) -> tuple[Link, ...]:
+    """The chain of the stage that a phase ends with."""
+    kept = {"new": (), "continue": tuple(parent[:-1]), "stack": tuple(parent)}[phase.chain]
+    return (*kept, Link(name=phase.name, folder=str(adapter)))
+
+
+def find_base(base: BaseModelConfig) -> str:
+    """The base's folder, or its hub id as it stands; raises InputError when it is neither, without importing torch."""
+    if base.model == "miniature":
+        return base.model
+    folder = Path(base.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"base.model: {base.model} is a folder without config.json; name the folder of a Hugging Face model")
+        return str(folder)
+    if folder.exists() or not _HUB_ID.fullmatch(base.model):
+        raise InputError(f"base.model: there is no folder {base.model}; name a model's folder or a hub id such as google/medgemma-4b-it")
+    return base.model
+
+
+def identify_base(base: BaseModelConfig) -> str:
+    """What tells this base from another of the same name: its files, its revision, or how the miniature is built."""
+    found = find_base(base)
+    if found == "miniature":
+        return miniature.fingerprint()
+    folder = Path(found)
+    if not folder.is_dir():
+        return f"hub:{base.revision or 'main'}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    # The weights of a 27B model take minutes to hash; their names and sizes tell a different model well enough.
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for path in sorted(folder.glob("tokenizer*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_extra_tokens(base: BaseModelConfig) -> tuple[str, ...]:
+    """The words of `base.extra_tokens`; `file:PATH` reads one a line, `miniature:extra_tokens` the miniature's own."""
+    words: list[str] = []
+    for entry in base.extra_tokens:
+        if entry == "miniature:extra_tokens":
+            from medlora.miniature import corpus
+
+            words += corpus.EXTRA_TOKENS
+        elif entry.startswith("file:"):
+            path = Path(entry.removeprefix("file:")).expanduser()
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"base.extra_tokens: {path} cannot be read: {error}") from None
+            words += [line.strip() for line in lines if line.strip()]
+        else:
+            words.append(entry)
+    return tuple(dict.fromkeys(words))
+
+
+def check_sources(config: RunConfig) -> None:
+    """Read everything the run will read, so that what is wrong with it is said now; raises InputError with the key."""
+    for i, phase in enumerate(config.phases):
+        for j, source in enumerate(phase.sources):
+            _try(f"phases.{i}.sources.{j}", source)
+        for j, dev in enumerate(phase.validation.sources if phase.validation else ()):
+            _try(f"phases.{i}.validation.sources.{j}", dev)
+    for i, test in enumerate(config.evaluation.tests if config.evaluation else ()):
+        if not isinstance(_try(f"evaluation.tests.{i}", test)[0], McqRecord):
+            raise InputError(f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice")
+
+
+def _try(key: str, source: Any) -> list[Any]:
+    try:
+        return read(source)
+    except InputError as error:
+        raise InputError(f"{key}.source: {error}") from None
+
+
+def make_job(config: RunConfig, phase: PhaseConfig, parent: Sequence[Link]) -> PhaseJob:
+    """The job of one phase on top of `parent`, whose adapters must be finished unless only `describe_phase` is wanted."""
+    replayed = {replay.phase: config.phase(replay.phase).sources for replay in phase.replay}
+    lora = phase.lora or config.lora
+    if phase.chain == "continue":
+        # The adapter keeps the shape it was given by the phase that made it.
+        makers = [earlier for earlier in config.phases[: config.phases.index(phase)] if earlier.chain != "continue"]
+        lora = makers[-1].lora or config.lora
+    placement = phase.placement or config.placement
+    job = PhaseJob(
+        run=config.name,
+        base=config.base.model_copy(update={"extra_tokens": read_extra_tokens(config.base)}),
+        cache=str(Path(config.storage.cache or "~/.cache/medlora").expanduser()),
+        lora=lora,
+        phase=phase,
+        replayed=replayed,
+        parent=tuple(parent),
+        seed=config.seed,
+        threads=placement.cpus_per_worker,
+        fingerprint={},
+    )
+    return job.model_copy(update={"fingerprint": _describe(job)})
+
+
+def _describe(job: PhaseJob) -> dict[str, Any]:
+    """What the phase's result depends on, as nested plain values, so that a difference can be named."""
+    sources = {f"{i}:{source.source}": source for i, source in enumerate(job.phase.sources)}
+    for name, replayed in job.replayed.items():
+        sources |= {f"{name}.{i}:{source.source}": source for i, source in enumerate(replayed)}
+    return {
+        f"phases.{job.phase.name}": job.phase.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT),
+        "base": job.base.model_dump(mode="json"),
+        "base_files": identify_base(job.base),
+        "lora": job.lora.model_dump(mode="json"),
+        "data": {key: hash_records(read(source)) for key, source in sources.items()},
+        "prompts": prompts.version(),
+        "seed": job.seed,
+        "parent": [(runs.read_manifest(Path(link.folder).parent) or {}).get("adapter_hash") for link in job.parent],
+    }
+
+
+def find_obstacle(job: PhaseJob, folder: runs.PhaseFolder, with_parent: bool = True) -> list[str]:
+    """In which fields what stands in the phase's folder, finished or not, differs from the job; [] when it may be used."""
+    was = runs.read_json(folder.fingerprint)
+    if was is None:
+        return [f"phases/{job.phase.name} holds files without a fingerprint"] if _holds_work(folder) else []
+    now = job.fingerprint
+    if not with_parent:
+        was, now = {**was, "parent": None}, {**now, "parent": None}
+    return runs.find_differences(was, runs.as_json(now))
+
+
+def _holds_work(folder: runs.PhaseFolder) -> bool:
+    return folder.root.is_dir() and any(path.name != folder.log.name for path in folder.root.iterdir())
+
+
+def refuse(run: runs.RunFolder, job: PhaseJob, differences: Sequence[str]) -> InputError:
+    """The message for a phase whose folder was made from something else."""
+    shown = "\n  ".join(differences[:5])
+    return InputError(
+        f"{run.root}: phase {job.phase.name} there was made from something else:\n  {shown}\n"
+        f"Give this run another name (--set name=...), or say --redo {job.phase.name}; the old phase is then set aside, not lost"
+    )

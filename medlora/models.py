@@ -1,0 +1,269 @@
+"""The base model as every phase and evaluation sees it: its tokenizer, its quantized weights, its extended vocabulary.
+
+`medlora.chains` puts adapters on it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from tokenizers import AddedToken
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from medlora.config import BaseModelConfig
+from medlora.errors import InputError
+from medlora.prompts import ANSWER_FIELD
+
+log = logging.getLogger(__name__)
+
+# bitsandbytes says at every int8 product that it computes in float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_tokenizer(
+    base: BaseModelConfig, folder: str | Path | None = None, extra_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base, or the extended one saved in `folder`, with `extra_tokens` added to its vocabulary.
+
+    A word that is one token already is skipped with a note in the log. Without a pad token, EOS serves.
+    Raises InputError when there is no such tokenizer, or a word does not survive encoding and decoding.
+    """
+    if folder is None:
+        tokenizer = _base_tokenizer(base)
+    else:
+        if not (Path(folder) / "tokenizer_config.json").is_file():
+            raise InputError(f"{folder}: holds no tokenizer (no tokenizer_config.json)")
+        with _explained(str(folder)), _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
+    known = {word for word in extra_tokens if _is_token(tokenizer, word)}
+    if known:
+        shown = ", ".join(sorted(known)[:5]) + (", ..." if len(known) > 5 else "")
+        log.info("%d of %d extra tokens are one token already: %s", len(known), len(extra_tokens), shown)
+    new = [word for word in dict.fromkeys(extra_tokens) if word not in known]
+    # With the space in the token and `normalized`, decoding gives it back; `lstrip=True` loses it.
+    tokenizer.add_tokens([AddedToken(_content(tokenizer, word), normalized=True) for word in new])
+    for word in new:
+        text = f"text {word} text"
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if not set(ids) & set(added_token_ids(tokenizer, [word])) or tokenizer.decode(ids).strip() != text:
+            raise InputError(
+                f"base.extra_tokens: {word!r} cannot be a token here, remove it: {text!r} comes back as "
+                f"{tokenizer.decode(ids)!r}"
+            )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def added_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
+    """The sorted ids of those `words` that were added to the vocabulary: the rows `train_extra_tokens` trains."""
+    added = tokenizer.get_added_vocab()
+    return sorted({added[content] for word in words if (content := _content(tokenizer, word)) in added})
+
+
+def _base_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
+    folder = _local_folder(base)
+    with _explained(f"base.model: {folder}"), _quiet():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+
+
+def _marks_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the normalizer writes spaces as U+2581, as that of Gemma does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return bool(backend and backend.normalizer and backend.normalizer.normalize_str("x x") == "x▁x")
+
+
+def _content(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
+    return f"▁{word}" if _marks_spaces(tokenizer) else word
+
+
+def _is_token(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    return any(len(tokenizer.encode(text, add_special_tokens=False)) == 1 for text in (word, f" {word}"))
+
+
+def letter_token_ids(tokenizer: PreTrainedTokenizerBase, letters: str, before: str = ANSWER_FIELD) -> list[int]:
+    """The id of each option letter as the one token that stands right after `before`, in the order of `letters`.
+
+    Raises InputError when a letter is no single token there or shares its token with another.
+    """
+    context = tokenizer.encode(before, add_special_tokens=False)
+    ids = []
+    for letter in letters:
+        tokens = tokenizer.encode(before + letter, add_special_tokens=False)
+        if tokens[:-1] != context or tokens[-1] in ids or tokens[-1] == tokenizer.unk_token_id:
+            raise InputError(
+                f"base.model: the tokenizer cannot answer {letter!r}: after {before!r} it is {tokens[len(context) :]}, "
+                "not one token of its own; use a base whose tokenizer has the option letters as tokens"
+            )
+        ids.append(tokens[-1])
+    return ids
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:
+    """Sorted ids that end an answer: EOS, `<end_of_turn>` where known, and what the model's generation config lists."""
+    stops = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<end_of_turn>")}
+    listed = model.generation_config.eos_token_id if model is not None else None
+    stops.update(listed if isinstance(listed, list) else [listed])
+    return sorted(stop for stop in stops if stop is not None)
+
+
+def load_base(
+    base: BaseModelConfig, tokenizer: PreTrainedTokenizerBase, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The base model on `device`, quantized as configured, every parameter frozen, in eval mode.
+
+    A token of `tokenizer` that the base's own tokenizer lacks gets the mean of the rows of its old pieces, in the input
+    and the output embeddings; the embeddings grow only when the model has too few rows (Gemma has spare ones).
+    Raises InputError when there is no such model, its weights are incomplete or no safetensors.
+    """
+    folder, device = _local_folder(base, weights=True), torch.device(device)
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = auto if base.compute_dtype == "auto" else getattr(torch, base.compute_dtype)
+    quantization = {
+        "none": None,
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        ),
+    }[base.quantization]
+    with _explained(f"base.model: {folder}"), _quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=base.trust_remote_code,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"base.model: {base.model} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}; "
+            "download it again"
+        )
+    model.requires_grad_(False)
+    _extend_vocabulary(model, tokenizer, _base_tokenizer(base))
+    return model.eval()
+
+
+@torch.no_grad()
+def _extend_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizerBase
+) -> None:
+    """Give every token that `original` lacks a row: the mean of its pieces (Hewitt 2021, mean initialisation)."""
+    old = original.get_vocab()
+    new = {token: i for token, i in tokenizer.get_vocab().items() if token not in old}
+    if not new:
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(new.values()) >= rows:
+        model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
+        model.requires_grad_(False)
+    embeddings = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for token, i in new.items():
+        pieces = original.encode(token.replace("▁", " "), add_special_tokens=False)
+        for weight in embeddings.values():
+            weight[i] = weight[pieces].float().mean(0).to(weight.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What a device is and how much memory it has, in bytes."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.free_bytes / 2**30:.1f} of {self.total_bytes / 2**30:.1f} GiB free"
+
+
+def describe_device(device: str | torch.device) -> DeviceMemory:
+    """The device's name, total and free memory."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(torch.cuda.get_device_name(device), total, free)
+    memory = psutil.virtual_memory()
+    return DeviceMemory(f"CPU ({platform.machine()}, {psutil.cpu_count()} cores)", memory.total, memory.available)
+
+
+def clear_memory() -> None:
+    """Free what nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _local_folder(base: BaseModelConfig, weights: bool = False) -> str:
+    """The base as a folder here, downloaded (or found in the hub's cache) when it is a hub id."""
+    folder = Path(base.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"base.model: {base.model} has no config.json; name the folder of a Hugging Face model")
+        return str(folder)
+    if folder.exists() or not _HUB_ID.fullmatch(base.model):
+        raise InputError(
+            f"base.model: there is no folder {base.model}; name a model's folder or a hub id (google/medgemma-4b-it)"
+        )
+    files = ["*.json", "*.jinja", "*.model", "*.txt"]
+    files += ["*.safetensors"] if weights else []
+    files += ["*.py"] if base.trust_remote_code else []
+    try:
+        # One request without retries tells whether there is a hub; transformers alone would try for most of a minute.
+        return snapshot_download(base.model, revision=base.revision, allow_patterns=files, ignore_patterns=["*/*"])
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"base.model: {base.model} is no folder here, and the hub does not give it (no connection, unknown or "
+            f"gated): download it elsewhere with `hf download` and set base.model to its folder [{_reason(error)}]"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what the libraries raise about unusable files into one InputError."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{what}: cannot be loaded: {_reason(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading without progress bars and advice; what goes wrong is raised, not logged."""
+    settings = transformers.utils.logging
+    verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.set_verbosity(verbosity)
+        if bars:
+            settings.enable_progress_bar()

@@ -1,0 +1,188 @@
+"""The curriculum as a fold over its phases, then every stage scored in one pass; Ray is touched only where work is left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from medlora import runs
+from medlora.config import EvaluationConfig, PhaseConfig, RunConfig
+from medlora.errors import InputError
+from medlora.lineage import (
+    Link,
+    PhaseJob,
+    check_sources,
+    extend_chain,
+    find_base,
+    find_obstacle,
+    identify_base,
+    make_job,
+    refuse,
+)
+from medlora.prompts import version
+from medlora.records import McqRecord
+from medlora.sources import hash_records, read
+
+log = logging.getLogger("medlora.run")
+
+OnEvent = Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: each phase's manifest, the evaluation's report, and whether anything had to be done."""
+
+    phases: dict[str, dict[str, Any]]
+    report: dict[str, Any] | None
+    worked: bool
+
+
+def check_run(config: RunConfig, run: runs.RunFolder, redo: str | None) -> None:
+    """Everything that can be wrong with the run is said here, before anything slow starts; raises InputError."""
+    if redo is not None and redo not in [phase.name for phase in config.phases]:
+        raise InputError(f"--redo {redo}: no such phase; phases: {', '.join(phase.name for phase in config.phases)}")
+    find_base(config.base)
+    check_sources(config)
+    redone = False
+    for phase in config.phases:
+        redone = redone or phase.name == redo
+        job = make_job(config, phase, ())
+        differences = find_obstacle(job, run.phase(phase.name), with_parent=False)
+        if differences and not redone:
+            raise refuse(run, job, differences)
+
+
+def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_event: OnEvent) -> Outcome:
+    """Train what is not trained yet, score what is not scored yet; a phase that still stands is reused.
+
+    The caller holds the run's lock. Raises InputError for what only the user can mend.
+    """
+    check_run(config, run, redo)
+    _describe_run(config, run)
+    if redo is not None:
+        run_phase_folder = run.phase(redo).root
+        if (moved := runs.set_aside(run_phase_folder)) is not None:
+            on_event({"event": "note", "phase": redo, "text": f"the old phase is kept in {moved}"})
+    done: dict[str, dict[str, Any]] = {}
+    chain: tuple[Link, ...] = ()
+    stages: dict[str, tuple[Link, ...]] = {"base": ()}
+    left = list(config.phases)
+    while left and (manifest := _find_finished(config, run, left[0], chain, done, redo)):
+        phase = left.pop(0)
+        done[phase.name] = manifest
+        chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+        on_event({"event": "reused", "phase": phase.name})
+    if not left and (report := _find_report(config, run, done)):
+        return Outcome(done, report, worked=False)
+
+    from medlora.on_ray.cluster import check_placement, connect
+    from medlora.on_ray.train import train_on_ray
+
+    started = time.monotonic()
+    with connect() as cluster:
+        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": time.monotonic() - started})
+        for phase in left:
+            check_placement(phase.placement or config.placement, cluster, f"phases.{phase.name}.placement" if phase.placement else "placement")
+        for phase in left:
+            if manifest := _find_finished(config, run, phase, chain, done, redo):
+                on_event({"event": "reused", "phase": phase.name})
+            else:
+                manifest = train_on_ray(make_job(config, phase, chain), run, phase.placement or config.placement, cluster, on_event)
+            done[phase.name] = manifest
+            chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+            on_event({"event": "finished", "phase": phase.name, "seconds": manifest["seconds"]["all"]})
+        report = _find_report(config, run, done) or _evaluate(config, run, stages, done, cluster, on_event)
+    return Outcome(done, report, worked=True)
+
+
+def _find_finished(
+    config: RunConfig, run: runs.RunFolder, phase: PhaseConfig, chain: Sequence[Link], done: Mapping[str, Any], redo: str | None
+) -> dict[str, Any] | None:
+    """The manifest of a phase that still stands; None when it has to be trained (on).
+
+    A phase whose parent was redone and came out otherwise is set aside; any other difference is refused.
+    """
+    folder = run.phase(phase.name)
+    job = make_job(config, phase, chain)
+    differences = find_obstacle(job, folder)
+    if differences and redo is not None and _comes_after(config, phase, redo):
+        runs.set_aside(folder.root)
+        return None
+    if differences:
+        raise refuse(run, job, differences)
+    manifest = runs.read_manifest(folder.root)
+    if manifest and (wrong := runs.check_files(folder.root, manifest)):
+        raise InputError(f"{folder.root}: {wrong} since phase {phase.name} was finished; bring it back, or say --redo {phase.name}")
+    return manifest
+
+
+def _comes_after(config: RunConfig, phase: PhaseConfig, name: str) -> bool:
+    names = [phase.name for phase in config.phases]
+    return names.index(phase.name) >= names.index(name)
+
+
+def _describe_run(config: RunConfig, run: runs.RunFolder) -> None:
+    runs.write_yaml(run.config, config.model_dump(mode="json"))
+    about = runs.read_json(run.about) or {"name": config.name, "created": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+    runs.write_json(run.about, {**about, "seed": config.seed, "versions": runs.get_versions(), "git_commit": runs.get_git_commit()})
+
+
+def _describe_evaluation(config: RunConfig, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    assert config.evaluation is not None
+    return {
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"placement", "batch_size"}),
+        "tests": {test.name: hash_records(read(test)) for test in config.evaluation.tests},
+        "base": config.base.model_dump(mode="json"),
+        "base_files": identify_base(config.base),
+        "stages": {name: manifest["adapter_hash"] for name, manifest in done.items()},
+        "prompts": version(),
+        "seed": config.seed,
+    }
+
+
+def _find_report(config: RunConfig, run: runs.RunFolder, done: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The report that still stands; an outdated one is set aside by the next evaluation."""
+    manifest = runs.read_manifest(run.evaluation)
+    if config.evaluation is None or manifest is None or runs.check_files(run.evaluation, manifest):
+        return None
+    if runs.find_differences(manifest["fingerprint"], runs.as_json(_describe_evaluation(config, done))):
+        return None
+    report: dict[str, Any] = runs.read_json(run.evaluation / "report.json")
+    return report
+
+
+def _evaluate(
+    config: RunConfig, run: runs.RunFolder, stages: Mapping[str, Sequence[Link]], done: Mapping[str, dict[str, Any]], cluster: Any, on_event: OnEvent
+) -> dict[str, Any] | None:
+    if config.evaluation is None:
+        return None
+    from medlora.on_ray.cluster import check_placement
+    from medlora.on_ray.evaluate import evaluate_on_ray
+    from medlora.report import summarise, write_predictions
+
+    placement = config.evaluation.placement or config.placement
+    check_placement(placement, cluster, "evaluation.placement" if config.evaluation.placement else "placement")
+    tests: dict[str, list[McqRecord]] = {test.name: [r for r in read(test) if isinstance(r, McqRecord)] for test in config.evaluation.tests}
+    job = make_job(config, config.phases[-1], ())
+    on_event({"event": "phase", "phase": "evaluation", "device": f"{len(stages)} stages x {sum(map(len, tests.values()))} questions"})
+    started = time.monotonic()
+    predictions = evaluate_on_ray(job.base, job.cache, job.seed, stages, tests, config.evaluation, placement, cluster, on_event)
+    seconds = time.monotonic() - started
+    runs.set_aside(run.evaluation)
+    run.evaluation.mkdir()
+    report = {
+        "run": config.name,
+        "seconds": round(seconds, 2),
+        "stages": summarise(predictions),
+        "phase_seconds": {name: manifest["seconds"]["all"] for name, manifest in done.items()},
+        "versions": runs.get_versions(),
+    }
+    write_predictions(run.evaluation / "predictions.parquet", predictions)
+    runs.write_json(run.evaluation / "report.json", report)
+    runs.commit(run.evaluation, {"fingerprint": _describe_evaluation(config, done), "seconds": round(seconds, 2)})
+    on_event({"event": "finished", "phase": "evaluation", "seconds": seconds})
+    return report

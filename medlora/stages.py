@@ -1,0 +1,72 @@
+"""A base with the adapters of several stages on it: built once, answers questions with each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from medlora.answering import McqAnswerer
+from medlora.chains import activate, load_chain
+from medlora.config import BaseModelConfig, EvaluationConfig
+from medlora.lineage import Link
+from medlora.models import load_base, load_tokenizer
+from medlora.records import McqRecord, Prediction
+
+
+def locate_base(base: BaseModelConfig, cache: str, seed: int, report: Any = None) -> BaseModelConfig:
+    """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet."""
+    if base.model != "miniature":
+        return base
+    from medlora.miniature.build import ensure
+
+    return base.model_copy(update={"model": str(ensure(Path(cache), seed, report))})
+
+
+def load_stage_tokenizer(base: BaseModelConfig, chain: Sequence[Link]) -> Any:
+    """The tokenizer of a stage: the extended one that its newest adapter was saved with, else the base's own."""
+    for link in reversed(chain):
+        if (Path(link.folder) / "tokenizer_config.json").is_file():
+            return load_tokenizer(base, link.folder)
+    return load_tokenizer(base)
+
+
+class StageModel:
+    """One base holding every adapter of `stages` (name -> chain); a stage is switched to, not loaded.
+
+    Each stage answers with its own tokenizer, so that the plain base does not see words that a phase added.
+    """
+
+    def __init__(
+        self, base: BaseModelConfig, stages: Mapping[str, Sequence[Link]], config: EvaluationConfig, device: str = "cpu"
+    ) -> None:
+        transformers.logging.set_verbosity_error()
+        self.chains = {name: list(chain) for name, chain in stages.items()}
+        tokenizers = {name: load_stage_tokenizer(base, chain) for name, chain in self.chains.items()}
+        links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
+        model = load_base(base, max(tokenizers.values(), key=len), device)
+        self.model = load_chain(model, list(links.items()))
+        self.answerers = {
+            name: McqAnswerer(
+                self.model,
+                tokenizer,
+                scoring=config.scoring,
+                style=config.style,
+                max_tokens=config.max_tokens,
+                batch_size=config.batch_size,
+            )
+            for name, tokenizer in tokenizers.items()
+        }
+
+    def answer(self, tests: Sequence[str], records: Sequence[McqRecord]) -> list[Prediction]:
+        """A prediction for each stage and question; `tests` names the test of each question."""
+        predictions = []
+        for stage, chain in self.chains.items():
+            activate(self.model, [link.name for link in chain])
+            for test, record, answer in zip(tests, records, self.answerers[stage].answer(records), strict=True):
+                predictions.append(
+                    Prediction(record.id, test, stage, record.answer, answer.choice, record.subject, answer.probabilities, answer.text)
+                )
+        return predictions

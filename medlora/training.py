@@ -1,0 +1,330 @@
+"""One segment of a phase's optimisation on one worker: transformers.Trainer and our callbacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from medlora import runs
+from medlora.config import PhaseConfig
+from medlora.encoding import IGNORED, Collator, Row
+from medlora.errors import InputError
+from medlora.chains import load_adapter_weights, save_adapter
+
+log = logging.getLogger("medlora.training")
+validation_log = logging.getLogger("medlora.validation")
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes what happens while it happens: plain dicts with the key `event`."""
+
+_SCHEDULES: dict[str, SchedulerType] = {
+    "constant": SchedulerType.CONSTANT_WITH_WARMUP,
+    "linear": SchedulerType.LINEAR,
+    "cosine": SchedulerType.COSINE,
+    "wsd": SchedulerType.WARMUP_STABLE_DECAY,
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a phase with one optimiser and one schedule: the whole phase, or its part in one prompt mode.
+
+    `validate` scores the model where it stands; `stop_at_format_score` ends the segment early on it.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    """In training order, repeated over epochs: steps x global batch of them."""
+    steps: int
+    epoch_steps: int
+    validate: Callable[[Any], dict[str, float]] | None = None
+    stop_at_format_score: float | None = None
+
+
+class _AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints hold the trained adapter alone instead of every adapter of the chain."""
+
+    def __init__(self, adapter: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.adapter = adapter
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            save_adapter(self.accelerator.unwrap_model(self.model), self.adapter, Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_weights(self.accelerator.unwrap_model(model or self.model), self.adapter, Path(resume_from_checkpoint))
+
+
+def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Cross-entropy summed over supervised positions and divided by their number in the whole accumulated batch.
+
+    A mean per micro-batch would weigh tokens of short completions more (gradients up to 4.5 times too large).
+    """
+    targets = labels[:, 1:]
+    mask = targets != IGNORED
+    total = torch.nn.functional.cross_entropy(outputs.logits[:, :-1][mask].float(), targets[mask], reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else mask.sum())
+
+
+class LossLoggingCallback(TrainerCallback):
+    """Writes loss, learning rate, gradient norm, tokens/s and peak memory every few steps; stops the run on a NaN."""
+
+    def __init__(self, folder: runs.PhaseFolder, segment: Segment, phase: str, batch: int, report: Report) -> None:
+        self.folder, self.segment, self.phase, self.batch, self.report = folder, segment, phase, batch, report
+        self.since = time.monotonic()
+        self.last_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock where the run starts or goes on."""
+        self.since, self.last_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        """One line in metrics.jsonl, one in the log, one report."""
+        if "loss" not in (logs or {}):
+            return
+        if not math.isfinite(logs["loss"]):
+            raise InputError(
+                f"phase {self.phase}, step {state.global_step}: the loss is {logs['loss']}; lower phases.{self.phase}.learning_rate "
+                f"({logs.get('learning_rate'):.2g} now) or raise warmup_ratio"
+            )
+        if not state.is_world_process_zero:
+            return
+        seen = self.segment.rows[self.last_step * self.batch : state.global_step * self.batch]
+        elapsed_s = time.monotonic() - self.since
+        row = {
+            "segment": self.segment.name,
+            "step": state.global_step,
+            "steps": self.segment.steps,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": float(logs["grad_norm"]),
+            "tokens_per_s": round(sum(len(row.input_ids) for row in seen) / max(elapsed_s, 1e-9), 1),
+            "peak_memory_mib": _read_peak_memory_mib(),
+        }
+        self.since, self.last_step = time.monotonic(), state.global_step
+        runs.append_json(self.folder.metrics, row)
+        self.report({"event": "step", "phase": self.phase, **row})
+        log.info(
+            "%(segment)s step %(step)d/%(steps)d  loss %(loss).4f  lr %(learning_rate).2e  grad %(grad_norm).3f  "
+            "%(tokens_per_s).0f tokens/s  peak %(peak_memory_mib).0f MiB",
+            row,
+        )
+
+
+def _read_peak_memory_mib() -> float:
+    """Most memory this process has held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+
+
+class MCQValidationCallback(TrainerCallback):
+    """Scores the dev sample every N steps, at each epoch's end and at the last step; keeps the best adapter if asked."""
+
+    def __init__(
+        self, folder: runs.PhaseFolder, segment: Segment, phase: PhaseConfig, adapter: str, logging_callback: LossLoggingCallback, report: Report
+    ) -> None:
+        self.folder, self.segment, self.phase, self.adapter, self.report = folder, segment, phase, adapter, report
+        self.logging_callback = logging_callback
+        self.stopped_early = False
+        self.seconds = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        """Validate where it is due; every worker takes rank 0's word on stopping."""
+        config, step = self.phase.validation, state.global_step
+        assert config is not None
+        every = config.every_steps
+        due = step == self.segment.steps or step % self.segment.epoch_steps == 0 or (every and step % every == 0)
+        if not due:
+            return
+        started = time.monotonic()
+        score = self._validate(model, step) if state.is_world_process_zero else 0.0
+        if self.segment.stop_at_format_score is not None:
+            decision = [score >= self.segment.stop_at_format_score]
+            if args.world_size > 1:
+                dist.broadcast_object_list(decision, src=0)
+            if decision[0]:
+                self.stopped_early = True
+                control.should_training_stop = control.should_save = True
+        self.seconds += time.monotonic() - started
+        self.logging_callback.since += time.monotonic() - started
+
+    def _validate(self, model: Any, step: int) -> float:
+        assert self.segment.validate is not None and self.phase.validation is not None
+        model = getattr(model, "module", model)  # DistributedDataParallel wraps it
+        scores = self.segment.validate(model)
+        best = max((row["score"] for row in runs.read_json_lines(self.folder.validation) if row["segment"] == self.segment.name), default=-math.inf)
+        row = {"segment": self.segment.name, "step": step, **scores}
+        if self.phase.validation.keep_best and scores["score"] > best:
+            row["best"] = True
+            save_adapter(model, self.adapter, self.folder.best)
+        runs.append_json(self.folder.validation, row)
+        self.report({"event": "validation", "phase": self.phase.name, **row})
+        validation_log.info("%s step %d  %s", self.segment.name, step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        return scores.get("format_score", 0.0)
+
+
+class _CheckpointCallback(TrainerCallback):
+    """Seals each checkpoint with a manifest once every worker has written its part."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size > 1:
+            dist.barrier()
+        if state.is_world_process_zero:
+            runs.commit(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", {"step": state.global_step})
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint: manifest there and every hash right. None when there is no such one."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        manifest = runs.read_manifest(checkpoint)
+        if manifest and not (wrong := runs.check_files(checkpoint, manifest)):
+            return checkpoint
+        log.warning("checkpoint %s is not whole (%s); an earlier one is used", checkpoint.name, wrong if manifest else "no manifest")
+    return None
+
+
+def train(
+    model: Any,
+    adapter: str,
+    segment: Segment,
+    phase: PhaseConfig,
+    collator: Collator,
+    folder: runs.PhaseFolder,
+    seed: int,
+    report: Report,
+) -> dict[str, Any]:
+    """Train the adapter through a segment, from its last whole checkpoint where there is one.
+
+    Returns plain figures: steps done, mean loss, seconds, whether it stopped early. The weights are left in the model.
+    """
+    output = folder.checkpoints / segment.name
+    checkpoint = find_checkpoint(output)
+    resumed_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > 1:
+        dist.barrier()  # nobody tidies up before everybody has found the same checkpoint
+    main = world == 1 or dist.get_rank() == 0
+    if main:
+        _forget_after(folder, segment.name, output, resumed_step)
+    if checkpoint:
+        report({"event": "note", "phase": phase.name, "text": f"goes on from step {resumed_step} of {segment.steps}"})
+        log.info("%s goes on from step %d of %d", segment.name, resumed_step, segment.steps)
+
+    cuda = model.device.type == "cuda"
+    if phase.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = phase.optimizer if phase.optimizer != "auto" else "paged_adamw_8bit" if cuda else "adamw_torch"
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=segment.steps,
+        per_device_train_batch_size=phase.batch_size,
+        gradient_accumulation_steps=phase.accumulation,
+        learning_rate=phase.learning_rate,
+        lr_scheduler_type=_SCHEDULES[phase.schedule],
+        lr_scheduler_kwargs=_get_schedule_options(phase, segment.steps),
+        warmup_steps=round(phase.warmup_ratio * segment.steps),
+        weight_decay=phase.weight_decay,
+        max_grad_norm=phase.max_grad_norm,
+        optim=optimizer,
+        bf16=cuda and model.dtype == torch.bfloat16,
+        fp16=cuda and model.dtype == torch.float16,
+        logging_steps=phase.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=phase.checkpoint_every_steps,
+        save_total_limit=2,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        use_cpu=not cuda,
+        ddp_backend="gloo" if world > 1 and not cuda else None,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; Ray gives each worker its own
+    batch = phase.batch_size * phase.accumulation * world
+    logging_callback = LossLoggingCallback(folder, segment, phase.name, batch, report)
+    callbacks: list[TrainerCallback] = [logging_callback, _CheckpointCallback()]
+    validation_callback = None
+    if segment.validate is not None and phase.validation is not None:
+        validation_callback = MCQValidationCallback(folder, segment, phase, adapter, logging_callback, report)
+        callbacks.append(validation_callback)
+    trainer = _AdapterTrainer(
+        adapter,
+        model=model,
+        args=arguments,
+        train_dataset=segment.rows,
+        data_collator=collator,
+        callbacks=callbacks,
+        compute_loss_func=compute_loss,
+    )
+    # The default printer writes dicts to stdout; our callback has said it better.
+    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+    started = time.monotonic()
+    if not (checkpoint and _is_done(checkpoint, segment)):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    else:
+        load_adapter_weights(model, adapter, checkpoint)
+    logged = [row for row in runs.read_json_lines(folder.metrics) if row["segment"] == segment.name]
+    return {
+        "segment": segment.name,
+        "steps": max(trainer.state.global_step, resumed_step),
+        "planned_steps": segment.steps,
+        "stopped_early": bool(validation_callback and validation_callback.stopped_early) or _stopped_early(checkpoint),
+        "last_loss": logged[-1]["loss"] if logged else None,
+        "train_s": round(time.monotonic() - started, 2),
+        "validation_s": round(validation_callback.seconds, 2) if validation_callback else 0.0,
+        "resumed_from_step": resumed_step or None,
+        "optimizer": optimizer,
+    }
+
+
+def _get_schedule_options(phase: PhaseConfig, steps: int) -> dict[str, Any]:
+    if phase.schedule != "wsd":
+        return {}
+    return {"num_decay_steps": round(phase.decay_ratio * steps), "decay_type": "linear"}
+
+
+def _is_done(checkpoint: Path, segment: Segment) -> bool:
+    step = int(checkpoint.name.rpartition("-")[2])
+    return step >= segment.steps or _stopped_early(checkpoint)
+
+
+def _stopped_early(checkpoint: Path | None) -> bool:
+    """Whether the checkpoint is the last of a segment that ended before its step budget."""
+    if checkpoint is None:
+        return False
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    control = state["stateful_callbacks"].get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
+def _forget_after(folder: runs.PhaseFolder, segment: str, output: Path, step: int) -> None:
+    """Drop what was written after the step from which the segment goes on: it will be written again."""
+    for path in (folder.metrics, folder.validation):
+        runs.truncate_json_lines(path, lambda row: row["segment"] != segment or row["step"] <= step)
+    for checkpoint in output.glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)

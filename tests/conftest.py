@@ -1,0 +1,21 @@
+"""Shared fixtures; whatever needs torch or Ray imports it inside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REAL_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real test material; the test skips where it is absent."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("the real test material (../shared/data) is not here")
+    return REAL_DATA

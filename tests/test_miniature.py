@@ -1,0 +1,270 @@
+"""The miniature's data and tokenizer: what the tests of the whole project lean on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter, defaultdict
+
+import pytest
+
+from medlora.miniature import corpus
+from medlora.miniature.facts import MEDICAL, read_table
+from medlora.miniature.general import GENERAL
+from medlora.miniature.wording import QUESTIONS, STATEMENTS, particle, word_fact
+from medlora.prompts import render
+from medlora.records import McqRecord
+
+TRAINING = ("mcq/train_01", "mcq/train")
+TESTS = ("mcq/test_asked", "mcq/test_text_only")
+MCQ = (*TRAINING, "mcq/dev", *TESTS)
+
+
+def questions(name: str, seed: int = 0) -> list[McqRecord]:
+    return [record for record in corpus.load(name, seed) if isinstance(record, McqRecord)]
+
+
+def asked_facts(name: str) -> set[str]:
+    return {record.rationale["analysis"] for record in questions(name)}
+
+
+def statements(facts) -> set[str]:
+    return {word_fact(STATEMENTS[0], fact) for fact in facts}
+
+
+def test_table_is_large_varied_and_unambiguous() -> None:
+    assert len(MEDICAL) >= 175
+    assert len({fact.subject for fact in MEDICAL}) >= 6
+    assert len(GENERAL) >= 90
+    terms = Counter(fact.term for fact in MEDICAL + GENERAL)
+    assert [term for term, count in terms.items() if count > 1] == []
+    answers = defaultdict(set)
+    for fact in MEDICAL + GENERAL:
+        answers[fact.relation].add(fact.answer)
+        assert fact.answer not in fact.term and fact.term not in fact.answer, fact
+    assert min(map(len, answers.values())) >= corpus.OPTIONS
+
+
+def test_general_knowledge_shares_nothing_with_the_medical_facts() -> None:
+    def words(facts) -> set[str]:
+        return {word for fact in facts for word in (fact.term, fact.answer, fact.relation)}
+
+    assert words(MEDICAL) & words(GENERAL) == set()
+
+
+def test_table_with_a_missing_column_is_refused() -> None:
+    with pytest.raises(ValueError, match="number of columns"):
+        read_table("# a | b | c\nx | y | z\n")
+
+
+def test_counts_of_each_source() -> None:
+    counts = {name: len(corpus.load(name)) for name in corpus.NAMES}
+    assert counts["text"] > 1000
+    assert counts["mcq/train_01"] * 2 == counts["mcq/train"]
+    assert counts["mcq/test_asked"] >= 200
+    assert counts["mcq/test_text_only"] >= 150
+    assert len(asked_facts("mcq/train")) >= 70
+    assert len(asked_facts("mcq/test_text_only")) >= 35
+
+
+def test_ids_are_unique_over_all_sources_and_the_same_for_every_seed() -> None:
+    ids = [record.id for name in corpus.NAMES for record in corpus.load(name)]
+    assert len(ids) == len(set(ids))
+    for name in MCQ:
+        assert [(r.id, r.question) for r in questions(name, 0)] == [(r.id, r.question) for r in questions(name, 1)]
+
+
+@pytest.mark.parametrize("name", corpus.NAMES)
+def test_a_seed_fixes_every_record(name: str) -> None:
+    assert corpus.load(name, 3) == corpus.load(name, 3)
+
+
+@pytest.mark.parametrize("name", MCQ)
+def test_another_seed_gives_other_options(name: str) -> None:
+    assert [r.options for r in questions(name, 0)] != [r.options for r in questions(name, 1)]
+
+
+def test_same_records_in_another_process() -> None:
+    """Python's string hashes vary by process: nothing may depend on the order of a set."""
+    code = (
+        "import hashlib, sys; from medlora.miniature import corpus;"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules;"
+        "print(hashlib.sha256(repr([corpus.load(n) for n in corpus.NAMES]).encode()).hexdigest())"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True)
+        for s in ("1", "2")
+    ]
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_tests_share_no_question_with_training_or_dev() -> None:
+    def shown(record: McqRecord) -> tuple[str, tuple[str, ...]]:
+        return record.question, record.options
+
+    for seed in (0, 1):
+        seen = {shown(r) for name in (*TRAINING, "mcq/dev") for r in questions(name, seed)}
+        for test in TESTS:
+            held = [shown(r) for r in questions(test)]
+            assert seen.isdisjoint(held)
+            assert len(held) == len(set(held))
+    assert {r.question for r in questions("mcq/dev")}.isdisjoint(r.question for n in TRAINING for r in questions(n))
+    wordings = [wording for split in QUESTIONS.values() for wording in split]
+    assert len(wordings) == len(set(wordings))
+
+
+def test_facts_of_the_text_only_test_stand_in_plain_text_alone() -> None:
+    text_only, asked = statements(corpus.TEXT_ONLY), statements(corpus.ASKED)
+    assert text_only.isdisjoint(asked)
+    assert asked_facts("mcq/test_text_only") == text_only
+    assert asked_facts("mcq/test_asked") == asked == asked_facts("mcq/train")
+    assert asked_facts("mcq/train_01") < asked
+    for name in (*TRAINING, "mcq/dev"):
+        assert asked_facts(name).isdisjoint(text_only)
+    documents = " ".join(record.text for record in corpus.load("text"))
+    translations = [record.korean for record in corpus.load("translation")]
+    for fact in corpus.TEXT_ONLY:
+        assert all(word_fact(statement, fact) in documents for statement in STATEMENTS)
+        assert not any(fact.term in korean and fact.answer in korean for korean in translations)
+
+
+@pytest.mark.parametrize("name", MCQ)
+def test_options_are_distinct_answers_of_one_relation(name: str) -> None:
+    answers = defaultdict(set)
+    for fact in MEDICAL:
+        answers[fact.relation].add(fact.answer)
+    right = {word_fact(STATEMENTS[0], fact): fact for fact in MEDICAL}
+    for record in questions(name):
+        fact = right[record.rationale["analysis"]]
+        assert len(set(record.options)) == corpus.OPTIONS
+        assert set(record.options) <= answers[fact.relation]
+        assert record.options[record.letters.index(record.answer)] == fact.answer
+        assert fact.term in record.question
+        assert record.subject == fact.subject
+
+
+@pytest.mark.parametrize("name", MCQ)
+def test_no_letter_is_favoured(name: str) -> None:
+    letters = Counter(record.answer for record in questions(name))
+    assert max(letters.values()) / letters.total() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("word", "pair", "expected"),
+    [
+        ("인슐린", "은/는", "은"),
+        ("티아민", "이/가", "이"),
+        ("콜레라", "은/는", "는"),
+        ("항독소", "을/를", "를"),
+        ("결핍증", "으로/로", "으로"),
+        ("계열", "으로/로", "로"),
+        ("병원체", "으로/로", "로"),
+        ("Zn", "은/는", "은"),
+        ("Au", "은/는", "는"),
+        ("Cl", "으로/로", "로"),
+        ("H2", "이/가", "가"),
+    ],
+)
+def test_particles_follow_the_last_sound(word: str, pair: str, expected: str) -> None:
+    assert particle(word, pair) == expected
+
+
+def test_particle_after_an_unreadable_sign_is_an_error() -> None:
+    with pytest.raises(ValueError, match="reading"):
+        particle("α", "은/는")
+
+
+def test_statements_read_as_korean() -> None:
+    fact = next(fact for fact in MEDICAL if fact.term == "콜레라")
+    assert [word_fact(statement, fact) for statement in STATEMENTS] == [
+        "콜레라의 병원체는 비브리오이다.",
+        "비브리오는 콜레라의 병원체이다.",
+        "콜레라의 병원체로 비브리오가 알려져 있다.",
+        "콜레라는 병원체가 비브리오이다.",
+        "콜레라의 병원체를 들면 비브리오이다.",
+    ]
+
+
+def test_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="mcq/train_01"):
+        corpus.load("mcq/tset")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    pytest.importorskip("torch")
+    from medlora.miniature.tokenizer import train_tokenizer
+
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def grown(tokenizer, tmp_path_factory):
+    """The tokenizer with EXTRA_TOKENS added as phase 00 adds them, written and read back."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    read = AutoTokenizer.from_pretrained(folder)
+    assert read.get_vocab() == tokenizer.get_vocab() and read.chat_template == tokenizer.chat_template
+    read.add_tokens([AddedToken(f"▁{word}", normalized=True) for word in corpus.EXTRA_TOKENS])
+    return read
+
+
+@pytest.mark.parametrize("name", corpus.NAMES)
+@pytest.mark.parametrize("which", ["tokenizer", "grown"])
+def test_every_text_survives_the_tokenizer(name: str, which: str, request: pytest.FixtureRequest) -> None:
+    subject = request.getfixturevalue(which)
+    for record in corpus.load(name)[::7]:
+        for example in render(record):
+            for text in (example.prompt, example.completion):
+                ids = subject(text, add_special_tokens=False)["input_ids"]
+                assert subject.decode(ids) == text
+                assert subject.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("text", ["  두 칸", "줄\n\n바꿈\n", "naïve α-β 漢字 🙂"])
+def test_foreign_text_survives_by_bytes(tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_chat_template_writes_gemma_turns_and_bos_once(tokenizer) -> None:
+    turn = [{"role": "user", "content": "질문: 무엇?"}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert text == "<bos><start_of_turn>user\n질문: 무엇?<end_of_turn>\n<start_of_turn>model\n"
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    answered = tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": "B"}], tokenize=False)
+    assert answered == f"{text}B<end_of_turn>\n"
+
+
+def test_letters_are_single_tokens_wherever_they_stand(tokenizer) -> None:
+    for letter in "ABCDEFGHIJ":
+        (token,) = tokenizer(letter, add_special_tokens=False)["input_ids"]
+        assert tokenizer(f"answer:\n{letter}", add_special_tokens=False)["input_ids"][-1] == token
+        assert token in tokenizer(f"풀이\n{letter}. 인슐린", add_special_tokens=False)["input_ids"]
+
+
+def test_extra_tokens_are_new_to_the_base_and_single_once_added(tokenizer, grown) -> None:
+    assert 30 <= len(corpus.EXTRA_TOKENS) <= 40
+    vocabulary = tokenizer.get_vocab()
+    for word in corpus.EXTRA_TOKENS:
+        assert word not in vocabulary and f"▁{word}" not in vocabulary
+        assert len(tokenizer.tokenize(f" {word}")) > 1
+        assert grown.tokenize(f"analysis: {word}의 것은 {word}이다.").count(f"▁{word}") == 2
+    assert len(grown) == len(tokenizer) + len(corpus.EXTRA_TOKENS)
+
+
+def test_a_term_is_one_form_in_text_question_and_answer(tokenizer) -> None:
+    """What the tiny model learns in plain text it must find again in a question: same word, same token."""
+    words = {word for fact in MEDICAL for word in (fact.term, fact.answer)} - set(corpus.EXTRA_TOKENS)
+    split = [word for word in words if len(tokenizer.tokenize(f" {word}")) > 1]
+    assert split == []
+    for record in questions("mcq/train")[::5]:
+        example = render(record)[0]
+        answer = record.options[record.letters.index(record.answer)]
+        if answer in words:
+            assert f"▁{answer}" in tokenizer.tokenize(example.prompt)
+            assert f"▁{answer}" in tokenizer.tokenize(example.completion)
