@@ -62,6 +62,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
 
 
+def row_ids(config: LoraConfig, embeddings: str) -> list[int]:
+    """The token ids of the vocabulary rows that an adapter trains in the embeddings of that name."""
+    indices = config.trainable_token_indices or []
+    if isinstance(indices, dict):
+        return next((ids for target, ids in indices.items() if embeddings.endswith(target)), [])
+    return indices
+
+
 def write_adapter(
     folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor], base_model_name: str | None
 ) -> None:
@@ -140,10 +148,8 @@ def _collect(
             alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
             low_rank.setdefault(layer, []).append((a, b * alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))))
         elif path.endswith(f".{ROWS}"):
-            layer, indices = path.removesuffix(f".{ROWS}"), config.trainable_token_indices
-            if isinstance(indices, dict):
-                indices = next(ids for target, ids in indices.items() if layer.endswith(target))
-            rows.setdefault(layer, {}).update(zip(indices, tensors[name].float(), strict=True))
+            layer = path.removesuffix(f".{ROWS}")
+            rows.setdefault(layer, {}).update(zip(row_ids(config, layer), tensors[name].float(), strict=True))
         elif not path.endswith(".lora_B.weight"):
             raise InputError(
                 f"{folder}: holds {name}, neither LoRA nor vocabulary rows; it cannot become part of one LoRA adapter"

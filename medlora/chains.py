@@ -6,7 +6,6 @@ from meaning a layer or a method.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medlora.adapter_files import ROWS, find_adapter, read_config, read_tensors, write_adapter
 from medlora.config import LoraSettings
 from medlora.errors import InputError
+from medlora.layers import adopt_embeddings, choose_rows, choose_targets, decoder_name
 
 Model = PreTrainedModel | PeftModel
 
@@ -46,8 +46,8 @@ def add_adapter(
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         lora_dropout=lora.dropout,
-        target_modules=_targets(base, lora.targets),
-        trainable_token_indices=_token_indices(base, train_token_ids),
+        target_modules=choose_targets(base, lora.targets),
+        trainable_token_indices=choose_rows(base, train_token_ids),
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -65,13 +65,15 @@ def load_chain(model: Model, adapters: Sequence[tuple[str, str | Path]], trainab
     """
     for name, place in adapters:
         folder = find_adapter(place)
-        config = read_config(folder)
+        config, tensors = read_config(folder), read_tensors(folder)
         config.inference_mode = False
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        adopt_embeddings(base, folder, config, tensors)
         try:
             model = _inject(model, name, config)
         except ValueError as error:
             raise InputError(f"{folder}: this adapter does not fit the base: {error}") from error
-        load_adapter_weights(model, name, folder)
+        _set_tensors(model, name, folder, tensors)
     if adapters:
         activate(model, [name for name, _ in adapters], trainable)
     return model
@@ -113,14 +115,20 @@ def save_adapter(
 
 def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
     """Load a saved adapter's tensors into the adapter of that name; raises InputError when they do not fit it."""
-    folder, key = find_adapter(folder), _key(name)
+    folder = find_adapter(folder)
+    _set_tensors(model, name, folder, read_tensors(folder))
+
+
+def _set_tensors(model: PeftModel, name: str, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    key = _key(name)
     absent = _absent_rows(model, key)
     try:
-        result = set_peft_model_state_dict(model, {**absent, **read_tensors(folder)}, adapter_name=key)
+        result = set_peft_model_state_dict(model, {**absent, **tensors}, adapter_name=key)
     except (RuntimeError, KeyError) as error:
         raise InputError(f"{folder}: this adapter does not fit the base or its own config: {error}") from error
     # A tied head names its rows once more; named_parameters has them once.
-    missing = sorted({name for name, _ in model.named_parameters() if key in name.split(".")} & set(result.missing_keys))
+    own = {name for name, _ in model.named_parameters() if key in name.split(".")}
+    missing = sorted(own & set(result.missing_keys))
     unexpected = sorted(set(result.unexpected_keys) - set(absent) - {f"{row}.{key}" for row in absent})
     if missing or unexpected:
         wrong = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which has no place there"
@@ -159,7 +167,7 @@ def _switch(model: PeftModel, keys: list[str], trainable: str | None) -> None:
                 module.set_adapter(keys)
     else:
         model.base_model.disable_adapter_layers()
-    decoder = f"base_model.model.{_decoder(model.get_base_model())}."
+    decoder = f"base_model.model.{decoder_name(model.get_base_model())}."
     for name, parameter in model.named_parameters():
         # An adapter from elsewhere may sit on a vision tower too, which text never gives a gradient.
         reached = ".lora_" not in name or name.startswith(decoder)
@@ -207,48 +215,3 @@ def _inherit_rows(wrapper: TrainableTokensWrapper, below: list[str], key: str) -
         for position, token in enumerate(indices.get(earlier, ())):
             if token in place:
                 deltas[key][place[token]] = deltas[earlier][position]
-
-
-def _decoder(base: PreTrainedModel) -> str:
-    """Name of the text decoder: the module that holds the input embeddings."""
-    embeddings = base.get_input_embeddings()
-    return next(name for name, module in base.named_modules() if module is embeddings).rpartition(".")[0]
-
-
-def _targets(base: PreTrainedModel, wanted: str | Sequence[str]) -> list[str] | str:
-    """Leaf names where they mean the decoder alone, else a regex that is anchored to it."""
-    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | LoraLayer)]
-    linear = [name for name in linear if not re.search(r"\.(base_layer$|lora_[AB]\.)", name)]
-    decoder = _decoder(base)
-    inside = [name for name in linear if name.startswith(f"{decoder}.")]
-    leaves = {name.rpartition(".")[2] for name in inside}
-    if wanted == "all-linear":
-        chosen = leaves
-    elif wanted == "attention":
-        chosen = {name.rpartition(".")[2] for name in inside if re.search("attn|attention", name.rpartition(".")[0])}
-    else:
-        chosen = set(wanted)
-    if not chosen or chosen - leaves:
-        unknown = ", ".join(sorted(chosen - leaves)) or wanted
-        raise InputError(f"lora.targets: the text decoder has no layer {unknown}; it has {', '.join(sorted(leaves))}")
-    outside = {name.rpartition(".")[2] for name in set(linear) - set(inside)}
-    if not chosen & outside:
-        return sorted(chosen)
-    return rf"{re.escape(decoder)}\..*\.({'|'.join(sorted(chosen))})"
-
-
-def _token_indices(base: PreTrainedModel, ids: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
-    """The rows to train as PEFT wants them: a list where input and output embeddings are tied, else one for each."""
-    rows = sorted(set(ids))
-    entrance, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if not rows:
-        return None
-    if _bare(head) is _bare(entrance):
-        return rows
-    names = {id(module): name.rpartition(".")[2] for name, module in base.named_modules()}
-    return {names[id(entrance)]: rows, names[id(head)]: list(rows)}
-
-
-def _bare(embeddings: torch.nn.Module) -> torch.Tensor:
-    module = embeddings.original_module if isinstance(embeddings, TrainableTokensWrapper) else embeddings
-    return module.weight

@@ -138,6 +138,9 @@ def load_base(
     Raises InputError when there is no such model, its weights are incomplete or no safetensors.
     """
     folder, device = _local_folder(base, weights=True), torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        # Trainer takes a model on `cuda` instead of `cuda:0` for one that is spread over devices.
+        device = torch.device("cuda", torch.cuda.current_device())
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = auto if base.compute_dtype == "auto" else getattr(torch, base.compute_dtype)
     quantization = {

@@ -56,11 +56,11 @@ def read_result_log(
 ) -> ResultLog:
     """The predictions of one result file, as stage `stage` (default: the file's name), tests named by `category`.
 
-    `expected` maps the id of every question that was asked to its gold letter: questions not in the file then come out as
-    failed ones, so that logs with gaps can be paired; questions not in `expected` are left out. `reparse` takes
+    `expected` maps the id of every question that was asked to its gold letter: questions not in the file then come out
+    as failed ones, so that logs with gaps can be paired; questions not in `expected` are left out. `reparse` takes
     `answers.parse(response)` in place of the file's own `pred`. `trial` picks one of several runs in one file.
-    Raises InputError when the file cannot be read, lacks a column, has no rows, contradicts the gold letters of `expected`,
-    or holds several trials and `trial` names none of them.
+    Raises InputError when the file cannot be read, lacks a column, has no rows, contradicts the gold letters of
+    `expected`, or holds several trials and `trial` names none of them.
     """
     rows = list(_rows(path))
     if not rows:
@@ -105,7 +105,18 @@ def read_result_log(
         first = group[0]
         choice = None if error else choices[0]
         predictions.append(
-            Prediction(question, first["category"], stage, gold, choice, first["category"], (), first["response"], error, len(letters))
+            Prediction(
+                question,
+                first["category"],
+                stage,
+                gold,
+                choice,
+                first["category"],
+                (),
+                first["response"],
+                error,
+                len(letters),
+            )
         )
     for question, gold in (expected or {}).items():
         if question not in by_id:
@@ -128,7 +139,9 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
             absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if absent:
                 found = ", ".join(reader.fieldnames or ()) or "none"
-                raise InputError(f"{path}: columns {', '.join(absent)} missing; found {found}; needed {', '.join(COLUMNS)}")
+                raise InputError(
+                    f"{path}: columns {', '.join(absent)} missing; found {found}; needed {', '.join(COLUMNS)}"
+                )
             for row in reader:
                 if None in row or None in row.values():
                     raise InputError(f"{path}:{reader.line_num}: a row needs {len(reader.fieldnames or ())} cells")

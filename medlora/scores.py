@@ -1,8 +1,8 @@
 """Predictions -> how good, how sure: accuracy with intervals, paired comparisons, calibration, forgetting, letter bias.
 
-Unparsed and failed questions count as wrong and stay in every denominator; their numbers are stated beside it. Every result
-is a frozen dataclass of plain numbers, strings and tuples: `dataclasses.asdict` gives JSON. A question is the pair
-(test, id). All functions raise ValueError when there is nothing to score or a stage answers a question twice.
+Unparsed and failed questions count as wrong and stay in every denominator; their numbers are stated beside it. Every
+result is a frozen dataclass of plain numbers, strings and tuples: `dataclasses.asdict` gives JSON. A question is the
+pair (test, id). All functions raise ValueError when there is nothing to score or a stage answers a question twice.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _bootstrap(
-    gained: int, lost: int, total: int, seed: int, resamples: int, confidence: float
-) -> tuple[float, float]:
+def _bootstrap(gained: int, lost: int, total: int, seed: int, resamples: int, confidence: float) -> tuple[float, float]:
     # Questions drawn with replacement are gained, lost or unchanged: their counts are multinomial, so draw the counts.
     shares = np.array([gained, lost, total - gained - lost]) / total
     counts = np.random.default_rng(seed).multinomial(total, shares, size=resamples)

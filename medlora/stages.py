@@ -67,6 +67,16 @@ class StageModel:
             activate(self.model, [link.name for link in chain])
             for test, record, answer in zip(tests, records, self.answerers[stage].answer(records), strict=True):
                 predictions.append(
-                    Prediction(record.id, test, stage, record.answer, answer.choice, record.subject, answer.probabilities, answer.text)
+                    Prediction(
+                        record.id,
+                        test,
+                        stage,
+                        record.answer,
+                        answer.choice,
+                        record.subject,
+                        answer.probabilities,
+                        answer.text,
+                        options=len(record.options),
+                    )
                 )
         return predictions

@@ -110,8 +110,8 @@ class Validator:
         scores = {"accuracy": right / len(answers)}
         if self.config.scoring == "reason":
             formats = [
-                score_format(answer.text, self.required_fields, record.letters)
+                score_format(answer.text, self.required_fields, record.letters).score
                 for answer, record in zip(answers, self.questions, strict=True)
             ]
-            scores["format_score"] = sum(float(score) for score in formats) / len(formats)
+            scores["format_score"] = sum(formats) / len(formats)
         return scores

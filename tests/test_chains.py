@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import EXTRA, FAMILIES, build_bases
 from transformers import AutoModelForCausalLM
@@ -27,6 +27,9 @@ from medlora.models import added_token_ids, load_base, load_tokenizer
 TEXTS = (f"아스피린 은 {EXTRA[0]} 이다", f"{EXTRA[1]} text about {EXTRA[0]} answer:\nB")
 STAGES = {"base": (), "00": ("00",), "01": ("01",), "02": ("01", "02")}
 """What the three chain actions (new with tokens, continue, stack) leave as stages."""
+
+
+ONE_FAMILY = pytest.mark.parametrize("built", ["medgemma"], indirect=True)
 
 
 @dataclass
@@ -220,10 +223,11 @@ save_file({"logits": found}, Path(out) / "logits.safetensors")
 """
 
 
-@pytest.mark.parametrize("built", ["medgemma"], indirect=True)
+@ONE_FAMILY
 def test_a_fresh_process_gives_the_same_logits_and_bytes_and_no_warning(built: Built, tmp_path: Path) -> None:
     arguments = [built.base.model, str(built.folders["01"]), str(built.folders["02"]), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "7"}
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-c", SUBPROCESS, *arguments], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -284,6 +288,7 @@ def test_weights_go_back_into_an_adapter(built: Built, tmp_path: Path) -> None:
         load_adapter_weights(model, "02", built.folders["01"])
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("name", ["0", "1", "train", "weight", "lora_A", "q_proj"])
 def test_any_phase_name_can_name_an_adapter(built: Built, name: str, tmp_path: Path) -> None:
     model = add_adapter(load_chain(built.fresh(), [(name, built.folders["01"])]), "model", LoraSettings(r=2))
@@ -293,6 +298,7 @@ def test_any_phase_name_can_name_an_adapter(built: Built, name: str, tmp_path: P
         add_adapter(model, name, LoraSettings(r=2))
 
 
+@ONE_FAMILY
 def test_one_seed_gives_one_start_whatever_ran_before(built: Built, tmp_path: Path) -> None:
     rows = added_token_ids(built.tokenizer, EXTRA)
     for name, seed, noise in (("a", 3, 0), ("b", 3, 99), ("c", 4, 0)):
@@ -306,6 +312,7 @@ def test_one_seed_gives_one_start_whatever_ran_before(built: Built, tmp_path: Pa
     assert sha(tmp_path / "a") == sha(tmp_path / "b") != sha(tmp_path / "c")
 
 
+@ONE_FAMILY
 def test_targets(built: Built) -> None:
     def leaves(targets: Any) -> set[str]:
         model = add_adapter(built.fresh(), "00", LoraSettings(r=2, targets=targets))
@@ -319,6 +326,7 @@ def test_targets(built: Built) -> None:
         leaves(("qproj", "lm_head"))
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("shape", ["plain", "rslora", "patterns"])
 def test_a_chain_becomes_one_adapter(built: Built, shape: str, tmp_path: Path) -> None:
     folders = [built.folders["01"]]
@@ -352,6 +360,7 @@ def test_an_exported_chain_brings_the_tokenizer(built: Built, tmp_path: Path) ->
     assert (logits(again, built.tokenizer) - logits(expected, built.tokenizer)).abs().max() <= 1e-4
 
 
+@ONE_FAMILY
 def test_dora_comes_back_and_is_not_exported(built: Built, tmp_path: Path) -> None:
     model = add_adapter(load_chain(built.fresh(), built.chain("01")), "02", LoraSettings(r=2, dora=True))
     train(model, built.tokenizer)
@@ -361,6 +370,43 @@ def test_dora_comes_back_and_is_not_exported(built: Built, tmp_path: Path) -> No
     with pytest.raises(InputError, match="02: DoRA rescales the base's weights"):
         export_chain([built.folders["01"], tmp_path / "02"], tmp_path / "one")
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("kind", ["bare names", "rows", "modules_to_save"])
+def test_adapters_saved_by_plain_peft_load_as_they_are(built: Built, kind: str, tmp_path: Path) -> None:
+    if kind == "bare names":
+        plain = built.fresh()
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(built.base.model, dtype=torch.float32)
+        plain.resize_token_embeddings(len(built.tokenizer), mean_resizing=False)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj"],
+        trainable_token_indices=added_token_ids(built.tokenizer, EXTRA) if kind == "rows" else None,
+        modules_to_save=["embed_tokens", "lm_head"] if kind == "modules_to_save" else None,
+    )
+    theirs = get_peft_model(plain, config)
+    train(theirs, built.tokenizer)
+    theirs.save_pretrained(str(tmp_path / "lora_adapter"))
+    expected = logits(theirs, built.tokenizer)
+
+    def distance(model: Any) -> float:
+        # Without spare rows their multimodal model has fewer logits than ours.
+        return (logits(model, built.tokenizer)[..., : expected.shape[-1]] - expected).abs().max().item()
+
+    model = load_chain(built.fresh(), [("00", tmp_path)], trainable="00")
+    assert distance(model) <= 1e-5
+    assert not any("vision" in name for name, p in model.named_parameters() if p.requires_grad)
+    activate(model, [])
+    assert torch.equal(logits(model, built.tokenizer), built.logits["base"]), "the adapter wrote into the base"
+    activate(model, ["00"])
+    model = add_adapter(model, "01", LoraSettings(r=2))
+    assert distance(model) <= 1e-5
+    train(model, built.tokenizer)
+    expected = logits(model, built.tokenizer)
+    for name in ("00", "01"):
+        save_adapter(model, name, tmp_path / name)
+    assert distance(load_chain(built.fresh(), [("00", tmp_path / "00"), ("01", tmp_path / "01")])) <= 1e-5
 
 
 @pytest.mark.parametrize("place", ["", "adapter", "lora_adapter", "final"])
@@ -383,6 +429,7 @@ def test_adapter_folders_of_other_tools_are_found(tmp_path: Path, place: str) ->
         find_adapter(tmp_path)
 
 
+@ONE_FAMILY
 def test_no_adapter_and_a_foreign_one(built: Built, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter here; looked for adapter_config.json in .*lora_adapter, .*final"):
         load_chain(built.fresh(), [("00", tmp_path)])
@@ -402,6 +449,15 @@ def test_no_adapter_and_a_foreign_one(built: Built, tmp_path: Path) -> None:
     weights.write_bytes(b"nothing")
     with pytest.raises(InputError, match="adapter_model.safetensors: cannot be read"):
         load_chain(built.fresh(), [("00", tmp_path)])
+    save_file(tensors, weights)
     (tmp_path / "adapter_config.json").write_text(config.replace("_proj", "_nowhere"))
     with pytest.raises(InputError, match="this adapter does not fit the base"):
         load_chain(built.fresh(), [("00", tmp_path)])
+
+
+@pytest.mark.parametrize("built", ["gemma", "llama"], indirect=True)
+def test_an_adapter_with_tokens_needs_its_tokenizer(built: Built) -> None:
+    model = load_base(built.base, load_tokenizer(built.base))
+    rows = len(built.tokenizer)
+    with pytest.raises(InputError, match=f"was trained on a vocabulary of {rows} tokens, the base here has {rows - 2}"):
+        load_chain(model, built.chain("00"))

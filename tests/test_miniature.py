@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from itertools import islice
 
 import pytest
 
-from medlora.miniature import corpus
+from medlora.miniature import corpus, lessons
 from medlora.miniature.facts import MEDICAL, read_table
 from medlora.miniature.general import GENERAL
-from medlora.miniature.wording import QUESTIONS, STATEMENTS, particle, word_fact
+from medlora.miniature.wording import QUESTIONS, STATEMENTS, particle, word_fact, word_fact_in_english
 from medlora.prompts import render
 from medlora.records import McqRecord
 
@@ -91,11 +94,12 @@ def test_same_records_in_another_process() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules;"
         "print(hashlib.sha256(repr([corpus.load(n) for n in corpus.NAMES]).encode()).hexdigest())"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True)
-        for s in ("1", "2")
-    ]
-    assert runs[0].stdout == runs[1].stdout
+
+    def digest(hash_seed: str) -> str:
+        environment = {"PYTHONHASHSEED": hash_seed}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+
+    assert digest("1") == digest("2")
 
 
 def test_tests_share_no_question_with_training_or_dev() -> None:
@@ -185,6 +189,36 @@ def test_statements_read_as_korean() -> None:
     ]
 
 
+def test_pre_training_states_no_medical_fact() -> None:
+    """The base must know the words and none of the facts, else the phases have nothing to teach."""
+    rng = random.Random(0)
+    shown = "\n".join(f"{example.prompt}\n{example.completion}" for example in islice(lessons.draw_lessons(rng), 3000))
+    facts = [word_fact(statement, fact) for fact in MEDICAL for statement in STATEMENTS]
+    assert [fact for fact in facts if fact in shown] == []
+    english = [word_fact_in_english(fact) for fact in MEDICAL]
+    assert [fact for fact in english if fact in shown] == []
+    assert any(word_fact(STATEMENTS[0], fact) in shown for fact in GENERAL)
+
+
+def test_drills_and_open_books_can_be_answered_from_what_they_show() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        drill = lessons.drill(rng)
+        options = dict(re.findall(r"^([A-E])\. (.+)$", drill.prompt, re.M))
+        assert len(set(options.values())) == corpus.OPTIONS
+        answers = re.findall(r"^ (\S+?)(?:이다\.\nanswer:\n)?([A-E])$", drill.completion, re.M)
+        echoes = re.findall(r"^([A-E])\. (.+)$", drill.completion, re.M)
+        assert len(answers) + len(echoes) > 5
+        assert all(options[letter] == word for word, letter in answers)
+        assert all(options[letter] == word for letter, word in echoes)
+        book = lessons.open_book(rng)
+        options = dict(re.findall(r"^([A-E])\. (.+)$", book.prompt, re.M))
+        term, answer = re.fullmatch(r"analysis: (.+)의 .+ (.+)이다\.\nanswer:\n[A-E]", book.completion).groups()
+        question = book.prompt.splitlines()[0]
+        assert options[book.completion[-1]] == answer
+        assert question.count(term) >= 2 and answer in question
+
+
 def test_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="mcq/train_01"):
         corpus.load("mcq/tset")
@@ -268,3 +302,56 @@ def test_a_term_is_one_form_in_text_question_and_answer(tokenizer) -> None:
         if answer in words:
             assert f"▁{answer}" in tokenizer.tokenize(example.prompt)
             assert f"▁{answer}" in tokenizer.tokenize(example.completion)
+
+
+@pytest.fixture
+def short_build(monkeypatch):
+    """`build` with four steps of pre-training: everything but the learning."""
+    pytest.importorskip("torch")
+    from medlora.miniature import build, pretraining
+
+    monkeypatch.setattr(pretraining, "DRILL_STEPS_AT_MOST", 2)
+    monkeypatch.setattr(pretraining, "LESSON_STEPS", 2)
+    monkeypatch.setattr(pretraining, "REPORT_EVERY", 1)
+    return build
+
+
+def test_build_writes_a_model_folder_that_depends_on_the_seed_alone(short_build, tmp_path, capfd) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    reports: list[dict] = []
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    short_build.build(tmp_path / "a", 0, reports.append)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    short_build.build(tmp_path / "b", 0)
+    short_build.build(tmp_path / "c", 1)
+    assert capfd.readouterr() == ("", "")
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
+    assert weights["a"] == weights["b"] != weights["c"]
+    assert [report["step"] for report in reports] == [1, 2, 3, 4]
+    assert all(report["total"] == 4 and report["loss"] > 0 for report in reports)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<end_of_turn>") in model.generation_config.eos_token_id
+    assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
+
+
+def test_ensure_builds_once_and_never_shows_an_unfinished_folder(short_build, tmp_path, monkeypatch) -> None:
+    def fail(folder, seed, report) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(short_build, "build", fail)
+        short_build.ensure(tmp_path, 0)
+    folder = short_build.ensure(tmp_path, 0)
+    assert (folder / "model.safetensors").exists() and folder.parent == tmp_path
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert short_build.ensure(tmp_path, 0) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]

@@ -18,7 +18,9 @@ def stage(name: str, marks: str, test: str = "doctor", subject: str = "", start:
     """One prediction per mark: 1 right, 0 wrong, u unparsed, f failed."""
     choice = {"1": "A", "0": "B", "u": None, "f": None}
     return [
-        Prediction(f"{test}_{i}", test, name, "A", choice[m], subject, error="out of memory" if m == "f" else "", options=5)
+        Prediction(
+            f"{test}_{i}", test, name, "A", choice[m], subject, error="out of memory" if m == "f" else "", options=5
+        )
         for i, m in enumerate(marks, start)
     ]
 
@@ -32,7 +34,12 @@ def test_wilson_interval_is_that_of_scipy(total: int, share: float, confidence: 
 
 def test_wilson_interval_of_a_published_example() -> None:
     # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3: 81/263, 15/148, 0/20, 1/29.
-    published = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
     for (correct, total), interval in published.items():
         assert scores.wilson(correct, total) == pytest.approx(interval, abs=5e-5)
 
@@ -116,7 +123,9 @@ def before_named(predictions: list[Prediction], name: str) -> list[Prediction]:
 
 
 def test_stages_with_different_questions_are_not_paired() -> None:
-    with pytest.raises(ValueError, match=r"'base' and '00' cannot be paired: 1 only in 'base' \(e.g. \('doctor', 'doctor_2'\)\)"):
+    with pytest.raises(
+        ValueError, match=r"'base' and '00' cannot be paired: 1 only in 'base' \(e.g. \('doctor', 'doctor_2'\)\)"
+    ):
         scores.compare(stage("base", "110"), stage("00", "11"), seed=0)
     other_gold = [Prediction("doctor_0", "doctor", "00", "B", "B")]
     with pytest.raises(ValueError, match="different gold letters"):
@@ -128,7 +137,9 @@ def test_the_same_id_in_two_tests_is_two_questions() -> None:
     assert scores.accuracy(both).total == 2
 
 
-@pytest.mark.parametrize("score", [scores.accuracy, scores.breakdown, scores.letter_bias, scores.calibration, scores.forgetting_matrix])
+@pytest.mark.parametrize(
+    "score", [scores.accuracy, scores.breakdown, scores.letter_bias, scores.calibration, scores.forgetting_matrix]
+)
 def test_nothing_and_repeated_questions_are_refused(score) -> None:
     with pytest.raises(ValueError, match="no predictions"):
         score([])
@@ -138,12 +149,17 @@ def test_nothing_and_repeated_questions_are_refused(score) -> None:
 
 def confident(probability: float, correct: bool, number: int) -> Prediction:
     rest = (1 - probability) / 4
-    return Prediction(str(number), "t", "s", "A" if correct else "B", "A", probabilities=(probability, rest, rest, rest, rest))
+    return Prediction(
+        str(number), "t", "s", "A" if correct else "B", "A", probabilities=(probability, rest, rest, rest, rest)
+    )
 
 
 def test_calibration_by_hand() -> None:
     # Two bins hold something: (0.8, 0.9] with 4 at 0.85, 2 right; (0.4, 0.5] with 1 at 0.5, right.
-    predictions = [confident(0.85, i < 2, i) for i in range(4)] + [confident(0.5, True, 4), Prediction("5", "t", "s", "A", "A")]
+    predictions = [confident(0.85, i < 2, i) for i in range(4)] + [
+        confident(0.5, True, 4),
+        Prediction("5", "t", "s", "A", "A"),
+    ]
     found = scores.calibration(predictions)
     assert found is not None
     assert found.ece == pytest.approx(4 / 5 * abs(0.5 - 0.85) + 1 / 5 * 0.5)
@@ -178,7 +194,9 @@ def test_forgetting_matrix_by_hand() -> None:
 
 def test_letter_bias_by_hand() -> None:
     golds, choices = "AABC", ["A", "B", "B", None]
-    found = scores.letter_bias([Prediction(str(i), "t", "s", g, c) for i, (g, c) in enumerate(zip(golds, choices, strict=True))])
+    found = scores.letter_bias(
+        [Prediction(str(i), "t", "s", g, c) for i, (g, c) in enumerate(zip(golds, choices, strict=True))]
+    )
     assert (found.chosen, found.gold, found.none) == ({"A": 1, "B": 2, "C": 0}, {"A": 2, "B": 1, "C": 1}, 1)
     assert found.distance == pytest.approx((abs(1 / 3 - 1 / 2) + abs(2 / 3 - 1 / 4) + 1 / 4) / 2)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import transformers
 from filelock import FileLock
 from transformers import GenerationConfig
 
-from medlora import prompts
+from medlora.miniature import fingerprint
 from medlora.miniature.network import start_network
 from medlora.miniature.pretraining import pretrain
 from medlora.miniature.tokenizer import train_tokenizer
@@ -46,18 +44,20 @@ def build(folder: Path, seed: int = 0, report: Report | None = None) -> None:
         eos_token_id=[tokenizer.eos_token_id, end],
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.eval().save_pretrained(folder)
+    with _no_progress_bars():
+        model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def fingerprint() -> str:
-    """A hash of what a built miniature depends on besides the seed: this package's code and data, prompts, versions."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(source.read_bytes())
-    digest.update(f"{prompts.version()} {torch.__version__} {transformers.__version__}".encode())
-    return digest.hexdigest()[:12]
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def ensure(cache_folder: Path, seed: int = 0, report: Report | None = None) -> Path:
@@ -70,10 +70,8 @@ def ensure(cache_folder: Path, seed: int = 0, report: Report | None = None) -> P
     folder = cache_folder / f"miniature-{seed}-{fingerprint()}"
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=cache_folder))
-            try:
-                build(unfinished, seed, report)
-                os.rename(unfinished, folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted build left
+            build(unfinished, seed, report)
+            unfinished.rename(folder)
     return folder

@@ -1,7 +1,8 @@
 """The miniature's data: medical facts as plain text, translation pairs and five-option questions.
 
-Two facts of three are asked in training (`ASKED`); the others only ever stand in plain text (`TEXT_ONLY`). Two tests follow from it: `mcq/test_asked` asks known facts in new wordings and option orders,
-`mcq/test_text_only` asks what was read but never asked.
+Two facts of three are asked in training (`ASKED`); the others only ever stand in plain text (`TEXT_ONLY`). Two tests
+follow from it: `mcq/test_asked` asks known facts in new wordings and option orders, `mcq/test_text_only` asks what was
+read but never asked.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ EXTRA_TOKENS = _extra_tokens(MEDICAL)
 
 
 def ask(fact: Fact, wording: str, pool: tuple[Fact, ...], rng: random.Random, id: str) -> McqRecord:
-    """A five-option question about `fact`: four wrong answers drawn from the same relation in `pool`, in random order."""
+    """A five-option question about `fact`; the four wrong answers are drawn from the same relation in `pool`."""
     wrong = sorted({f.answer for f in pool if f.relation == fact.relation} - {fact.answer})
     options = rng.sample(wrong, OPTIONS - 1) + [fact.answer]
     rng.shuffle(options)

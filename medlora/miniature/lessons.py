@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from medlora.miniature.corpus import OPTIONS, ask
-from medlora.miniature.facts import MEDICAL, Fact
+from medlora.miniature.facts import MEDICAL
 from medlora.miniature.general import GENERAL
 from medlora.miniature.wording import QUESTIONS, STATEMENTS, word_fact, word_fact_in_english
 from medlora.prompts import ANSWER_FIELD, Example, render, render_question
@@ -44,7 +44,8 @@ def drill(rng: random.Random) -> Example:
     for _ in range(_DRILL_QUERIES):
         index = rng.randrange(OPTIONS)
         word, letter = words[index], LETTERS[index]
-        lines.append(rng.choices((f" {word}{letter}", f" {word}이다.\n{ANSWER_FIELD}{letter}", f"{letter}. {word}"), (2, 2, 1))[0])
+        queries = (f" {word}{letter}", f" {word}이다.\n{ANSWER_FIELD}{letter}", f"{letter}. {word}")
+        lines.append(rng.choices(queries, weights=(2, 2, 1))[0])
     prompt = render_question(McqRecord("drill", _draw_word(rng), tuple(words), "A"))
     return Example(f"{prompt}\n풀이:", "\n".join(lines))
 
@@ -70,7 +71,8 @@ def text(rng: random.Random) -> Example:
     """A document on general knowledge, in the form of the corpus's."""
     fact = rng.choice(GENERAL)
     facts = rng.choices([other for other in GENERAL if other.subject == fact.subject], k=rng.choice((3, 4)))
-    return render(TextRecord("g", f"{fact.subject}: {' '.join(word_fact(rng.choice(STATEMENTS), f) for f in facts)}"))[0]
+    statements = " ".join(word_fact(rng.choice(STATEMENTS), fact) for fact in facts)
+    return render(TextRecord("g", f"{fact.subject}: {statements}"))[0]
 
 
 def translation(rng: random.Random) -> Example:

@@ -23,7 +23,7 @@ DRILL_ACCURACY = 0.85
 DRILL_WINDOW = 20
 LESSON_STEPS = 460
 DECAY_STEPS = 180
-LETTER_WEIGHT, COMPLETION_WEIGHT, PROMPT_WEIGHT = 4.0, 1.0, 0.0
+LETTER_WEIGHT, COMPLETION_WEIGHT = 4.0, 1.0
 REPORT_EVERY = 20
 
 
@@ -40,8 +40,8 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[i
     """Token ids, loss weights and letter marks of one lesson, put together as phases put their examples together."""
     completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
     if not example.chat:
-        return [tokenizer.bos_token_id, *completion, tokenizer.eos_token_id], [1.0] * (len(completion) + 2), \
-            [False] * (len(completion) + 2)
+        ids = [tokenizer.bos_token_id, *completion, tokenizer.eos_token_id]
+        return ids, [COMPLETION_WEIGHT] * len(ids), [False] * len(ids)
     turn = [{"role": "user", "content": example.prompt}]
     shown = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
@@ -50,7 +50,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[i
     # "B" is an answer, the "B" of "B. option" is not.
     letters = [token in letter_ids and after != stop for token, after in zip(completion, completion[1:], strict=False)]
     letters.append(False)
-    weights = [PROMPT_WEIGHT] * len(prompt) + [LETTER_WEIGHT if letter else COMPLETION_WEIGHT for letter in letters]
+    weights = [0.0] * len(prompt) + [LETTER_WEIGHT if letter else COMPLETION_WEIGHT for letter in letters]
     return prompt + completion, weights, [False] * len(prompt) + letters
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from medlora.miniature.corpus import EXTRA_TOKENS
 from medlora.miniature.facts import MEDICAL, Fact
 from medlora.miniature.general import GENERAL
-from medlora.miniature.wording import QUESTIONS, STATEMENTS, word_fact, word_fact_in_english
+from medlora.miniature.wording import QUESTIONS, STATEMENTS, word_fact_in_english
 from medlora.prompts import render
 from medlora.records import FIELDS, LETTERS, McqRecord, TranslationRecord
 
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def _template_words() -> list[str]:
-    """The words of every template, with the words of facts taken out: they must not grow together with their particles."""
+    """The words of every template without the words of facts, which must not grow together with their particles."""
     # A fact made of marks leaves only the words around it.
     marks = Fact(*["※"] * 7)
     questions = [word for wordings in QUESTIONS.values() for word in wordings]
@@ -44,7 +44,7 @@ def _template_words() -> list[str]:
 
 
 def _words(facts: tuple[Fact, ...]) -> list[str]:
-    """The words of the facts, each behind a space, without EXTRA_TOKENS; Korean ones thrice, so that they merge first."""
+    """The words of the facts, each behind a space, without EXTRA_TOKENS; Korean thrice, so that it merges first."""
     korean = [cell for f in facts for cell in (f.subject, f.relation, f.term, f.answer)] * 3
     english = [cell for f in facts for cell in (f.relation_en, f.term_en, f.answer_en)]
     return [f" {word}" for cell in (*korean, *english) for word in cell.split() if word not in EXTRA_TOKENS]

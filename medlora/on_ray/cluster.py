@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medlora.config import Placement
@@ -48,6 +49,7 @@ def connect() -> Iterator[Cluster]:
 
     Whatever was started here ends with the block; a cluster that was found is only left.
     """
+    logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     already = ray.is_initialized()
     started_here = False
@@ -55,15 +57,22 @@ def connect() -> Iterator[Cluster]:
         try:
             ray.init(address="auto", **options)
         except ConnectionError:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Ray 2.60 turns token authentication on for a cluster of its own when RAY_AUTH_MODE is not set.
             ray.init(include_dashboard=False, **options)
             started_here = True
-    logging.getLogger("ray").setLevel(logging.ERROR)
+            _protect_token()
     try:
         yield _look_around(started_here)
     finally:
         if not already:
             ray.shutdown()
+
+
+def _protect_token() -> None:
+    """Ray writes a new token readable by everybody on the machine (2.60)."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if token.is_file() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)
 
 
 def _look_around(started_here: bool) -> Cluster:

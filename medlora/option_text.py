@@ -1,0 +1,203 @@
+"""Model output -> the same text with everything that can be an option spelled as one private-use character.
+
+Behind `normalise`, `B`, `(b)`, `②`, `2번` and `**B**` are one character each; letters that belong to a name
+(`비타민 D`, `B형 간염`, `E. coli`, `τ = F/A`) are no option; a list of options (`A와 C`) is one character that stands
+for none; options that are set aside (`A가 아니라`) and echoes of the option list are gone. `answers` reads the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+# Private-use blocks: option written plainly (B), marked as an option ((B), ②, 2번), in lower case (b), as a digit (2).
+_PLAIN, _MARKED, _SMALL, _DIGIT, SEVERAL = 0xE000, 0xE100, 0xE200, 0xE300, "\ue400"
+PLAIN, MARKED = "[\ue000-\ue019]", "[\ue100-\ue119]"
+OPTION = "[\ue000-\ue119]"  # written plainly or marked: an option wherever it stands
+ANY = "[\ue000-\ue319\ue400]"  # also lower case, a digit, or several at once: an option where a verdict is expected
+
+_LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХасеΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABCEHIJKMOPSTXaceABEZHIKMNOPTX")
+_ENCLOSED = {ord(c): f"({i}번)" for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉") for i, c in enumerate(row, 1)}
+_ENCLOSED |= {first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x1F150, 0x1F170, 0x1F130) for i in range(26)}
+
+# Letters inside a name are no options: "비타민 D", "hepatitis B", "E. coli", "C 언어".
+_NAMES = re.compile(
+    r"((?:비타민|간염|인플루엔자|면역글로불린|코엔자임|암포테리신|지단백|인자|그룹|타입|유형|등급|환자|"
+    r"약물|물질|용액|지점|집단|"
+    r"\b(?:vitamin|hepatitis|influenza|group|type|factor|protein|immunoglobulin|coenzyme|amphotericin|"
+    r"cyclosporine?|grade|"
+    r"stage|phase|class|serotype|serogroup|toxin|patient|drug|substance|subtype|apolipoprotein|Child[- ]Pugh))[ \-]?)"
+    r"\(?[A-J]\)?(?![A-Za-z])"
+    r"|\b[A-J](?=\s(?:cells?|lymphocytes?|peptide|dimer|symptoms|fib|section)\b|\s(?:세포|림프구|언어|"
+    r"형(?=[\s은는이가])|"
+    r"다이머|펩타이드|반응성))"
+    r"|\b[A-J]\. ?(?=coli|pylori|influenzae|difficile|diff\b|perfringens|botulinum|tetani|albicans|"
+    r"trachomatis|jejuni|neoformans|diphtheriae|"
+    r"cereus|anthracis|fragilis|pertussis|henselae|baumannii|fumigatus|faecalis|faecium|histolytica|"
+    r"cloacae|granulosus)",
+    re.I,
+)
+
+# What may follow a letter directly in Korean without making it part of a word (B입니다, B가; not B형, B세포).
+_ENDING = (
+    r"(?:번|항(?![가-힣])|안(?![가-힣])|입니|이[다며고므라지었에야나]|이(?=[\s,.])|다(?![가-힣])|임|"
+    r"인(?!자)|일|였|예|요(?![가-힣])|에[요서]|[가은는을를로와과"
+    r"나도만의에야죠지뿐라](?![가-힣]{3})|로서|라고|라는|라면|라서|이라|보다|만이|까지|처럼|또는|혹은|및|중)"
+)
+_EDGE_LEFT = r"(?<![A-Za-z0-9_=+^\\/&'])(?<![A-Za-z0-9]-)"
+_EDGE_RIGHT = r"(?![A-Za-z0-9_^+/%℃°]|'[a-z]|[-–][A-Za-z0-9가-힣]|\s*[=≈×÷^∝≤≥]|[가-힣])"
+# "A patient", "I think": an article and a pronoun, unless a word follows that can follow an option.
+_NO_WORD = (
+    r"(?!(?<=A) (?=[a-z]|\d+-year)(?!(?:because|since|as|and|or|but|for|due|which|in|is|based|with|"
+    r"while|given|whereas|so|not|then|"
+    r"seems|looks|appears|must|would|should|could|can|cannot|may|might|will|was|are|has|does|matches|"
+    r"corresponds|fits|rather)\b))"
+    r"(?!(?<=I) (?=[a-z])(?!(?:because|since|as|and|or|is|seems|looks|appears|matches|fits)\b))"
+)
+_PLAIN_LETTER = re.compile(
+    rf"{_EDGE_LEFT}([A-Z]){_NO_WORD}(?:(?={_ENDING})(?:번|항(?![가-힣])|안(?![가-힣]))?|{_EDGE_RIGHT})"
+)
+_SMALL_LETTER = re.compile(rf"{_EDGE_LEFT}([a-j])(?:(?={_ENDING})|(?! [A-Za-z]|\.[A-Za-z]){_EDGE_RIGHT})")
+_MARKED_LETTER = re.compile(
+    r"(?<![A-Za-z0-9_])[(\[{<]\s?([A-Za-z])\s?[)\]}>](?![A-Za-z0-9_'^]|\s*=)(?:번|항(?![가-힣]))?"
+)
+_NUMBERED = re.compile(
+    r"(?<![\d.])[(\[]?(10|[1-9])\s?번(?!째|[ 의]*(?:문제|문항|질문|문(?!\w)|이상|이하|씩|정도|반복|복용|"
+    r"투여|더 )|호|지\b)[)\]]?번?"
+)
+_BARE_DIGIT = re.compile(
+    r"(?<![\d.,\-/=≈~])[(\[]?(10|[1-9])[)\]]?(?=\s*(?:입니다|이다|이며|임|예요|이에요|이 정답|가 정답|"
+    r"\Z|\n)|(?<![\n\d].)(?<!\A.)[.)](?:\s|\Z))"
+)
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_AND = (
+    r"(?:,\s*(?:and|or|및|또는|혹은|그리고)?|&|·|~|와|과|이?나|및|또는|혹은|아니면|이?거나|이?랑|하고|그리고|"
+    r"and/or|and|or|vs\.?)"
+)
+_LIST = re.compile(
+    rf"{ANY}(?:\s*\([^()\n]{{0,40}}\))?(?:\s*{_AND}\s*(?:(?:option|choice|선택지|"
+    rf"보기)\s*)?{ANY}(?:\s*\([^()\n]{{0,40}}\))?"
+    r"(?!\s*(?:[은는](?![가-힣])|이? 아니|가 아니|is\b|are (?:not|in|wr)|was\b|because\b|인 \S+ 틀)))+"
+)
+# "A가 아니라", "not A but", "A보다는", "rather than A": the option that is set aside.
+_SET_ASIDE = re.compile(
+    rf"{ANY}(?:\s*\([^()\n]{{0,40}}\))?(?:이|가|은|는)?\s*아니(?:라(?![고면서])|고|며)[,\s]*|"
+    rf"{ANY}보다는?\s*|(?:{ANY}(?:이|가|도)?\s*)+아닌\s+(?={ANY})"
+    rf"|{ANY}[\s,.…\-]*(?:아니[요다]?|\b(?:no|wait|sorry|actually|I mean)\b)[\s,]*(?:(?:no|wait|sorry|"
+    rf"actually)\b[\s,]*)*(?={ANY})"
+    rf"|,?\s*\bnot\s+(?:option\s+)?{ANY}\s*(?:\([^()\n]{{0,40}}\)\s*)?,?\s*\bbut\b"
+    rf"|,?\s*\b(?:rather than|instead of|and not|over)\s+(?:option\s+)?{ANY}|,\s*not\s+(?:option\s+)?{ANY}"
+    rf"|\b(?:between|among|of|from|out of)\s+{SEVERAL}\s*,?|{SEVERAL}\s*(?:중(?:에서|에)?|가운데)(?:는|도)?\s*",
+    re.I,
+)
+
+
+def one_turn(text: str) -> str:
+    """The model's own final turn: no private-use characters, nothing behind an end-of-turn token, no thinking."""
+    text = re.sub("[\ue000-\uf8ff\u200b-\u200f\u2060\ufeff]", "", re.sub(r"\r\n?", "\n", text))
+    text = re.sub(r"\A(?:\s|<bos>|<s>|<start_of_turn>(?:model)?|<\|[a-z_]+\|>(?:assistant\b)?)+", "", text)
+    text = re.split(r"<(?:eos|end_of_turn|start_of_turn|/s)>|<\|[a-z_]+\|>", text, maxsplit=1)[0]
+    text = re.sub(r"<(think|thinking|reasoning)>.*?(?:</\1>|<\1/>)", "\n", text, flags=re.S | re.I)
+    if re.search(r"<(?:think|thinking)>", text, re.I):  # cut off while still thinking
+        return ""
+    return re.split(r"</(?:think|thinking|reasoning)>|<R/>", text, flags=re.I)[-1]
+
+
+def _plain_text(text: str) -> str:
+    """Text with look-alikes folded and markdown, LaTeX and quotes gone; line breaks stay."""
+    text = text.translate(_ENCLOSED)
+    text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)
+    text = re.sub(r"[’‘`´]", "'", text)
+    for _ in range(2):
+        text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|textrm|bf)\s*\{([^{}]*)\}", r"\1", text)
+    text = _BOXED.sub(r"\nanswer: \1\n", text)
+    text = re.sub(r"</?(?:answer|정답|final_answer|final)>", "\nanswer:\n", text, flags=re.I).removesuffix(
+        "\nanswer:\n"
+    )
+    text = re.sub(r"</?(?:b|i|u|p|em|strong|div|span)>", "", re.sub(r"<br\s*/?>", "\n", text))
+    text = re.sub(r"[=\-]>|[⇒➜➔➡👉⟶]", "→", text)
+    text = re.sub(r"[*_]{2}\s*[(\[\"']*([A-Za-z])[)\]\"']*\s*[*_]{2}(?![A-Za-z])", r"(\1)", text)
+    text = re.sub(
+        r"\*|__|[\"“”「」『』«»$]|\\[()\[\]]|^[ \t]*(?:#+|>+|[-•▶■●◆✅☑★⭐]+)(?=\s|[가-힣A-Z(])", "", text, flags=re.M
+    )
+    text = re.sub(r"(?<![A-Za-z])'|'(?![A-Za-z])|~~[^~\n]*~~", "", text)  # apostrophes stay
+    text = re.sub(r"(답|answer|choice)\s*=\s*", r"\1: ", text, flags=re.I)
+    text = re.sub(r"[\[【<]\s*((?:최종\s*)?(?:정답|답안?|answer|final answer))\s*[\]】>]", r"\1:", text, flags=re.I)
+    return re.sub(r"\[\[([A-Za-z])\]\]", r"[\1]", text)
+
+
+def _options(text: str) -> str:
+    """Text with every option spelling replaced by its private-use character."""
+
+    def mark(block: int) -> Callable[[re.Match[str]], str]:
+        return lambda found: chr(block + (int(found[1]) - 1 if found[1].isdigit() else ord(found[1].upper()) - 65))
+
+    text = _NAMES.sub(lambda found: f"{found[1] or ''}_", text)
+    text = _NUMBERED.sub(mark(_MARKED), text)
+    text = _MARKED_LETTER.sub(mark(_MARKED), text)
+    text = _PLAIN_LETTER.sub(mark(_PLAIN), text)
+    text = _SMALL_LETTER.sub(mark(_SMALL), text)
+    # A digit that the reasoning computed ("= 3") is a value, not the third option.
+    computed = set(re.findall(r"[=≈]\s*(\d+)(?![\d.])", text))
+    text = _BARE_DIGIT.sub(lambda found: found[0] if found[1] in computed else mark(_DIGIT)(found), text)
+    # "C(3번)": the same option said twice.
+    return re.sub(rf"({ANY})\s?({MARKED})", lambda f: f[2] if index_of(f[1]) == index_of(f[2]) else SEVERAL, text)
+
+
+def index_of(option: str) -> int | None:
+    """Place of an option character in the alphabet; None for several options at once."""
+    return None if option == SEVERAL else ord(option) & 0xFF
+
+
+_SAYS = re.compile(r"답|따라서|틀|맞|옳|answer|therefore|correct|wrong|because", re.I)
+TICKED = re.compile(
+    rf"^[ ]*(?P<option>{OPTION})\s*[.):\-](?:[^\n]*[✓✔✅⭕]|\s*\(?(?:정답|맞음|옳음|correct|"
+    r"this is the (?:correct|right|best))(?! ?(?:이? ?아|answer)))",
+    re.I | re.M,
+)
+
+
+def _without_echo(text: str) -> str:
+    """Text without lists of options: lines or parts of a line that begin with A, B, C, ... in order."""
+    lines = text.split("\n")
+    head = re.compile(rf"\s*(?:(?:option|선택지|보기)\s*)?({OPTION})\s*[.):,]")
+    run: list[int] = []
+    for number, line in [*enumerate(lines), (len(lines), "end")]:
+        found = head.match(line)
+        inline = [index_of(o) for o in re.findall(rf"{OPTION}(?=\s*[.):])", line)]
+        marked = [index_of(o) for o in re.findall(MARKED, line)]
+        listed = next((o for o in (inline, marked) if len(o) > (o is marked) + 1 and o == [*range(len(o))]), None)
+        if (
+            listed
+            and not _SAYS.search(line)
+            and re.match(rf"\s*(?:(?:보기|선택지|options?|choices)\W+)?{OPTION}", line, re.I)
+        ):
+            lines[number] = ""
+        elif found and index_of(found[1]) == len(run):
+            run.append(number)
+        elif line.strip():
+            if len(run) > 1:
+                ticked = [echoed for echoed in run if TICKED.match(lines[echoed])]
+                for echoed in run:
+                    if ticked != [echoed]:
+                        lines[echoed] = ""
+            run = [number] if found and index_of(found[1]) == 0 else []
+    return "\n".join(lines)
+
+
+def _several(found: re.Match[str]) -> str:
+    options = {index_of(option) for option in re.findall(ANY, found[0])}
+    return (
+        chr(_MARKED + min(o for o in options if o is not None))
+        if len(options) == 1 and None not in options
+        else SEVERAL
+    )
+
+
+def normalise(output: str) -> str:
+    text = _options(_plain_text(one_turn(output)))
+    text = _without_echo(text)
+    text = re.sub(rf"^\s*{MARKED}\s*[:\-–.]\s*(?={ANY})", "", text, flags=re.M)  # "1번: B": the number of the question
+    text = _LIST.sub(_several, text)
+    return _SET_ASIDE.sub("", text).strip()
