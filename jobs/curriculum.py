@@ -32,8 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from medlora import runs
         from medlora.config import load
+        from medlora.lineage import check_inputs
 
         config = load(arguments.config, arguments.overrides)
+        check_inputs(config)
         run = runs.open_run(arguments.run_dir or runs.find_home(config.storage.folder) / config.name)
         from medlora.display import Display, print_outcome
 

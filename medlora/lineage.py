@@ -12,7 +12,7 @@ from medlora import miniature, prompts, runs
 from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig, Section, TrainSource
 from medlora.errors import InputError
 from medlora.records import McqRecord
-from medlora.sources import hash_records, read
+from medlora.sources import go_offline_without_hub, hash_records, read
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps"}
@@ -63,14 +63,31 @@ def find_base(base: BaseModelConfig) -> str:
     return base.model
 
 
+def find_hub_commit(base: BaseModelConfig) -> str:
+    """The commit of a hub model, from the local cache or the hub; raises InputError when neither has it."""
+    go_offline_without_hub()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        config = hf_hub_download(base.model, "config.json", revision=base.revision)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"base.model: {base.model} is no folder here, and the Hugging Face hub did not give it ({reason}); "
+            "download it where there is a hub (`hf download`) and name its folder: --set base.model=/path/to/it"
+        ) from None
+    return Path(config).parent.name
+
+
 def identify_base(base: BaseModelConfig) -> str:
-    """What tells this base from another of the same name: its files, its revision, or how the miniature is built."""
+    """What tells this base from another of the same name: its files, its hub commit, or how the miniature is built."""
     found = find_base(base)
     if found == "miniature":
         return miniature.fingerprint()
     folder = Path(found)
     if not folder.is_dir():
-        return f"hub:{base.revision or 'main'}"
+        return f"hub:{find_hub_commit(base)}"
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     # The weights of a 27B model take minutes to hash; their names and sizes tell a different model well enough.
     for path in sorted(folder.glob("*.safetensors")):
@@ -100,8 +117,13 @@ def read_extra_tokens(base: BaseModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def check_sources(config: RunConfig) -> None:
-    """Read everything the run will read, so that what is wrong with it is said now; raises InputError with the key."""
+def check_inputs(config: RunConfig) -> None:
+    """Look at the base and read everything the run will read, so that what is wrong with it is said now.
+
+    Raises InputError with the dotted key.
+    """
+    identify_base(config.base)
+    read_extra_tokens(config.base)
     for i, phase in enumerate(config.phases):
         for j, source in enumerate(phase.sources):
             _try(f"phases.{i}.sources.{j}", source)

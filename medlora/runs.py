@@ -151,7 +151,7 @@ def open_run(folder: Path) -> RunFolder:
     run = RunFolder(Path(os.path.abspath(folder.expanduser())))
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"{run.root}: is a file; a run needs a folder of its own")
-    strangers = [p.name for p in run.root.iterdir() if p.name not in ("lock", "lock.json")] if run.root.is_dir() else []
+    strangers = [p.name for p in run.root.iterdir() if p.name not in ("lock", "lock.json", "run.log")] if run.root.is_dir() else []
     if strangers and not run.about.exists():
         raise InputError(f"{run.root}: holds other files ({', '.join(sorted(strangers)[:3])}) and is no medlora run; choose another folder")
     try:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medlora.answers import extract_answer_letter, parse, score_format, score_total
@@ -568,6 +568,7 @@ def records(draw: st.DrawFn, text: st.SearchStrategy[str]) -> McqRecord:
     return McqRecord("1", draw(text), options, draw(st.sampled_from(LETTERS[: len(options)])), rationale=rationale)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(record=records(TEXT) | records(SENTENCES), style=st.sampled_from(MCQ_STYLES))
 def test_reads_back_every_completion_that_the_prompts_render(record: McqRecord, style: str) -> None:
     completion = render_mcq(record, style, worked=record).completion
@@ -575,12 +576,14 @@ def test_reads_back_every_completion_that_the_prompts_render(record: McqRecord, 
     assert parse(completion + "<end_of_turn>\n", record.letters) == record.answer
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text() | SENTENCES, st.sampled_from(["AB", "ABCDE", LETTERS]))
 def test_any_output_gives_an_option_or_none(output: str, letters: str) -> None:
     assert parse(output, letters) in {None, *letters}
     assert 0 <= score_format(output, FIELDS, letters).score <= 1
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(record=records(TEXT))
 def test_rendered_completions_keep_the_whole_format(record: McqRecord) -> None:
     plain = McqRecord("1", "q", record.options, record.answer, rationale={name: "근거" for name in record.rationale})

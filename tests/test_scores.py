@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
@@ -25,6 +25,7 @@ def stage(name: str, marks: str, test: str = "doctor", subject: str = "", start:
     ]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(total=st.integers(1, 4000), share=st.floats(0, 1), confidence=st.sampled_from([0.9, 0.95, 0.99]))
 def test_wilson_interval_is_that_of_scipy(total: int, share: float, confidence: float) -> None:
     correct = round(total * share)
@@ -79,6 +80,7 @@ def test_comparison_names_gained_and_lost_questions() -> None:
     assert found.p_value == found.p_holm == 1.0
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(gained=st.integers(0, 300), lost=st.integers(0, 300))
 def test_mcnemar_is_the_binomial_test_of_scipy(gained: int, lost: int) -> None:
     expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
@@ -169,6 +171,7 @@ def test_calibration_by_hand() -> None:
     assert scores.calibration([Prediction("5", "t", "s", "A", "A")]) is None
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.tuples(st.floats(0.2, 1), st.booleans()), min_size=1), st.integers(1, 20))
 def test_calibration_counts_every_prediction_once(drawn: list[tuple[float, bool]], bins: int) -> None:
     found = scores.calibration([confident(p, right, i) for i, (p, right) in enumerate(drawn)], bins)

@@ -15,9 +15,7 @@ from medlora.errors import InputError
 from medlora.lineage import (
     Link,
     PhaseJob,
-    check_sources,
     extend_chain,
-    find_base,
     find_obstacle,
     identify_base,
     make_job,
@@ -42,11 +40,9 @@ class Outcome:
 
 
 def check_run(config: RunConfig, run: runs.RunFolder, redo: str | None) -> None:
-    """Everything that can be wrong with the run is said here, before anything slow starts; raises InputError."""
+    """Raise InputError when what stands in the run's folder was made from something else."""
     if redo is not None and redo not in [phase.name for phase in config.phases]:
         raise InputError(f"--redo {redo}: no such phase; phases: {', '.join(phase.name for phase in config.phases)}")
-    find_base(config.base)
-    check_sources(config)
     redone = False
     for phase in config.phases:
         redone = redone or phase.name == redo
@@ -170,7 +166,7 @@ def _evaluate(
     job = make_job(config, config.phases[-1], ())
     on_event({"event": "phase", "phase": "evaluation", "device": f"{len(stages)} stages x {sum(map(len, tests.values()))} questions"})
     started = time.monotonic()
-    predictions = evaluate_on_ray(job.base, job.cache, job.seed, stages, tests, config.evaluation, placement, cluster, on_event)
+    predictions = evaluate_on_ray(job.base, job.cache, job.seed, stages, tests, config.evaluation, placement, cluster, on_event, run.log)
     seconds = time.monotonic() - started
     runs.set_aside(run.evaluation)
     run.evaluation.mkdir()

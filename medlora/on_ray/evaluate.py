@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ def evaluate_on_ray(
     placement: Placement,
     cluster: Cluster,
     on_event: OnEvent,
+    log_file: Path,
 ) -> list[Prediction]:
     """What every stage answers to every question, sorted by stage, test and the test's order, in one pass over the data.
 
@@ -45,7 +49,9 @@ def evaluate_on_ray(
     for row in rows:
         row["rationale"] = ""  # the answer's reasons are nobody's business here, and Arrow wants one type
     gpus = count_gpus(placement, cluster)
-    with listen(on_event) as inbox:
+    with listen(on_event) as inbox, _stderr_to(log_file), warnings.catch_warnings():
+        # Ray 2.60 deprecates free remote arguments and has no other way to bound restarts, which default to for ever.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         answered = (
             ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // config.batch_size)))
             .map_batches(
@@ -74,6 +80,20 @@ def evaluate_on_ray(
         )
     predictions = [Prediction(**{**row, "probabilities": tuple(row["probabilities"])}) for row in answered]
     return sort_predictions(predictions, stages, tests)
+
+
+@contextmanager
+def _stderr_to(log_file: Path) -> Iterator[None]:
+    """Send what Ray's C++ core writes to this process's stderr into a file: advice about actors no user can act on."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with log_file.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def sort_predictions(
