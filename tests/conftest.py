@@ -19,3 +19,14 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("the real test material (../shared/data) is not here")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny random base models, a folder per family of tests/tiny.py."""
+    import torch
+
+    from tiny import build_bases
+
+    torch.set_num_threads(1)
+    return build_bases(tmp_path_factory.mktemp("bases"))

@@ -164,6 +164,23 @@ def test_a_stage_comes_back_and_every_adapter_of_it_counts(built: Built, stage: 
     assert (logits(model, built.tokenizer) - built.logits[stage]).abs().max() <= 1e-5
 
 
+def test_a_chain_is_the_base_plus_every_adapter(built: Built) -> None:
+    """Against the formula of LoRA (arXiv 2106.09685) worked out by hand, without PEFT."""
+    model = built.fresh()
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    rows = added_token_ids(built.tokenizer, EXTRA)
+    with torch.no_grad():
+        for name, scale in (("01", 8 / 4), ("02", 4 / 2**0.5)):
+            for key, tensor in load_file(built.folders[name] / "adapter_model.safetensors").items():
+                layer = key.removeprefix("base_model.model.").rsplit(".", 2)[0]
+                if key.endswith("trainable_tokens_delta"):
+                    weights[f"{layer}.weight"][rows] = tensor
+                elif key.endswith("lora_B.weight"):
+                    a = load_file(built.folders[name] / "adapter_model.safetensors")[key.replace("lora_B", "lora_A")]
+                    weights[f"{layer}.weight"] += scale * tensor @ a
+    assert (logits(model, built.tokenizer) - built.logits["02"]).abs().max() <= 1e-4
+
+
 def test_the_last_adapter_alone_is_not_the_chain(built: Built) -> None:
     alone = load_chain(built.fresh(), built.chain("02")[-1:])
     assert (logits(alone, built.tokenizer) - built.logits["02"]).abs().max() > 1e-2
@@ -223,7 +240,7 @@ save_file({"logits": found}, Path(out) / "logits.safetensors")
 """
 
 
-@ONE_FAMILY
+@pytest.mark.parametrize("built", ["gemma"], indirect=True)
 def test_a_fresh_process_gives_the_same_logits_and_bytes_and_no_warning(built: Built, tmp_path: Path) -> None:
     arguments = [built.base.model, str(built.folders["01"]), str(built.folders["02"]), str(tmp_path)]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
