@@ -1,8 +1,8 @@
 """Train a base model through a curriculum of phases and score every stage.
 
-    python jobs/curriculum.py                                   the miniature, configs/quickstart.yaml
-    python jobs/curriculum.py --config configs/medgemma-4b.yaml --set phases.01.learning_rate=5e-5
-    ray job submit --working-dir . -- python jobs/curriculum.py --config ... --run-dir /shared/runs/mine
+python jobs/curriculum.py                                   the miniature, configs/quickstart.yaml
+python jobs/curriculum.py --config configs/medgemma-4b.yaml --set phases.01.learning_rate=5e-5
+ray job submit --working-dir . -- python jobs/curriculum.py --config ... --run-dir /shared/runs/mine
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; what can be set in the config has no flag of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-    parser.add_argument("--config", type=Path, default=default, metavar="FILE", help="the run config (default: configs/quickstart.yaml)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key, e.g. phases.01.epochs=2; repeatable")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder (default: <storage.folder>/<name>)")
+    parser.add_argument(
+        "--config", type=Path, default=default, metavar="FILE", help="the run config (default: configs/quickstart.yaml)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key, e.g. phases.01.epochs=2; repeatable",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: <storage.folder>/<name>)"
+    )
     parser.add_argument("--redo", metavar="PHASE", help="train this phase again; the old one is set aside")
     return parser.parse_args(argv)
 
@@ -39,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         run = runs.open_run(arguments.run_dir or runs.find_home(config.storage.folder) / config.name)
         from medlora.display import Display, print_outcome
 
-        with runs.hold(run.lock, f"run {run.root}"), runs.log_to((logging.getLogger("medlora.run"), run.log)), Display() as display:
+        with (
+            runs.hold(run.lock, f"run {run.root}"),
+            runs.log_to((logging.getLogger("medlora.run"), run.log)),
+            Display() as display,
+        ):
             from medlora.on_ray.curriculum import run_curriculum
 
             outcome = run_curriculum(config, run, arguments.redo, display.show)

@@ -83,7 +83,9 @@ def generate(
         chosen = order[start : start + batch_size]
         batch = pad_left([prompts[i] for i in chosen], get_pad_id(tokenizer), model.device)
         batch.pop("position_ids")  # generate derives them from the mask at every step
-        stopping = StoppingCriteriaList([_SoonAfterMark(tokenizer, until, batch["input_ids"].shape[1])] if until else [])
+        stopping = StoppingCriteriaList(
+            [_SoonAfterMark(tokenizer, until, batch["input_ids"].shape[1])] if until else []
+        )
         made = model.generate(**batch, generation_config=config, stopping_criteria=stopping)
         new = made[:, batch["input_ids"].shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
@@ -110,7 +112,9 @@ class McqAnswerer:
         worked: McqRecord | None = None,
     ) -> None:
         if scoring == "reason" and style == "answer":
-            raise InputError("scoring `reason` needs a reasoning style; style `answer` has no reasoning before its letter")
+            raise InputError(
+                "scoring `reason` needs a reasoning style; style `answer` has no reasoning before its letter"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.scoring, self.style, self.worked = scoring, style, worked
         self.max_tokens, self.batch_size = max_tokens, batch_size
@@ -122,10 +126,14 @@ class McqAnswerer:
         was_training = self.model.training
         self.model.eval()
         try:
-            prompts = encode_prompts(self.tokenizer, [render_mcq(record, self.style, self.worked) for record in records])
+            prompts = encode_prompts(
+                self.tokenizer, [render_mcq(record, self.style, self.worked) for record in records]
+            )
             texts = [""] * len(records)
             if self.scoring == "reason":
-                texts = generate(self.model, self.tokenizer, prompts, self.max_tokens, self.batch_size, until=_ANSWER_MARK)
+                texts = generate(
+                    self.model, self.tokenizer, prompts, self.max_tokens, self.batch_size, until=_ANSWER_MARK
+                )
             if self.style == "answer":
                 contexts = prompts
             else:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medlora.adapter_files import ROWS, find_adapter, read_config, read_tensors, write_adapter
 from medlora.config import LoraSettings
 from medlora.errors import InputError
-from medlora.layers import adopt_embeddings, choose_rows, choose_targets, decoder_name
+from medlora.targets import adopt_embeddings, choose_rows, choose_targets, decoder_name
 
 Model = PreTrainedModel | PeftModel
 

@@ -224,11 +224,21 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_whole(self) -> Self:
         seen: dict[str, int] = {}
-        tests = {test.source: f"evaluation.tests.{i}" for i, test in enumerate(self.evaluation.tests)} if self.evaluation else {}
+        if self.base.extra_tokens and not any(phase.train_extra_tokens for phase in self.phases):
+            raise ValueError(
+                "base.extra_tokens: no phase trains them; set train_extra_tokens in a `new` phase, or remove the tokens"
+            )
+        tests = (
+            {test.source: f"evaluation.tests.{i}" for i, test in enumerate(self.evaluation.tests)}
+            if self.evaluation
+            else {}
+        )
         for i, phase in enumerate(self.phases):
             at = f"phases.{i}"
             if phase.name in seen:
-                raise ValueError(f"{at}.name: {phase.name!r} is the name of phases.{seen[phase.name]} too; names must differ")
+                raise ValueError(
+                    f"{at}.name: {phase.name!r} is the name of phases.{seen[phase.name]} too; names must differ"
+                )
             if phase.name == "base":
                 raise ValueError(f"{at}.name: 'base' is the name of the untrained stage; choose another")
             if i == 0 and phase.chain != "new":
@@ -241,15 +251,24 @@ class RunConfig(Section):
                         f"{at}.replay.{j}.phase: {replay.phase!r} is no earlier phase; earlier: {', '.join(seen) or 'none'}"
                     )
             if sum(replay.share for replay in phase.replay) >= 1:
-                raise ValueError(f"{at}.replay: the shares add up to 1 or more; nothing would be left for the phase's sources")
+                raise ValueError(
+                    f"{at}.replay: the shares add up to 1 or more; nothing would be left for the phase's sources"
+                )
             weighted = [source.weight is not None for source in phase.sources]
             if any(weighted) and not all(weighted):
                 raise ValueError(f"{at}.sources: give every source a weight or none")
             if phase.full_prompt and (phase.validation is None or phase.validation.scoring != "reason"):
-                raise ValueError(f"{at}.full_prompt: needs {at}.validation with scoring: reason, whose dev split gives the format score")
+                raise ValueError(
+                    f"{at}.full_prompt: needs {at}.validation with scoring: reason, whose dev split gives the format score"
+                )
             if phase.train_extra_tokens and not self.base.extra_tokens:
-                raise ValueError(f"{at}.train_extra_tokens: base.extra_tokens is empty; name the tokens or remove the key")
-            for key, sources in (("sources", phase.sources), ("validation.sources", phase.validation.sources if phase.validation else ())):
+                raise ValueError(
+                    f"{at}.train_extra_tokens: base.extra_tokens is empty; name the tokens or remove the key"
+                )
+            for key, sources in (
+                ("sources", phase.sources),
+                ("validation.sources", phase.validation.sources if phase.validation else ()),
+            ):
                 for j, source in enumerate(sources):
                     if source.source in tests:
                         raise ValueError(
@@ -277,7 +296,9 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?|(?:0|[1-9][0-9]*)\.?[eE][-+]?[0-9]+|(?:0|[1-9][0-9]*)\.)$"),
+    re.compile(
+        r"^[-+]?(?:(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?|(?:0|[1-9][0-9]*)\.?[eE][-+]?[0-9]+|(?:0|[1-9][0-9]*)\.)$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -305,7 +326,9 @@ def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}; see configs/quickstart.yaml")
+        raise InputError(
+            f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}; see configs/quickstart.yaml"
+        )
     for override in overrides:
         _override(raw, override)
     defaults = raw.pop("phase_defaults", None) or {}
@@ -359,7 +382,9 @@ def _position(items: list[Any], part: str, key: str) -> int:
     if re.fullmatch(r"0|[1-9][0-9]*", part) and int(part) < len(items):
         return int(part)
     known = ", ".join(str(name) for name in names if name is not None)
-    raise InputError(f"--set {key}: no item {part!r}; there are 0..{len(items) - 1}" + (f" or by name {known}" if known else ""))
+    raise InputError(
+        f"--set {key}: no item {part!r}; there are 0..{len(items) - 1}" + (f" or by name {known}" if known else "")
+    )
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:

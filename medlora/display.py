@@ -45,14 +45,18 @@ class Display:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
 
     def show(self, event: Mapping[str, Any]) -> None:
         """Take one event of a run."""
         kind, phase = event["event"], event.get("phase", "")
         if kind == "step":
-            figures = f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {event['peak_memory_mib']:,.0f} MiB"
+            figures = (
+                f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {event['peak_memory_mib']:,.0f} MiB"
+            )
             label = phase if event["segment"] == "normal" else f"{phase} {event['segment']}"
             self._advance(label, event["step"], event["steps"], figures)
         elif kind == "build":
@@ -62,7 +66,11 @@ class Display:
             rate = self.answered / max(time.monotonic() - self.started, 1e-9)
             self._advance("evaluation", self.answered, event["total"], f"{rate:.1f} questions/s")
         elif kind == "validation":
-            scores = "  ".join(f"{name} {event[name]:.3f}" for name in ("accuracy", "format_score", "perplexity", "token_f1") if name in event)
+            scores = "  ".join(
+                f"{name} {event[name]:.3f}"
+                for name in ("accuracy", "format_score", "perplexity", "token_f1")
+                if name in event
+            )
             self._say(f"{phase}  dev at step {event['step']}: {scores}")
         elif kind == "phase":
             self._begin(phase)
@@ -102,7 +110,9 @@ class Display:
         self.console.print(text, markup=False)
 
 
-def print_outcome(phases: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any] | None, run: runs.RunFolder, worked: bool) -> None:
+def print_outcome(
+    phases: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any] | None, run: runs.RunFolder, worked: bool
+) -> None:
     """The final table (stage, test, accuracy, 95 % interval, n, time) and where the run is."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not worked:

@@ -45,7 +45,9 @@ class Lengths:
 def needs_bos(tokenizer: Any) -> bool:
     """Whether this tokenizer's texts begin with BOS (Gemma and Llama: yes; Qwen: no)."""
     bos = tokenizer.bos_token_id
-    return bos is not None and (tokenizer("a").input_ids[0] == bos or (tokenizer.bos_token or "\0") in (tokenizer.chat_template or ""))
+    return bos is not None and (
+        tokenizer("a").input_ids[0] == bos or (tokenizer.bos_token or "\0") in (tokenizer.chat_template or "")
+    )
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -59,7 +61,9 @@ def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int
     for example in examples:
         if example.chat and tokenizer.chat_template:
             turn = [{"role": "user", "content": example.prompt}]
-            texts.append(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+            texts.append(
+                tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            )
         else:
             texts.append(f"{example.prompt}\n" if example.prompt else "")
     bos = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
@@ -148,7 +152,11 @@ class Collator:
             ids.append(row.input_ids + [self.pad_id] * (longest - n))
             labels.append(row.labels + [IGNORED] * (longest - n))
             positions.append(row.position_ids + list(range(longest - n) if packed else range(n, longest)))
-        batch = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "position_ids": torch.tensor(positions)}
+        batch = {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "position_ids": torch.tensor(positions),
+        }
         if self.token_type_ids:
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         return batch

@@ -56,10 +56,14 @@ def find_base(base: BaseModelConfig) -> str:
     folder = Path(base.model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"base.model: {base.model} is a folder without config.json; name the folder of a Hugging Face model")
+            raise InputError(
+                f"base.model: {base.model} is a folder without config.json; name the folder of a Hugging Face model"
+            )
         return str(folder)
     if folder.exists() or not _HUB_ID.fullmatch(base.model):
-        raise InputError(f"base.model: there is no folder {base.model}; name a model's folder or a hub id such as google/medgemma-4b-it")
+        raise InputError(
+            f"base.model: there is no folder {base.model}; name a model's folder or a hub id such as google/medgemma-4b-it"
+        )
     return base.model
 
 
@@ -131,7 +135,9 @@ def check_inputs(config: RunConfig) -> None:
             _try(f"phases.{i}.validation.sources.{j}", dev)
     for i, test in enumerate(config.evaluation.tests if config.evaluation else ()):
         if not isinstance(_try(f"evaluation.tests.{i}", test)[0], McqRecord):
-            raise InputError(f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice")
+            raise InputError(
+                f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice"
+            )
 
 
 def _try(key: str, source: Any) -> list[Any]:

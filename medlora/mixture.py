@@ -35,7 +35,10 @@ def compute_shares(parts: Mapping[str, Part]) -> dict[str, float]:
         return {name: (part.share or 0) / given for name, part in parts.items()}
     if given >= 1:
         raise ValueError(f"shares add up to {given}; nothing is left for the parts without one")
-    return {name: part.share if part.share is not None else (1 - given) * part.size / free_size for name, part in parts.items()}
+    return {
+        name: part.share if part.share is not None else (1 - given) * part.size / free_size
+        for name, part in parts.items()
+    }
 
 
 def interleave(parts: Mapping[str, Part], total: int, seed: int) -> list[tuple[str, int]]:

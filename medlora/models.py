@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import logging
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,14 +30,13 @@ from transformers import (
 
 from medlora.config import BaseModelConfig
 from medlora.errors import InputError
+from medlora.lineage import find_base
 from medlora.prompts import ANSWER_FIELD
 
 log = logging.getLogger(__name__)
 
 # bitsandbytes says at every int8 product that it computes in float16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_tokenizer(
@@ -222,15 +220,9 @@ def clear_memory() -> None:
 
 def _local_folder(base: BaseModelConfig, weights: bool = False) -> str:
     """The base as a folder here, downloaded (or found in the hub's cache) when it is a hub id."""
-    folder = Path(base.model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"base.model: {base.model} has no config.json; name the folder of a Hugging Face model")
-        return str(folder)
-    if folder.exists() or not _HUB_ID.fullmatch(base.model):
-        raise InputError(
-            f"base.model: there is no folder {base.model}; name a model's folder or a hub id (google/medgemma-4b-it)"
-        )
+    where = find_base(base)
+    if Path(where).is_dir():
+        return where
     files = ["*.json", "*.jinja", "*.model", "*.txt"]
     files += ["*.safetensors"] if weights else []
     files += ["*.py"] if base.trust_remote_code else []

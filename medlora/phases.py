@@ -52,7 +52,10 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
     main = world == 1 or dist.get_rank() == 0
     # A worker of a driver that was killed may live on for some seconds: wait for it rather than write beside it.
     holding = runs.hold(folder.lock, f"phase {job.phase.name} of {job.run}", wait_s=60) if main else nullcontext()
-    sinks = ((logging.getLogger("medlora"), folder.log), (logging.getLogger("medlora.validation"), folder.validation_log))
+    sinks = (
+        (logging.getLogger("medlora"), folder.log),
+        (logging.getLogger("medlora.validation"), folder.validation_log),
+    )
     folder.root.mkdir(parents=True, exist_ok=True)
     logging_to = runs.log_to(*sinks) if main else nullcontext()
     transformers.logging.set_verbosity_error()
@@ -64,14 +67,18 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
             clear_memory()
 
 
-def _run(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str, world: int, main: bool) -> dict[str, Any]:
+def _run(
+    job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str, world: int, main: bool
+) -> dict[str, Any]:
     phase, started = job.phase, time.monotonic()
     seed = derive_seed(job.seed, "phase", phase.name)
     report({"event": "phase", "phase": phase.name, "device": str(describe_device(device))})
     log.info("phase %s (%s) on %s", phase.name, phase.chain, describe_device(device))
     if main:
         runs.write_json(folder.fingerprint, job.fingerprint)
-    base = locate_base(job.base, job.cache, job.seed, lambda event: report({"event": "build", "phase": phase.name, **event}))
+    base = locate_base(
+        job.base, job.cache, job.seed, lambda event: report({"event": "build", "phase": phase.name, **event})
+    )
     base_s = time.monotonic() - started
 
     tokenizer = _load_phase_tokenizer(job, base)
@@ -107,7 +114,13 @@ def _run(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str, w
         done.append(result)
         if name == "full":
             why = "the format score reached its threshold" if result["stopped_early"] else "the step budget is spent"
-            report({"event": "note", "phase": phase.name, "text": f"switches to the normal prompt after {result['steps']} steps: {why}"})
+            report(
+                {
+                    "event": "note",
+                    "phase": phase.name,
+                    "text": f"switches to the normal prompt after {result['steps']} steps: {why}",
+                }
+            )
             log.info("switches from full to normal prompts after %d steps: %s", result["steps"], why)
     best = None
     if phase.validation and phase.validation.keep_best:
@@ -120,7 +133,15 @@ def _run(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str, w
         return {}
     extended = len(tokenizer) != len(load_tokenizer(base))
     save_adapter(model, phase.name, folder.adapter, tokenizer if extended else None, job.base.model)
-    return _finish(job, folder, device, counts, done, best, {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started})
+    return _finish(
+        job,
+        folder,
+        device,
+        counts,
+        done,
+        best,
+        {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
+    )
 
 
 def _load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
@@ -155,7 +176,9 @@ def _choose_worked_example(parts: Any, seed: int) -> McqRecord:
     """The solved question that full prompts show: with a rationale where the data has any, never an invented one."""
     questions = [record for part in parts for record in part if isinstance(record, McqRecord)]
     if not questions:
-        raise InputError("full_prompt: the phase has no multiple-choice source to take a worked example from; remove the key")
+        raise InputError(
+            "full_prompt: the phase has no multiple-choice source to take a worked example from; remove the key"
+        )
     reasoned = [record for record in questions if record.rationale] or questions
     return random.Random(derive_seed(seed, "worked")).choice(reasoned)
 
@@ -234,9 +257,17 @@ def _make_validator(
     config = job.phase.validation
     if config is None:
         return None
-    shown = {name for part in records.values() for record in part if isinstance(record, McqRecord) for name in record.rationale}
+    shown = {
+        name
+        for part in records.values()
+        for record in part
+        if isinstance(record, McqRecord)
+        for name in record.rationale
+    }
     required = [name for name in FIELDS if name in shown]
-    return Validator(tokenizer, collator, config, [read(source) for source in config.sources], seed, required, job.phase.max_tokens)
+    return Validator(
+        tokenizer, collator, config, [read(source) for source in config.sources], seed, required, job.phase.max_tokens
+    )
 
 
 def _bind(validator: Validator, style: McqStyle | None, worked: McqRecord | None) -> Any:

@@ -61,7 +61,9 @@ def render_mcq(record: McqRecord, style: str = "reasoning", worked: McqRecord | 
         fields = [*FIELDS] if not worked.rationale else [name for name in FIELDS if name in worked.rationale]
         described = "\n".join(f"{name}: {_FIELD_MEANING[name]}" for name in fields)
         shown = f"{render_question(worked)}\n풀이:\n{_reasoning_completion(worked)}"
-        return Example(f"형식:\n{described}\nanswer: 정답\n\n{shown}\n\n{question}\n풀이:", _reasoning_completion(record))
+        return Example(
+            f"형식:\n{described}\nanswer: 정답\n\n{shown}\n\n{question}\n풀이:", _reasoning_completion(record)
+        )
     raise ValueError(f"unknown MCQ prompt style {style!r}; known: {', '.join(MCQ_STYLES)}")
 
 

@@ -140,27 +140,41 @@ class RunFolder:
 def check_name(name: str, what: str) -> str:
     """The name itself; raises InputError when it could leave its folder or mean something to a shell."""
     if not _SAFE_NAME.fullmatch(name):
-        raise InputError(f"{what} name {name!r}: use letters, digits, `_` and `-` (at most 64, the first a letter or digit)")
+        raise InputError(
+            f"{what} name {name!r}: use letters, digits, `_` and `-` (at most 64, the first a letter or digit)"
+        )
     return name
 
 
 def open_run(folder: Path) -> RunFolder:
     """The run at `folder`, made when absent; raises InputError for an unsafe path or a folder that is not a run."""
     if not _SAFE_PATH.fullmatch(str(folder)) or ".." in folder.parts:
-        raise InputError(f"run folder {str(folder)!r}: no `..` and no shell characters; give a plain path with --run-dir")
+        raise InputError(
+            f"run folder {str(folder)!r}: no `..` and no shell characters; give a plain path with --run-dir"
+        )
     run = RunFolder(Path(os.path.abspath(folder.expanduser())))
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"{run.root}: is a file; a run needs a folder of its own")
-    strangers = [p.name for p in run.root.iterdir() if p.name not in ("lock", "lock.json", "run.log")] if run.root.is_dir() else []
+    strangers = (
+        [p.name for p in run.root.iterdir() if p.name not in ("lock", "lock.json", "run.log")]
+        if run.root.is_dir()
+        else []
+    )
     if strangers and not run.about.exists():
-        raise InputError(f"{run.root}: holds other files ({', '.join(sorted(strangers)[:3])}) and is no medlora run; choose another folder")
+        raise InputError(
+            f"{run.root}: holds other files ({', '.join(sorted(strangers)[:3])}) and is no medlora run; choose another folder"
+        )
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run.root).free
     except OSError as error:
-        raise InputError(f"{run.root}: cannot be made: {error.strerror}; choose another folder with --run-dir") from None
+        raise InputError(
+            f"{run.root}: cannot be made: {error.strerror}; choose another folder with --run-dir"
+        ) from None
     if free < 64 * 2**20:
-        raise InputError(f"{run.root}: the disk is full ({free / 2**20:.0f} MiB free, 64 needed to begin); make room or use --run-dir")
+        raise InputError(
+            f"{run.root}: the disk is full ({free / 2**20:.0f} MiB free, 64 needed to begin); make room or use --run-dir"
+        )
     return run
 
 
@@ -180,7 +194,9 @@ def hold(lock: Path, what: str, wait_s: float = 0) -> Iterator[None]:
         who = f"process {about.get('pid', '?')} on {about.get('host', '?')} since {about.get('since', '?')}"
         raise InputError(f"{what} is in use by {who}; wait for it, or give this run another name") from None
     try:
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        write_json(
+            holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        )
         yield
     finally:
         file_lock.release()
@@ -317,9 +333,13 @@ def find_differences(was: Any, now: Any, at: str = "") -> list[str]:
     """Every dotted key in which two fingerprints differ, as `key: was X, now Y`."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         keys = list(dict.fromkeys([*was, *now]))
-        return [line for key in keys for line in find_differences(was.get(key), now.get(key), f"{at}.{key}" if at else key)]
+        return [
+            line for key in keys for line in find_differences(was.get(key), now.get(key), f"{at}.{key}" if at else key)
+        ]
     if isinstance(was, Sequence) and isinstance(now, Sequence) and not isinstance(was, str) and len(was) == len(now):
-        return [line for i, (a, b) in enumerate(zip(was, now, strict=True)) for line in find_differences(a, b, f"{at}.{i}")]
+        return [
+            line for i, (a, b) in enumerate(zip(was, now, strict=True)) for line in find_differences(a, b, f"{at}.{i}")
+        ]
     return [] if was == now else [f"{at}: was {_shorten(was)}, now {_shorten(now)}"]
 
 
@@ -361,7 +381,12 @@ def get_versions() -> dict[str, str]:
 def get_git_commit() -> str | None:
     """The commit of the working folder with `+changes` when dirty; None outside a checkout or without git."""
     try:
-        run = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"], capture_output=True, text=True, timeout=10)
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() or None

@@ -41,7 +41,7 @@ def read(source: SourceConfig) -> list[Record]:
         if source.limit is not None and len(records) == source.limit:
             break
         try:
-            record = row if isinstance(row, tuple(KINDS.values())) else to_record(row, source.kind, default_id=Path(where).name.replace(":", "-"))
+            record = row if isinstance(row, Record) else to_record(row, source.kind, _name_row(where))
         except RecordError as error:
             problems.append(f"{where}: {error}")
             continue
@@ -53,14 +53,23 @@ def read(source: SourceConfig) -> list[Record]:
     if problems:
         more = f"\n  ... and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
         shown = "\n  ".join(problems[:_MAX_SHOWN])
-        raise InputError(f"{source.source}: {len(problems)} of {len(problems) + len(records)} rows are no valid records:\n  {shown}{more}")
+        raise InputError(
+            f"{source.source}: {len(problems)} of {len(problems) + len(records)} rows are no valid records:\n  {shown}{more}"
+        )
     if not records:
         raise InputError(f"{source.source}: holds no records; name a source with at least one")
     kinds = {type(record) for record in records}
     if len(kinds) > 1 or (source.kind != "auto" and kinds != {KINDS[source.kind]}):
         found = ", ".join(sorted(name for name, kind in KINDS.items() if kind in kinds))
-        raise InputError(f"{source.source}: holds {found} records, but kind is {source.kind}; one source holds one kind")
+        raise InputError(
+            f"{source.source}: holds {found} records, but kind is {source.kind}; one source holds one kind"
+        )
     return records
+
+
+def _name_row(where: str) -> str:
+    """An id for a row that has none: its file's name and its line."""
+    return Path(where).name.replace(":", "-")
 
 
 def hash_records(records: Iterable[Record]) -> str:
@@ -93,7 +102,9 @@ def _find_files(path: Path, kind: str) -> list[Path]:
     if not path.is_file():
         raise InputError(f"{path}: there is no such file or folder; sources are read relative to {Path.cwd()}")
     if path.suffix not in SUFFIXES and kind != "text":
-        raise InputError(f"{path}: cannot tell what {path.suffix or 'a file without ending'} holds; known: {', '.join(SUFFIXES)}; lines of plain text need `kind: text`")
+        raise InputError(
+            f"{path}: cannot tell what {path.suffix or 'a file without ending'} holds; known: {', '.join(SUFFIXES)}; lines of plain text need `kind: text`"
+        )
     return [path]
 
 
@@ -147,9 +158,14 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
 
 
 def _read_aligned(english: str, korean: str) -> Iterator[Row]:
-    sides = [_read_text(_find_files(Path(name.strip()).expanduser(), "text")[0]).rstrip("\n").split("\n") for name in (english, korean)]
+    sides = [
+        _read_text(_find_files(Path(name.strip()).expanduser(), "text")[0]).rstrip("\n").split("\n")
+        for name in (english, korean)
+    ]
     if len(sides[0]) != len(sides[1]):
-        raise InputError(f"{english}|{korean}: {len(sides[0])} and {len(sides[1])} lines; aligned files have the same number")
+        raise InputError(
+            f"{english}|{korean}: {len(sides[0])} and {len(sides[1])} lines; aligned files have the same number"
+        )
     for i, (en, ko) in enumerate(zip(*sides, strict=True), 1):
         yield f"{english.strip()}:{i}", {"english": en, "korean": ko}
 
@@ -166,7 +182,9 @@ def parse_hub_id(name: str) -> tuple[str, str | None, str, str | None]:
     """`hf:owner/name[/config]:split[@revision]` as (owner/name, config, split, revision); raises InputError."""
     match = re.fullmatch(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?:([\w.\[\]%:+-]+?)(?:@([\w./-]+))?", name)
     if not match:
-        raise InputError(f"{name}: write hf:owner/name/config:split, e.g. hf:sean0042/KorMedMCQA/doctor:train, with @revision behind it to pin one")
+        raise InputError(
+            f"{name}: write hf:owner/name/config:split, e.g. hf:sean0042/KorMedMCQA/doctor:train, with @revision behind it to pin one"
+        )
     path, config, split, revision = match.groups()
     return path, config, split, revision
 
@@ -195,7 +213,9 @@ def _read_hub(name: str) -> Iterator[Row]:
         rows = datasets.load_dataset(path, config, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: cannot be loaded ({reason}); without a hub, download the data and name its files instead") from None
+        raise InputError(
+            f"{name}: cannot be loaded ({reason}); without a hub, download the data and name its files instead"
+        ) from None
     yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
 
 
@@ -213,7 +233,9 @@ def to_record(row: Any, kind: str = "auto", default_id: str = "1") -> Record:
     if "text" in row and kind in ("auto", "text"):
         return TextRecord(identity, row["text"])
     columns = ", ".join(str(column) for column in row) or "none"
-    raise RecordError(f"unknown schema (columns {columns}); known: text | english, korean | question, A, B, ..., answer")
+    raise RecordError(
+        f"unknown schema (columns {columns}); known: text | english, korean | question, A, B, ..., answer"
+    )
 
 
 def _to_mcq(row: Mapping[str, Any], identity: str) -> McqRecord:

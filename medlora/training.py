@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SchedulerType
 
 from medlora import runs
+from medlora.chains import load_adapter_weights, save_adapter
 from medlora.config import PhaseConfig
 from medlora.encoding import IGNORED, Collator, Row
 from medlora.errors import InputError
-from medlora.chains import load_adapter_weights, save_adapter
 
 log = logging.getLogger("medlora.training")
 validation_log = logging.getLogger("medlora.validation")
@@ -62,13 +62,19 @@ class _AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            save_adapter(self.accelerator.unwrap_model(self.model), self.adapter, Path(output_dir or str(self.args.output_dir)))
+            save_adapter(
+                self.accelerator.unwrap_model(self.model), self.adapter, Path(output_dir or str(self.args.output_dir))
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_weights(self.accelerator.unwrap_model(model or self.model), self.adapter, Path(resume_from_checkpoint))
+        load_adapter_weights(
+            self.accelerator.unwrap_model(model or self.model), self.adapter, Path(resume_from_checkpoint)
+        )
 
 
-def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+def compute_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Cross-entropy summed over supervised positions and divided by their number in the whole accumulated batch.
 
     A mean per micro-batch would weigh tokens of short completions more (gradients up to 4.5 times too large).
@@ -91,7 +97,9 @@ class LossLoggingCallback(TrainerCallback):
         """Start the clock where the run starts or goes on."""
         self.since, self.last_step = time.monotonic(), state.global_step
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
         """One line in metrics.jsonl, one in the log, one report."""
         if "loss" not in (logs or {}):
             return
@@ -137,14 +145,22 @@ class MCQValidationCallback(TrainerCallback):
     """Scores the dev sample every N steps, at each epoch's end and at the last step; keeps the best adapter if asked."""
 
     def __init__(
-        self, folder: runs.PhaseFolder, segment: Segment, phase: PhaseConfig, adapter: str, logging_callback: LossLoggingCallback, report: Report
+        self,
+        folder: runs.PhaseFolder,
+        segment: Segment,
+        phase: PhaseConfig,
+        adapter: str,
+        logging_callback: LossLoggingCallback,
+        report: Report,
     ) -> None:
         self.folder, self.segment, self.phase, self.adapter, self.report = folder, segment, phase, adapter, report
         self.logging_callback = logging_callback
         self.stopped_early = False
         self.seconds = 0.0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         """Validate where it is due; every worker takes rank 0's word on stopping."""
         config, step = self.phase.validation, state.global_step
         assert config is not None
@@ -168,14 +184,26 @@ class MCQValidationCallback(TrainerCallback):
         assert self.segment.validate is not None and self.phase.validation is not None
         model = getattr(model, "module", model)  # DistributedDataParallel wraps it
         scores = self.segment.validate(model)
-        best = max((row["score"] for row in runs.read_json_lines(self.folder.validation) if row["segment"] == self.segment.name), default=-math.inf)
+        best = max(
+            (
+                row["score"]
+                for row in runs.read_json_lines(self.folder.validation)
+                if row["segment"] == self.segment.name
+            ),
+            default=-math.inf,
+        )
         row = {"segment": self.segment.name, "step": step, **scores}
         if self.phase.validation.keep_best and scores["score"] > best:
             row["best"] = True
             save_adapter(model, self.adapter, self.folder.best)
         runs.append_json(self.folder.validation, row)
         self.report({"event": "validation", "phase": self.phase.name, **row})
-        validation_log.info("%s step %d  %s", self.segment.name, step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        validation_log.info(
+            "%s step %d  %s",
+            self.segment.name,
+            step,
+            "  ".join(f"{name} {value:.4f}" for name, value in scores.items()),
+        )
         return scores.get("format_score", 0.0)
 
 
@@ -191,11 +219,17 @@ class _CheckpointCallback(TrainerCallback):
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint: manifest there and every hash right. None when there is no such one."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    for checkpoint in sorted(
+        folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
+    ):
         manifest = runs.read_manifest(checkpoint)
         if manifest and not (wrong := runs.check_files(checkpoint, manifest)):
             return checkpoint
-        log.warning("checkpoint %s is not whole (%s); an earlier one is used", checkpoint.name, wrong if manifest else "no manifest")
+        log.warning(
+            "checkpoint %s is not whole (%s); an earlier one is used",
+            checkpoint.name,
+            wrong if manifest else "no manifest",
+        )
     return None
 
 
@@ -216,6 +250,7 @@ def train(
     output = folder.checkpoints / segment.name
     checkpoint = find_checkpoint(output)
     resumed_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    ended_early = _stopped_early(checkpoint)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world > 1:
         dist.barrier()  # nobody tidies up before everybody has found the same checkpoint
@@ -281,18 +316,20 @@ def train(
         compute_loss_func=compute_loss,
     )
     # The default printer writes dicts to stdout; our callback has said it better.
-    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+    trainer.callback_handler.callbacks = [
+        c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
+    ]
     started = time.monotonic()
-    if not (checkpoint and _is_done(checkpoint, segment)):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    else:
+    if checkpoint and (ended_early or resumed_step >= segment.steps):
         load_adapter_weights(model, adapter, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     logged = [row for row in runs.read_json_lines(folder.metrics) if row["segment"] == segment.name]
     return {
         "segment": segment.name,
         "steps": max(trainer.state.global_step, resumed_step),
         "planned_steps": segment.steps,
-        "stopped_early": bool(validation_callback and validation_callback.stopped_early) or _stopped_early(checkpoint),
+        "stopped_early": ended_early or bool(validation_callback and validation_callback.stopped_early),
         "last_loss": logged[-1]["loss"] if logged else None,
         "train_s": round(time.monotonic() - started, 2),
         "validation_s": round(validation_callback.seconds, 2) if validation_callback else 0.0,
@@ -305,11 +342,6 @@ def _get_schedule_options(phase: PhaseConfig, steps: int) -> dict[str, Any]:
     if phase.schedule != "wsd":
         return {}
     return {"num_decay_steps": round(phase.decay_ratio * steps), "decay_type": "linear"}
-
-
-def _is_done(checkpoint: Path, segment: Segment) -> bool:
-    step = int(checkpoint.name.rpartition("-")[2])
-    return step >= segment.steps or _stopped_early(checkpoint)
 
 
 def _stopped_early(checkpoint: Path | None) -> bool:

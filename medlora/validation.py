@@ -71,7 +71,9 @@ class Validator:
         self.required_fields = tuple(required_fields)
         self.max_tokens = max_tokens
 
-    def score(self, model: Any, style: McqStyle | None = None, worked: McqRecord | None = None, batch_size: int = 32) -> dict[str, float]:
+    def score(
+        self, model: Any, style: McqStyle | None = None, worked: McqRecord | None = None, batch_size: int = 32
+    ) -> dict[str, float]:
         """Plain floats: `accuracy` and `format_score` of questions, `perplexity` of text, `token_f1` of translations,
         and `score`, the one of them (higher is better) by which the best adapter is kept."""
         was_training = model.training
@@ -85,7 +87,9 @@ class Validator:
                 scores["score"] = -scores["perplexity"]
             if self.pairs:
                 examples = [example for record in self.pairs for example in render(record)]
-                texts = generate(model, self.tokenizer, encode_prompts(self.tokenizer, examples), self.config.max_tokens, batch_size)
+                texts = generate(
+                    model, self.tokenizer, encode_prompts(self.tokenizer, examples), self.config.max_tokens, batch_size
+                )
                 f1 = [compute_token_f1(text, example.completion) for text, example in zip(texts, examples, strict=True)]
                 scores["token_f1"] = scores["score"] = sum(f1) / len(f1)
             if self.questions:
@@ -95,7 +99,9 @@ class Validator:
         finally:
             model.train(was_training)
 
-    def _score_questions(self, model: Any, style: McqStyle, worked: McqRecord | None, batch_size: int) -> dict[str, float]:
+    def _score_questions(
+        self, model: Any, style: McqStyle, worked: McqRecord | None, batch_size: int
+    ) -> dict[str, float]:
         answerer = McqAnswerer(
             model,
             self.tokenizer,

@@ -25,8 +25,25 @@ def real_data() -> Path:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Tiny random base models, a folder per family of tests/tiny.py."""
     import torch
-
     from tiny import build_bases
 
     torch.set_num_threads(1)
     return build_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny data of tests/tiny_run.py."""
+    from tiny_run import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def finished(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the three phases on the tiny Gemma, without Ray."""
+    from tiny_run import configure, run_all
+
+    folder = tmp_path_factory.mktemp("finished")
+    run_all(configure(bases["gemma"], data), folder)
+    return folder

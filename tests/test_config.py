@@ -35,7 +35,19 @@ def refusal(tmp_path: Path, content: Any, *overrides: str) -> str:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("5E3", 5e3), ("1.5", 1.5), (".5", 0.5), ("-3", -3), ("0", 0), ("00", "00"), ("012", "012"), ("1_000", "1_000"), ("true", True), ("null", None)],
+    [
+        ("1e-4", 1e-4),
+        ("5E3", 5e3),
+        ("1.5", 1.5),
+        (".5", 0.5),
+        ("-3", -3),
+        ("0", 0),
+        ("00", "00"),
+        ("012", "012"),
+        ("1_000", "1_000"),
+        ("true", True),
+        ("null", None),
+    ],
 )
 def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
     assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
@@ -61,7 +73,10 @@ def test_set_makes_sections_that_the_file_leaves_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"base": {"model": "m", "quantizaton": "int8"}}, "base.quantizaton: unknown key; did you mean 'quantization'?"),
+        (
+            {"base": {"model": "m", "quantizaton": "int8"}},
+            "base.quantizaton: unknown key; did you mean 'quantization'?",
+        ),
         ({"nmae": 1}, "nmae: unknown key; did you mean 'name'?"),
         ({"seed": "x"}, "seed: Input should be a valid integer"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0, found -1"),
@@ -92,7 +107,10 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
         ("phases.1.lora={r: 4}", "phases.1.lora: a phase that continues keeps its parent's adapter shape"),
         ("phases.1.full_prompt={}", "phases.1.full_prompt: needs phases.1.validation"),
         ("phases.0.train_extra_tokens=true", "base.extra_tokens is empty"),
-        ("evaluation={tests: [{name: t, source: b.jsonl}]}", "phases.1.sources.0.source: 'b.jsonl' is the test evaluation.tests.0"),
+        (
+            "evaluation={tests: [{name: t, source: b.jsonl}]}",
+            "phases.1.sources.0.source: 'b.jsonl' is the test evaluation.tests.0",
+        ),
         ("phases.7.name=x", "no item '7'; there are 0..1 or by name 00, 01"),
         ("name.x=1", "name is 'run', which has no keys"),
         ("novalue", "write KEY=VALUE"),
@@ -102,7 +120,10 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, override: str, sa
     assert said in refusal(tmp_path, minimal(), override)
 
 
-@pytest.mark.parametrize(("text", "said"), [("- a\n- b\n", "found list"), ("", "found NoneType"), ("a: [1", "run.yaml:"), ("a: b: c", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("- a\n- b\n", "found list"), ("", "found NoneType"), ("a: [1", "run.yaml:"), ("a: b: c", "not valid YAML")],
+)
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, said: str) -> None:
     assert said in refusal(tmp_path, text)
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FAMILIES
 
 from medlora.config import BaseModelConfig
 from medlora.encoding import IGNORED, Collator, Row, encode, encode_prompts, needs_bos
 from medlora.models import load_base, load_tokenizer
 from medlora.prompts import Example, render_mcq, render_text
 from medlora.records import McqRecord, TextRecord
-from tiny import FAMILIES
 
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
@@ -39,7 +39,9 @@ def test_a_chat_prompt_is_the_user_s_turn_with_bos_exactly_once(chat: Any) -> No
     (ids,) = encode_prompts(chat, [render_mcq(QUESTION)])
     assert ids.count(chat.bos_token_id) == 1 and ids[0] == chat.bos_token_id
     text = chat.decode(ids)
-    assert text.startswith("<bos><start_of_turn>user\n질문: 열 이") and text.endswith("<end_of_turn>\n<start_of_turn>model\n")
+    assert text.startswith("<bos><start_of_turn>user\n질문: 열 이") and text.endswith(
+        "<end_of_turn>\n<start_of_turn>model\n"
+    )
 
 
 def test_the_loss_is_on_the_completion_and_the_token_that_ends_it(chat: Any) -> None:

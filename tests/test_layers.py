@@ -14,9 +14,26 @@ PACKAGE = ROOT / "medlora"
 
 WORDS = {"torch", "transformers", "ray", "datasets", "peft", "accelerate"}
 LAYERS = {
-    0: ({"__init__", "errors", "records", "config", "option_text", "answers", "scores", "runs", "mixture", "result_logs"}, WORDS),
+    0: (
+        {
+            "__init__",
+            "errors",
+            "records",
+            "config",
+            "option_text",
+            "answers",
+            "scores",
+            "runs",
+            "mixture",
+            "result_logs",
+        },
+        WORDS,
+    ),
     1: ({"prompts", "sources", "lineage", "report", "display", "miniature"}, {"torch", "transformers", "ray", "peft"}),
-    2: ({"encoding", "models", "chains", "adapter_files", "answering", "stages", "validation", "training"}, {"ray"}),
+    2: (
+        {"encoding", "models", "chains", "targets", "adapter_files", "answering", "stages", "validation", "training"},
+        {"ray"},
+    ),
     3: ({"phases"}, {"ray"}),
     4: ({"on_ray"}, set()),
 }
@@ -45,7 +62,9 @@ def imports_of(path: Path) -> set[str]:
 
 def top_imports_of(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    module = ast.Module(body=[node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], type_ignores=[])
+    module = ast.Module(
+        body=[node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], type_ignores=[]
+    )
     found: set[str] = set()
     for node in module.body:
         if isinstance(node, ast.Import):
@@ -76,14 +95,20 @@ def test_imports_go_down_only(path: Path) -> None:
 
 
 def test_ray_is_imported_in_one_folder_alone() -> None:
-    users = {path for path in [*MODULES, *(ROOT / "jobs").glob("*.py")] if "ray" in {name.split(".")[0] for name in imports_of(path)}}
+    users = {
+        path
+        for path in [*MODULES, *(ROOT / "jobs").glob("*.py")]
+        if "ray" in {name.split(".")[0] for name in imports_of(path)}
+    }
     assert users and all(path.parent.name == "on_ray" for path in users)
 
 
 @pytest.mark.parametrize("word", ["from_pretrained(", "BitsAndBytesConfig(", "PeftModel."])
 def test_models_are_loaded_in_one_place(word: str) -> None:
-    users = {path.stem for path in MODULES if word in path.read_text(encoding="utf-8") and path.parent.name != "miniature"}
-    assert users <= {"models", "chains"}
+    users = {
+        path.stem for path in MODULES if word in path.read_text(encoding="utf-8") and path.parent.name != "miniature"
+    }
+    assert users <= {"models", "chains", "targets"}
 
 
 def test_the_pure_layers_bring_neither_torch_nor_ray_along() -> None:
@@ -94,4 +119,6 @@ def test_the_pure_layers_bring_neither_torch_nor_ray_along() -> None:
     ]
     code = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
     code += "print(sorted({'torch', 'transformers', 'ray', 'peft', 'datasets', 'scipy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

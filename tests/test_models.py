@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import EXTRA, FAMILIES, build_bases
+from tiny import EXTRA, FAMILIES
 
 from medlora.config import BaseModelConfig
 from medlora.errors import InputError
@@ -23,12 +23,6 @@ from medlora.models import (
     load_tokenizer,
     stop_token_ids,
 )
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    torch.set_num_threads(1)
-    return build_bases(tmp_path_factory.mktemp("bases"))
 
 
 def stored(folder: str) -> dict[str, torch.Tensor]:

@@ -9,83 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import configure, run_all, weights
 
 from medlora import runs
-from medlora.config import RunConfig
 from medlora.errors import InputError
-from medlora.lineage import Link, extend_chain, make_job
-from medlora.phases import run_phase
-
-TERMS = ["아스피린", "인슐린", "aspirin", "insulin", "해열", "췌장"]
-
-
-def question(i: int, **more: Any) -> dict[str, Any]:
-    options = {letter: TERMS[(i + j) % 6] for j, letter in enumerate("ABCDE")}
-    return {"id": f"q{i}", "question": f"{TERMS[i % 6]} 은 어디 에서 나온다 {i}?", **options, "answer": i % 5 + 1, **more}
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """text.jsonl, pairs.jsonl, mcq.jsonl (half of it with a rationale) and dev.jsonl."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = {
-        "text": [{"text": f"{TERMS[i % 6]} 은 {TERMS[(i + 1) % 6]} 이다 {i}"} for i in range(40)],
-        "pairs": [{"english": f"text about {TERMS[i % 6]} {i}", "korean": f"{TERMS[i % 6]} 이다 {i}"} for i in range(10)],
-        "mcq": [question(i, **({"rationale": f"{TERMS[i % 6]} 에서 나온다"} if i % 2 else {})) for i in range(24)],
-        "dev": [question(i, rationale="췌장 이다") for i in range(100, 106)],
-    }
-    for name, part in rows.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
-def configure(base: str, data: Path, **changes: Any) -> RunConfig:
-    """The three phases of the curriculum on tiny data; `changes` by phase name, e.g. p02={...}."""
-    common = {"max_tokens": 160, "batch_size": 4, "accumulation": 1, "learning_rate": 1e-2, "max_steps": 6, "log_every_steps": 2}
-    common |= {"checkpoint_every_steps": 2, "optimizer": "adamw_torch", "max_grad_norm": 1.0}
-    dev = {"sources": [{"source": str(data / "dev.jsonl")}], "sample": 4, "max_tokens": 8}
-    phases = [
-        {"name": "00", "chain": "new", "train_extra_tokens": True, "sources": [{"source": str(data / "text.jsonl")}]},
-        {
-            "name": "01",
-            "chain": "continue",
-            "sources": [{"source": str(data / "pairs.jsonl"), "weight": 0.7}, {"source": str(data / "mcq.jsonl"), "weight": 0.3}],
-            "replay": [{"phase": "00", "share": 0.1}],
-        },
-        {"name": "02", "chain": "stack", "sources": [{"source": str(data / "mcq.jsonl")}], "validation": dev},
-    ]
-    lora = changes.pop("lora", {"r": 4, "alpha": 8, "dropout": 0.1})
-    seed = changes.pop("seed", 0)
-    phases = [{**common, **phase, **changes.get(f"p{phase['name']}", {})} for phase in phases]
-    return RunConfig.model_validate(
-        {"name": "tiny", "seed": seed, "base": {"model": base, "extra_tokens": ["고혈압증", "당뇨병성"]}, "lora": lora, "phases": phases}
-    )
+from medlora.lineage import Link, extend_chain
 
 
 class Killed(BaseException):
     """What a test raises in the middle of a phase."""
-
-
-def run_all(config: RunConfig, folder: Path, names: tuple[str, ...] = ("00", "01", "02"), report: Any = None) -> dict[str, Any]:
-    run, chain, manifests = runs.RunFolder(folder), (), {}
-    for phase in config.phases:
-        if phase.name in names:
-            manifests[phase.name] = run_phase(make_job(config, phase, chain), run.phase(phase.name), report or (lambda event: None))
-        chain = extend_chain(chain, phase, run.phase(phase.name).adapter)
-    return manifests
-
-
-def weights(folder: Path, phase: str) -> bytes:
-    return (runs.RunFolder(folder).phase(phase).adapter / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def finished(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the three phases on the tiny Gemma."""
-    folder = tmp_path_factory.mktemp("finished")
-    run_all(configure(bases["gemma"], data), folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", ["medgemma", "llama"])
@@ -101,7 +33,9 @@ def test_the_folder_holds_what_the_manifest_says(finished: Path) -> None:
     manifest = runs.read_manifest(folder.root)
     assert manifest is not None and runs.check_files(folder.root, manifest) is None
     assert not folder.checkpoints.exists()
-    assert {"adapter/adapter_model.safetensors", "adapter/tokenizer.json", "metrics.jsonl", "phase.log"} <= set(manifest["files"])
+    assert {"adapter/adapter_model.safetensors", "adapter/tokenizer.json", "metrics.jsonl", "phase.log"} <= set(
+        manifest["files"]
+    )
     assert manifest["chain"] == ["01"] and manifest["segments"][0]["steps"] == 6
     rows = runs.read_json_lines(folder.metrics)
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
@@ -113,13 +47,17 @@ def test_shares_and_counts_are_recorded(finished: Path) -> None:
     assert {key.split(":")[0]: part["examples"] for key, part in counts.items()} == {"0": 20, "1": 24, "00.0": 40}
 
 
-def test_the_same_run_gives_the_same_bytes_and_another_seed_others(bases: dict[str, str], data: Path, finished: Path, tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes_and_another_seed_others(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
     run_all(configure(bases["gemma"], data), tmp_path / "same", ("00",))
     run_all(configure(bases["gemma"], data, seed=1), tmp_path / "other", ("00",))
     assert weights(tmp_path / "same", "00") == weights(finished, "00") != weights(tmp_path / "other", "00")
 
 
-def test_validation_is_written_and_changes_nothing_of_the_training(bases: dict[str, str], data: Path, finished: Path, tmp_path: Path) -> None:
+def test_validation_is_written_and_changes_nothing_of_the_training(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
     rows = runs.read_json_lines(runs.RunFolder(finished).phase("02").validation)
     assert [row["step"] for row in rows] == [6] and 0 <= rows[0]["accuracy"] <= 1
     config = configure(bases["gemma"], data, p02={"validation": None})
@@ -152,8 +90,12 @@ def test_a_phase_killed_in_the_middle_ends_with_the_bytes_of_an_undisturbed_one(
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "manifest.json"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, lost: str) -> None:
+@pytest.mark.parametrize(
+    "lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "manifest.json"]
+)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, lost: str
+) -> None:
     config = configure(bases["gemma"], data, p00={"log_every_steps": 1})
 
     def kill(event: dict[str, Any]) -> None:
@@ -168,8 +110,16 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(bases: dict[str, str], da
     assert weights(tmp_path, "00") == weights(finished, "00")
 
 
-def test_the_full_prompt_gives_way_to_the_normal_one_at_its_step_budget(bases: dict[str, str], data: Path, finished: Path, tmp_path: Path) -> None:
-    validation = {"sources": [{"source": str(data / "dev.jsonl")}], "sample": 2, "max_tokens": 8, "scoring": "reason", "every_steps": 2}
+def test_the_full_prompt_gives_way_to_the_normal_one_at_its_step_budget(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
+    validation = {
+        "sources": [{"source": str(data / "dev.jsonl")}],
+        "sample": 2,
+        "max_tokens": 8,
+        "scoring": "reason",
+        "every_steps": 2,
+    }
     full = {"records": 5, "max_steps": 3, "until_format_score": 1.0}
     config = configure(bases["gemma"], data, p02={"full_prompt": full, "validation": validation, "max_tokens": 400})
     (tmp_path / "phases").mkdir()
@@ -178,7 +128,9 @@ def test_the_full_prompt_gives_way_to_the_normal_one_at_its_step_budget(bases: d
     manifest = run_all(config, tmp_path, ("02",), lambda event: notes.append(event.get("text", "")))["02"]
     assert [(s["segment"], s["steps"]) for s in manifest["segments"]] == [("full", 3), ("normal", 6)]
     counts = manifest["counts"]
-    assert next(iter(counts["full"].values()))["examples"] == 5 and next(iter(counts["normal"].values()))["examples"] == 24
+    assert (
+        next(iter(counts["full"].values()))["examples"] == 5 and next(iter(counts["normal"].values()))["examples"] == 24
+    )
     assert next(iter(counts["full"].values()))["longest"] > next(iter(counts["normal"].values()))["longest"]
     assert any("switches to the normal prompt after 3 steps: the step budget is spent" in note for note in notes)
 
@@ -191,7 +143,11 @@ def test_the_full_prompt_ends_early_once_the_format_is_learned_and_resumes_as_en
     monkeypatch.setattr(Validator, "score", lambda *_, **__: {"accuracy": 0.5, "format_score": 0.75, "score": 0.5})
     validation = {"sources": [{"source": str(data / "dev.jsonl")}], "scoring": "reason", "every_steps": 2}
     full = {"records": 5, "max_steps": 50, "until_format_score": 0.7}
-    config = configure(bases["gemma"], data, p02={"full_prompt": full, "validation": validation, "max_tokens": 400, "log_every_steps": 1})
+    config = configure(
+        bases["gemma"],
+        data,
+        p02={"full_prompt": full, "validation": validation, "max_tokens": 400, "log_every_steps": 1},
+    )
 
     def kill(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["segment"] == "normal" and event["step"] == 3:
@@ -229,8 +185,16 @@ def test_the_best_adapter_is_kept_if_asked(
 
     with pytest.raises(Killed):
         run_all(four, tmp_path / "four", ("00",), kill)
-    checkpoint = runs.RunFolder(tmp_path / "four").phase("00").checkpoints / "normal" / "checkpoint-4" / "adapter_model.safetensors"
-    assert load_file(checkpoint).keys() == load_file(tmp_path / "best" / "phases" / "00" / "adapter" / "adapter_model.safetensors").keys()
+    checkpoint = (
+        runs.RunFolder(tmp_path / "four").phase("00").checkpoints
+        / "normal"
+        / "checkpoint-4"
+        / "adapter_model.safetensors"
+    )
+    assert (
+        load_file(checkpoint).keys()
+        == load_file(tmp_path / "best" / "phases" / "00" / "adapter" / "adapter_model.safetensors").keys()
+    )
     assert weights(tmp_path / "best", "00") == checkpoint.read_bytes() != weights(tmp_path / "last", "00")
 
 
@@ -239,10 +203,23 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(bases: dict[str, st
     losses = []
     for n, (batch, accumulation) in enumerate([(8, 1), (2, 4), (1, 8)]):
         config = configure(bases["gemma"], data, lora={"r": 4, "alpha": 8})
-        phase = config.phases[2].model_copy(update={"name": "mcq", "chain": "new", "batch_size": batch, "accumulation": accumulation, "validation": None})
+        phase = config.phases[2].model_copy(
+            update={
+                "name": "mcq",
+                "chain": "new",
+                "batch_size": batch,
+                "accumulation": accumulation,
+                "validation": None,
+            }
+        )
         config = config.model_copy(update={"phases": (phase,)})
         run_all(config, tmp_path / str(n), ("mcq",))
-        losses.append([(row["loss"], row["grad_norm"]) for row in runs.read_json_lines(runs.RunFolder(tmp_path / str(n)).phase("mcq").metrics)])
+        losses.append(
+            [
+                (row["loss"], row["grad_norm"])
+                for row in runs.read_json_lines(runs.RunFolder(tmp_path / str(n)).phase("mcq").metrics)
+            ]
+        )
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[0]), atol=1e-4, rtol=1e-3)
 
@@ -274,12 +251,14 @@ def test_a_tokenizer_without_the_letters_is_refused_before_the_model_is_loaded(
     broken = tmp_path / "base"
     broken.mkdir()
     for file in Path(bases["gemma"]).iterdir():
-        content = file.read_bytes()
-        if file.name == "tokenizer.json":
-            content = content.replace(b'"A":', b'"Alpha":')
-        (broken / file.name).write_bytes(content)
+        (broken / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((broken / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "A"}, "content": "에이"}
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     phase = config.phases[2].model_copy(update={"chain": "new", "validation": None})
-    config = config.model_copy(update={"base": config.base.model_copy(update={"model": str(broken)}), "phases": (phase,)})
+    config = config.model_copy(
+        update={"base": config.base.model_copy(update={"model": str(broken)}), "phases": (phase,)}
+    )
     with pytest.raises(InputError, match="cannot answer 'A'"):
         run_all(config, tmp_path / "run", ("02",))
 
@@ -291,5 +270,8 @@ def test_the_chain_of_a_stage_is_what_the_phases_did() -> None:
     assert extend_chain((), new, Path("/00")) == (link["00"],)
     assert extend_chain((link["00"],), onward, Path("/01")) == (link["01"],)
     assert extend_chain((link["01"],), stack, Path("/02")) == (link["01"], link["02"])
-    assert extend_chain((link["00"], link["01"]), onward.model_copy(update={"name": "02"}), Path("/02")) == (link["00"], link["02"])
+    assert extend_chain((link["00"], link["01"]), onward.model_copy(update={"name": "02"}), Path("/02")) == (
+        link["00"],
+        link["02"],
+    )
     assert extend_chain((link["01"],), new, Path("/00")) == (link["00"],)

@@ -126,7 +126,9 @@ def test_lines_after_a_resumed_step_and_torn_lines_are_dropped(tmp_path: Path) -
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_submitted_job_keeps_its_runs_out_of_ray_s_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submitted_job_keeps_its_runs_out_of_ray_s_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "working_dir_files" / "_ray_pkg_1"
     package.mkdir(parents=True)
     monkeypatch.chdir(package)

@@ -33,7 +33,9 @@ def refusal(path: Path | str, **more: Any) -> str:
 def test_the_columns_say_what_a_row_is(tmp_path: Path) -> None:
     assert read_from(write_rows(tmp_path, QUESTION)) == [McqRecord("q1", "Q?", ("a", "b", "c"), "B")]
     assert read_from(write_rows(tmp_path, {"text": "글"})) == [TextRecord("rows.jsonl-1", "글")]
-    assert read_from(write_rows(tmp_path, {"english": "e", "korean": "한"})) == [TranslationRecord("rows.jsonl-1", "e", "한")]
+    assert read_from(write_rows(tmp_path, {"english": "e", "korean": "한"})) == [
+        TranslationRecord("rows.jsonl-1", "e", "한")
+    ]
 
 
 @pytest.mark.parametrize(

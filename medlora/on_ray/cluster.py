@@ -103,9 +103,13 @@ def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
             f"lower {key}.cpus_per_worker"
         )
     if placement.accelerator_type and placement.accelerator_type not in cluster.accelerators:
-        raise InputError(f"{key}.accelerator_type: {placement.accelerator_type!r} is not there; the cluster has {cluster}")
+        raise InputError(
+            f"{key}.accelerator_type: {placement.accelerator_type!r} is not there; the cluster has {cluster}"
+        )
     wanted = placement.label_selector
-    if wanted and not any(all(labels.get(name) == value for name, value in wanted.items()) for labels in cluster.labels):
+    if wanted and not any(
+        all(labels.get(name) == value for name, value in wanted.items()) for labels in cluster.labels
+    ):
         raise InputError(f"{key}.label_selector: no node has {wanted}; the nodes have {list(cluster.labels)}")
 
 

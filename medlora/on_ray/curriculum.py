@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from medlora import runs
-from medlora.config import EvaluationConfig, PhaseConfig, RunConfig
+from medlora.config import PhaseConfig, RunConfig
 from medlora.errors import InputError
 from medlora.lineage import (
     Link,
-    PhaseJob,
     extend_chain,
     find_obstacle,
     identify_base,
@@ -80,14 +78,27 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
 
     started = time.monotonic()
     with connect() as cluster:
-        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": time.monotonic() - started})
+        on_event(
+            {
+                "event": "cluster",
+                "text": str(cluster),
+                "started_here": cluster.started_here,
+                "seconds": time.monotonic() - started,
+            }
+        )
         for phase in left:
-            check_placement(phase.placement or config.placement, cluster, f"phases.{phase.name}.placement" if phase.placement else "placement")
+            check_placement(
+                phase.placement or config.placement,
+                cluster,
+                f"phases.{phase.name}.placement" if phase.placement else "placement",
+            )
         for phase in left:
             if manifest := _find_finished(config, run, phase, chain, done, redo):
                 on_event({"event": "reused", "phase": phase.name})
             else:
-                manifest = train_on_ray(make_job(config, phase, chain), run, phase.placement or config.placement, cluster, on_event)
+                manifest = train_on_ray(
+                    make_job(config, phase, chain), run, phase.placement or config.placement, cluster, on_event
+                )
             done[phase.name] = manifest
             chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
             on_event({"event": "finished", "phase": phase.name, "seconds": manifest["seconds"]["all"]})
@@ -96,7 +107,12 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
 
 
 def _find_finished(
-    config: RunConfig, run: runs.RunFolder, phase: PhaseConfig, chain: Sequence[Link], done: Mapping[str, Any], redo: str | None
+    config: RunConfig,
+    run: runs.RunFolder,
+    phase: PhaseConfig,
+    chain: Sequence[Link],
+    done: Mapping[str, Any],
+    redo: str | None,
 ) -> dict[str, Any] | None:
     """The manifest of a phase that still stands; None when it has to be trained (on).
 
@@ -112,7 +128,9 @@ def _find_finished(
         raise refuse(run, job, differences)
     manifest = runs.read_manifest(folder.root)
     if manifest and (wrong := runs.check_files(folder.root, manifest)):
-        raise InputError(f"{folder.root}: {wrong} since phase {phase.name} was finished; bring it back, or say --redo {phase.name}")
+        raise InputError(
+            f"{folder.root}: {wrong} since phase {phase.name} was finished; bring it back, or say --redo {phase.name}"
+        )
     return manifest
 
 
@@ -124,7 +142,9 @@ def _comes_after(config: RunConfig, phase: PhaseConfig, name: str) -> bool:
 def _describe_run(config: RunConfig, run: runs.RunFolder) -> None:
     runs.write_yaml(run.config, config.model_dump(mode="json"))
     about = runs.read_json(run.about) or {"name": config.name, "created": time.strftime("%Y-%m-%d %H:%M:%S%z")}
-    runs.write_json(run.about, {**about, "seed": config.seed, "versions": runs.get_versions(), "git_commit": runs.get_git_commit()})
+    runs.write_json(
+        run.about, {**about, "seed": config.seed, "versions": runs.get_versions(), "git_commit": runs.get_git_commit()}
+    )
 
 
 def _describe_evaluation(config: RunConfig, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -152,7 +172,12 @@ def _find_report(config: RunConfig, run: runs.RunFolder, done: Mapping[str, dict
 
 
 def _evaluate(
-    config: RunConfig, run: runs.RunFolder, stages: Mapping[str, Sequence[Link]], done: Mapping[str, dict[str, Any]], cluster: Any, on_event: OnEvent
+    config: RunConfig,
+    run: runs.RunFolder,
+    stages: Mapping[str, Sequence[Link]],
+    done: Mapping[str, dict[str, Any]],
+    cluster: Any,
+    on_event: OnEvent,
 ) -> dict[str, Any] | None:
     if config.evaluation is None:
         return None
@@ -162,11 +187,21 @@ def _evaluate(
 
     placement = config.evaluation.placement or config.placement
     check_placement(placement, cluster, "evaluation.placement" if config.evaluation.placement else "placement")
-    tests: dict[str, list[McqRecord]] = {test.name: [r for r in read(test) if isinstance(r, McqRecord)] for test in config.evaluation.tests}
+    tests: dict[str, list[McqRecord]] = {
+        test.name: [r for r in read(test) if isinstance(r, McqRecord)] for test in config.evaluation.tests
+    }
     job = make_job(config, config.phases[-1], ())
-    on_event({"event": "phase", "phase": "evaluation", "device": f"{len(stages)} stages x {sum(map(len, tests.values()))} questions"})
+    on_event(
+        {
+            "event": "phase",
+            "phase": "evaluation",
+            "device": f"{len(stages)} stages x {sum(map(len, tests.values()))} questions",
+        }
+    )
     started = time.monotonic()
-    predictions = evaluate_on_ray(job.base, job.cache, job.seed, stages, tests, config.evaluation, placement, cluster, on_event, run.log)
+    predictions = evaluate_on_ray(
+        job.base, job.cache, job.seed, stages, tests, config.evaluation, placement, cluster, on_event, run.log
+    )
     seconds = time.monotonic() - started
     runs.set_aside(run.evaluation)
     run.evaluation.mkdir()

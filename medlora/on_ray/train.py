@@ -47,7 +47,13 @@ def train_on_ray(
             # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
             trainer = TorchTrainer(
                 _train_loop,
-                train_loop_config={"job": job.model_dump(mode="json"), "folder": str(folder.root), "inbox": inbox, "cwd": os.getcwd(), "gpu": gpus > 0},
+                train_loop_config={
+                    "job": job.model_dump(mode="json"),
+                    "folder": str(folder.root),
+                    "inbox": inbox,
+                    "cwd": os.getcwd(),
+                    "gpu": gpus > 0,
+                },
                 scaling_config=ScalingConfig(
                     num_workers=placement.workers,
                     use_gpu=gpus > 0,
@@ -86,7 +92,11 @@ def _find_deaths(error: Any) -> str:
     """Which workers died (were killed, lost their node), as text; empty when it was an exception of ours."""
     from ray.exceptions import RayError, RayTaskError
 
-    dead = [rank for rank, cause in error.worker_failures.items() if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
+    dead = [
+        rank
+        for rank, cause in error.worker_failures.items()
+        if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
+    ]
     return f"worker {', '.join(map(str, sorted(dead)))} died" if dead else ""
 
 
@@ -105,7 +115,12 @@ def _train_loop(config: dict[str, Any]) -> None:
 
     inbox = config["inbox"]
     try:
-        run_phase(PhaseJob.model_validate(config["job"]), runs.PhaseFolder(Path(config["folder"])), inbox.put, "cuda" if config["gpu"] else "cpu")
+        run_phase(
+            PhaseJob.model_validate(config["job"]),
+            runs.PhaseFolder(Path(config["folder"])),
+            inbox.put,
+            "cuda" if config["gpu"] else "cpu",
+        )
     except InputError as error:
         # Returned, not raised: Ray would wrap it in a traceback.
         inbox.put({"event": "refused", "text": str(error)})

@@ -64,9 +64,7 @@ def _bare(embeddings: torch.nn.Module) -> torch.Tensor:
     return getattr(embeddings, "original_module", embeddings).weight
 
 
-def adopt_embeddings(
-    base: PreTrainedModel, folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]
-) -> None:
+def adopt_embeddings(base: PreTrainedModel, folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Turn whole embeddings in an adapter's file, which PEFT writes after a resize, into the rows that they change.
 
     Loaded as they are they would overwrite the base under every stage. Those in `modules_to_save` stay whole, with the

@@ -1,0 +1,213 @@
+"""Runs as a user starts them, on one real cluster with token authentication, on tiny random models."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from tiny_run import configure, run_all, weights
+
+from medlora import runs
+from medlora.config import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = [sys.executable, "jobs/curriculum.py"]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a process that may use a real `ray start --head` cluster of two CPUs."""
+    token = tmp_path_factory.mktemp("token") / "auth_token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    env |= {"HF_HUB_OFFLINE": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
+    folder = Path(tempfile.mkdtemp(prefix="ml"))
+    head = ["--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=2", f"--temp-dir={folder}"]
+    log = (folder / "head.log").open("w")
+    # `ray stop` would end every Ray of the machine, the developer's own too: this one ends with its process group.
+    process = subprocess.Popen(
+        [BIN / "ray", "start", *head], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        current = folder / "ray_current_cluster"
+        end = time.monotonic() + 60
+        while not current.exists() or "Ray runtime started" not in (folder / "head.log").read_text():
+            assert process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()
+            time.sleep(0.1)
+        said = (folder / "head.log").read_text()
+        dashboard = re.search(r"RAY_API_SERVER_ADDRESS='([^']+)'|http://([0-9.]+:[0-9]+)", said)
+        env["RAY_ADDRESS"] = current.read_text().strip()
+        yield {**env, "DASHBOARD": dashboard[1] or f"http://{dashboard[2]}" if dashboard else ""}
+    finally:
+        for other in psutil.process_iter(["cmdline"]):
+            if any(str(folder) in part for part in other.info["cmdline"] or []):
+                other.kill()
+        process.kill()
+        process.wait(timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_config(config: RunConfig, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    return path
+
+
+def start(config: Path, run: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
+    command = [*JOB, "--config", str(config), "--run-dir", str(run), *more]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def wait_for_step(run: Path, phase: str, step: int, process: subprocess.Popen[str]) -> None:
+    metrics = runs.RunFolder(run).phase(phase).metrics
+    end = time.monotonic() + 120
+    while not any(row["step"] >= step for row in runs.read_json_lines(metrics)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"phase {phase} does not come to step {step}"
+        time.sleep(0.02)
+
+
+def two_phases(bases: dict[str, str], data: Path, **p01: Any) -> RunConfig:
+    """00 in a few steps, then a 01 that is long enough to be killed in."""
+    config = configure(
+        bases["gemma"], data, p01={"max_steps": 150, "checkpoint_every_steps": 10, "log_every_steps": 1, **p01}
+    )
+    return config.model_copy(update={"phases": config.phases[:2]})
+
+
+@pytest.fixture(scope="session")
+def undisturbed(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two phases without Ray: what every disturbed run must equal."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_all(two_phases(bases, data), folder, ("00", "01"))
+    return folder
+
+
+def test_a_killed_worker_and_a_killed_driver_leave_the_same_bytes(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    config, run = write_config(two_phases(bases, data), tmp_path / "c.yaml"), tmp_path / "run"
+    driver = start(config, run, cluster)
+    wait_for_step(run, "01", 25, driver)
+    worker = runs.read_json(run / "phases" / ".01.lock.json")["pid"]
+    os.kill(worker, signal.SIGKILL)
+    wait_for_step(run, "01", 45, driver)
+    assert runs.read_json(run / "phases" / ".01.lock.json")["pid"] != worker
+    driver.kill()
+    out, _ = driver.communicate()
+    assert "worker 0 died; attempt 1 of 2" in out
+    out, _ = finish(start(config, run, cluster))
+    assert "00  is finished already and reused" in out and "01  goes on from step" in out
+    for phase in ("00", "01"):
+        assert weights(run, phase) == weights(undisturbed, phase)
+    steps = [row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase("01").metrics)]
+    assert steps == list(range(1, 151))
+    assert not (run / ".ray").exists()
+
+    out, err = finish(start(config, run, cluster))
+    assert "everything is done already" in out and err == ""
+
+    _, err = finish(start(config, run, cluster, "--set", "phases.01.learning_rate=5e-3"), code=2)
+    assert "phases.01.learning_rate: was 0.01, now 0.005" in err and "--redo 01" in err and "Traceback" not in err
+    before = weights(run, "01")
+    finish(
+        start(
+            config,
+            run,
+            cluster,
+            "--set",
+            "phases.01.learning_rate=5e-3",
+            "--set",
+            "phases.01.max_steps=4",
+            "--redo",
+            "01",
+        )
+    )
+    kept = run / "phases" / ".replaced" / "01-1" / "adapter" / "adapter_model.safetensors"
+    assert kept.read_bytes() == before != weights(run, "01")
+    assert weights(run, "00") == weights(undisturbed, "00")
+
+
+def test_two_workers_learn_what_one_learns(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    curves = []
+    for workers, accumulation in ((1, 2), (2, 1)):
+        config = configure(
+            bases["gemma"],
+            data,
+            lora={"r": 4, "alpha": 8},
+            p00={"accumulation": accumulation, "max_steps": 8, "log_every_steps": 1},
+        )
+        config = config.model_copy(update={"phases": config.phases[:1]})
+        run = tmp_path / str(workers)
+        finish(
+            start(
+                write_config(config, tmp_path / f"{workers}.yaml"),
+                run,
+                cluster,
+                "--set",
+                f"placement.workers={workers}",
+            )
+        )
+        curves.append(
+            [(row["loss"], row["grad_norm"]) for row in runs.read_json_lines(runs.RunFolder(run).phase("00").metrics)]
+        )
+    assert len(curves[0]) == 8
+    for one, two in zip(*curves, strict=True):
+        assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    config = write_config(two_phases(bases, data), tmp_path / "c.yaml")
+    drivers = [start(config, tmp_path / name, cluster) for name in ("a", "b")]
+    wait_for_step(tmp_path / "a", "00", 1, drivers[0])
+    _, err = finish(start(config, tmp_path / "a", cluster), code=2)
+    assert f"is in use by process {drivers[0].pid} on " in err
+    for driver in drivers:
+        finish(driver)
+    for name in ("a", "b"):
+        assert weights(tmp_path / name, "01") == weights(undisturbed, "01")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("placement.gpus_per_worker=1", "1 workers x 1 GPUs = 1 GPUs asked; the cluster has 1 node, 2 CPUs, 0 GPUs"),
+        ("placement.cpus_per_worker=64", "1 workers x 64 CPUs = 64 CPUs asked; the cluster has 1 node, 2 CPUs"),
+        ("placement.label_selector={zone: moon}", "placement.label_selector: no node has {'zone': 'moon'}"),
+        ("phases.01.max_tokens=8", "phases.01.max_tokens: every example is longer than 8 tokens"),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_said_and_ends_with_code_2(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, setting: str, said: str
+) -> None:
+    only_questions = {"sources": [{"source": str(data / "mcq.jsonl")}], "replay": []}
+    config = configure(bases["gemma"], data, p01=only_questions)
+    _, err = finish(
+        start(write_config(config, tmp_path / "c.yaml"), tmp_path / "run", cluster, "--set", setting), code=2
+    )
+    assert said in err and "Traceback" not in err
