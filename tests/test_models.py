@@ -150,7 +150,7 @@ def test_a_base_that_is_not_there(bases: dict[str, str], tmp_path: Path, monkeyp
         load_tokenizer(BaseModelConfig(model="medlora-tests/no-such-model"))
     with pytest.raises(InputError, match="base.model: there is no folder ./nothing/here"):
         load_tokenizer(BaseModelConfig(model="./nothing/here"))
-    with pytest.raises(InputError, match="has no config.json"):
+    with pytest.raises(InputError, match="is a folder without config.json"):
         load_tokenizer(BaseModelConfig(model=str(tmp_path)))
     tokenizer = load_tokenizer(BaseModelConfig(model=bases["gemma"]))
     with pytest.raises(InputError, match="medlora-tests/no-such-model is no folder here"):
