@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medlora import miniature, prompts, runs
-from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig, Section, TrainSource
+from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig, Section, TrainSource, load
 from medlora.errors import InputError
 from medlora.records import McqRecord
 from medlora.sources import go_offline_without_hub, hash_records, read
@@ -47,6 +47,18 @@ def extend_chain(parent: Sequence[Link], phase: PhaseConfig, adapter: Path) -> t
     """The chain of the stage that a phase ends with."""
     kept = {"new": (), "continue": tuple(parent[:-1]), "stack": tuple(parent)}[phase.chain]
     return (*kept, Link(name=phase.name, folder=str(adapter)))
+
+
+def find_chain(run: runs.RunFolder, phase: str) -> tuple[Link, ...]:
+    """The chain of the stage that a phase of a run ends with, finished or not; the last of the one before it is what the
+    phase stands on. Raises InputError when the run has no such phase."""
+    config = load(run.config)
+    chain: tuple[Link, ...] = ()
+    for each in config.phases:
+        chain = extend_chain(chain, each, run.phase(each.name).adapter)
+        if each.name == phase:
+            return chain
+    raise InputError(f"{run.root}: has no phase {phase}; phases: {', '.join(each.name for each in config.phases)}")
 
 
 def find_base(base: BaseModelConfig) -> str:
