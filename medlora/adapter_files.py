@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -16,38 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from medlora.errors import InputError
+from medlora.lineage import CONFIG, WEIGHTS, find_adapter, read_adapter_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROWS = "token_adapter.trainable_tokens_delta"
 """PEFT's name of trained vocabulary rows within an embedding."""
 
-_PLACES = ("", "adapter", "lora_adapter", "final")
 _PREFIX = "base_model.model."
-
-
-def find_adapter(folder: str | Path) -> Path:
-    """The PEFT adapter in `folder` itself or in its `adapter/`, `lora_adapter/` or `final/`.
-
-    Raises InputError when there is none, or it is no LoRA adapter with safetensors weights.
-    """
-    places = [Path(folder) / place for place in _PLACES]
-    found = next((place for place in places if (place / CONFIG).is_file()), None)
-    if found is None:
-        looked = ", ".join(str(place) for place in places)
-        raise InputError(f"{folder}: no adapter here; looked for {CONFIG} in {looked}")
-    kind = _read_json(found).get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{found / CONFIG}: peft_type is {kind!r}; only LORA adapters make a chain")
-    if (found / WEIGHTS).is_file():
-        return found
-    if (found / "adapter_model.bin").is_file():
-        raise InputError(f"{found}: adapter_model.bin is a pickle, which can run code on loading; save it as {WEIGHTS}")
-    raise InputError(f"{found}: has no {WEIGHTS}; the adapter was not saved completely")
 
 
 def read_config(folder: Path) -> LoraConfig:
     """The adapter's config as PEFT knows it; raises InputError when it is not valid."""
-    values = _read_json(folder)
+    values = read_adapter_json(folder)
     try:
         return LoraConfig.from_peft_type(**values)
     except (TypeError, ValueError) as error:
@@ -154,13 +132,3 @@ def _collect(
             raise InputError(
                 f"{folder}: holds {name}, neither LoRA nor vocabulary rows; it cannot become part of one LoRA adapter"
             )
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / CONFIG}: must be a mapping, found {type(config).__name__}")
-    return config

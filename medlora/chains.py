@@ -16,9 +16,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medlora.adapter_files import ROWS, find_adapter, read_config, read_tensors, write_adapter
+from medlora.adapter_files import ROWS, read_config, read_tensors, write_adapter
 from medlora.config import LoraSettings
 from medlora.errors import InputError
+from medlora.lineage import find_adapter
 from medlora.targets import adopt_embeddings, choose_rows, choose_targets, decoder_name
 
 Model = PreTrainedModel | PeftModel

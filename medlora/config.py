@@ -216,6 +216,8 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     base: BaseModelConfig
     lora: LoraSettings = LoraSettings()
+    start: tuple[str, ...] = ()
+    """Folders of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     evaluation: EvaluationConfig | None = None
     placement: Placement = Placement()
@@ -239,10 +241,12 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{at}.name: {phase.name!r} is the name of phases.{seen[phase.name]} too; names must differ"
                 )
-            if phase.name == "base":
-                raise ValueError(f"{at}.name: 'base' is the name of the untrained stage; choose another")
-            if i == 0 and phase.chain != "new":
-                raise ValueError(f"{at}.chain: {phase.chain!r} needs a phase before it; the first phase must be 'new'")
+            if phase.name in ("base", "start"):
+                raise ValueError(f"{at}.name: {phase.name!r} is the name of a stage before any phase; choose another")
+            if i == 0 and phase.chain != "new" and not self.start:
+                raise ValueError(
+                    f"{at}.chain: {phase.chain!r} needs a phase before it; the first phase must be 'new', or name adapters in start"
+                )
             if phase.chain == "continue" and phase.lora is not None:
                 raise ValueError(f"{at}.lora: a phase that continues keeps its parent's adapter shape; remove the key")
             for j, replay in enumerate(phase.replay):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from medlora.sources import go_offline_without_hub, hash_records, read
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps"}
 """Keys of a phase that change where and how loudly it runs, not what it learns."""
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Files of a PEFT adapter."""
+_PLACES = ("lora_adapter", "final", "adapter", "")
 
 
 class Link(Section):
@@ -53,12 +59,55 @@ def find_chain(run: runs.RunFolder, phase: str) -> tuple[Link, ...]:
     """The chain of the stage that a phase of a run ends with, finished or not; the last of the one before it is what the
     phase stands on. Raises InputError when the run has no such phase."""
     config = load(run.config)
-    chain: tuple[Link, ...] = ()
+    chain = start_chain(config)
     for each in config.phases:
         chain = extend_chain(chain, each, run.phase(each.name).adapter)
         if each.name == phase:
             return chain
     raise InputError(f"{run.root}: has no phase {phase}; phases: {', '.join(each.name for each in config.phases)}")
+
+
+def start_chain(config: RunConfig) -> tuple[Link, ...]:
+    """The adapters from elsewhere that the first phase stands on; raises InputError for a folder that holds none."""
+    chain = []
+    for i, folder in enumerate(config.start):
+        try:
+            found = find_adapter(Path(folder).expanduser().absolute())
+        except InputError as error:
+            raise InputError(f"start.{i}: {error}") from None
+        chain.append(Link(name=f"start-{i}", folder=str(found)))
+    return tuple(chain)
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """The PEFT adapter in the `lora_adapter/`, `final/` or `adapter/` of a folder, or in the folder itself.
+
+    Raises InputError when there is none, or it is no LoRA adapter with safetensors weights.
+    """
+    places = [Path(folder) / place for place in _PLACES]
+    found = next((place for place in places if (place / CONFIG).is_file()), None)
+    if found is None:
+        looked = ", ".join(str(place) for place in places)
+        raise InputError(f"{folder}: no adapter here; looked for {CONFIG} in {looked}")
+    kind = read_adapter_json(found).get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{found / CONFIG}: peft_type is {kind!r}; only LORA adapters make a chain")
+    if (found / WEIGHTS).is_file():
+        return found
+    if (found / "adapter_model.bin").is_file():
+        raise InputError(f"{found}: adapter_model.bin is a pickle, which can run code on loading; save it as {WEIGHTS}")
+    raise InputError(f"{found}: has no {WEIGHTS}; the adapter was not saved completely")
+
+
+def read_adapter_json(folder: Path) -> dict[str, Any]:
+    """The adapter's config as it stands in its file; raises InputError when it is no JSON mapping."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG}: must be a mapping, found {type(config).__name__}")
+    return config
 
 
 def find_base(base: BaseModelConfig) -> str:
@@ -139,6 +188,7 @@ def check_inputs(config: RunConfig) -> None:
     Raises InputError with the dotted key.
     """
     identify_base(config.base)
+    start_chain(config)
     read_extra_tokens(config.base)
     for i, phase in enumerate(config.phases):
         for j, source in enumerate(phase.sources):
@@ -166,7 +216,7 @@ def make_job(config: RunConfig, phase: PhaseConfig, parent: Sequence[Link]) -> P
     if phase.chain == "continue":
         # The adapter keeps the shape it was given by the phase that made it.
         makers = [earlier for earlier in config.phases[: config.phases.index(phase)] if earlier.chain != "continue"]
-        lora = makers[-1].lora or config.lora
+        lora = (makers[-1].lora if makers else None) or config.lora
     placement = phase.placement or config.placement
     job = PhaseJob(
         run=config.name,
@@ -196,7 +246,11 @@ def _describe(job: PhaseJob) -> dict[str, Any]:
         "data": {key: hash_records(read(source)) for key, source in sources.items()},
         "prompts": prompts.version(),
         "seed": job.seed,
-        "parent": [(runs.read_manifest(Path(link.folder).parent) or {}).get("adapter_hash") for link in job.parent],
+        "parent": [
+            (runs.read_manifest(Path(link.folder).parent) or {}).get("adapter_hash")
+            or runs.hash_json(runs.hash_files(Path(link.folder)))
+            for link in job.parent
+        ],
     }
 
 

@@ -263,7 +263,9 @@ def train(
 
     cuda = model.device.type == "cuda"
     if phase.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it and warns of the old name, which 5.17 alone has.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     optimizer = phase.optimizer if phase.optimizer != "auto" else "paged_adamw_8bit" if cuda else "adamw_torch"
     arguments = TrainingArguments(
         output_dir=str(output),

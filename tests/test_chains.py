@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from tiny import EXTRA, FAMILIES
 from transformers import AutoModelForCausalLM
 
-from medlora.adapter_files import export_chain, find_adapter
+from medlora.adapter_files import export_chain
 from medlora.chains import activate, add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, LoraSettings
 from medlora.errors import InputError
+from medlora.lineage import find_adapter
 from medlora.models import added_token_ids, load_base, load_tokenizer
 
 TEXTS = (f"아스피린 은 {EXTRA[0]} 이다", f"{EXTRA[1]} text about {EXTRA[0]} answer:\nB")

@@ -102,7 +102,7 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
         ("phases.0.chain=stack", "phases.0.chain: 'stack' needs a phase before it"),
         ("phases.0.chain=continue", "phases.0.chain: 'continue' needs a phase before it"),
         ("phases.1.name=00", "phases.1.name: '00' is the name of phases.0 too"),
-        ("phases.1.name=base", "'base' is the name of the untrained stage"),
+        ("phases.1.name=base", "'base' is the name of a stage before any phase"),
         ("phases.1.replay=[{phase: 07, share: 0.1}]", "phases.1.replay.0.phase: '07' is no earlier phase; earlier: 00"),
         ("phases.1.lora={r: 4}", "phases.1.lora: a phase that continues keeps its parent's adapter shape"),
         ("phases.1.full_prompt={}", "phases.1.full_prompt: needs phases.1.validation"),

@@ -18,6 +18,7 @@ from medlora.lineage import (
     identify_base,
     make_job,
     refuse,
+    start_chain,
 )
 from medlora.prompts import version
 from medlora.records import McqRecord
@@ -62,8 +63,8 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
         if (moved := runs.set_aside(run_phase_folder)) is not None:
             on_event({"event": "note", "phase": redo, "text": f"the old phase is kept in {moved}"})
     done: dict[str, dict[str, Any]] = {}
-    chain: tuple[Link, ...] = ()
-    stages: dict[str, tuple[Link, ...]] = {"base": ()}
+    chain = start_chain(config)
+    stages: dict[str, tuple[Link, ...]] = {"base": (), **({"start": chain} if chain else {})}
     left = list(config.phases)
     while left and (manifest := _find_finished(config, run, left[0], chain, done, redo)):
         phase = left.pop(0)
