@@ -71,8 +71,10 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
         done[phase.name] = manifest
         chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
         on_event({"event": "reused", "phase": phase.name})
-    if not left and (report := _find_report(config, run, done)):
-        return Outcome(done, report, worked=False)
+    if not left:
+        report = _find_report(config, run, done)
+        if report or config.evaluation is None:
+            return Outcome(done, report, worked=False)
 
     from medlora.on_ray.cluster import check_placement, connect
     from medlora.on_ray.train import train_on_ray

@@ -90,13 +90,10 @@ def train_on_ray(
 
 def _find_deaths(error: Any) -> str:
     """Which workers died (were killed, lost their node), as text; empty when it was an exception of ours."""
-    from ray.exceptions import RayError, RayTaskError
+    # The one sign of a worker's own exception is this class; all else is Ray's: a lost process, node or heartbeat.
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-    dead = [
-        rank
-        for rank, cause in error.worker_failures.items()
-        if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
-    ]
+    dead = [rank for rank, cause in error.worker_failures.items() if not isinstance(cause, UserExceptionWithTraceback)]
     return f"worker {', '.join(map(str, sorted(dead)))} died" if dead else ""
 
 
