@@ -77,7 +77,8 @@ class Display:
             self._say(f"{phase}  on {event['device']}")
         elif kind == "finished":
             self._begin("")
-            self._say(f"{phase}  done in {event['seconds']:.0f} s")
+            around = f", and {event['around_s']:.0f} s to start and end its workers" if event["around_s"] else ""
+            self._say(f"{phase}  done in {event['seconds']:.0f} s{around}")
         elif kind == "reused":
             self._say(f"{phase}  is finished already and reused")
         elif kind == "cluster":

@@ -96,15 +96,18 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
                 f"phases.{phase.name}.placement" if phase.placement else "placement",
             )
         for phase in left:
+            began = time.monotonic()
             if manifest := _find_finished(config, run, phase, chain, done, redo):
                 on_event({"event": "reused", "phase": phase.name})
             else:
                 manifest = train_on_ray(
                     make_job(config, phase, chain), run, phase.placement or config.placement, cluster, on_event
                 )
+                seconds = manifest["seconds"]["all"]
+                around_s = time.monotonic() - began - seconds
+                on_event({"event": "finished", "phase": phase.name, "seconds": seconds, "around_s": around_s})
             done[phase.name] = manifest
             chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
-            on_event({"event": "finished", "phase": phase.name, "seconds": manifest["seconds"]["all"]})
         report = _find_report(config, run, done) or _evaluate(config, run, stages, done, cluster, on_event)
     return Outcome(done, report, worked=True)
 
@@ -212,11 +215,11 @@ def _evaluate(
         "run": config.name,
         "seconds": round(seconds, 2),
         "stages": summarise(predictions),
-        "phase_seconds": {name: manifest["seconds"]["all"] for name, manifest in done.items()},
+        "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in done.items()},
         "versions": runs.get_versions(),
     }
     write_predictions(run.evaluation / "predictions.parquet", predictions)
     runs.write_json(run.evaluation / "report.json", report)
     runs.commit(run.evaluation, {"fingerprint": _describe_evaluation(config, done), "seconds": round(seconds, 2)})
-    on_event({"event": "finished", "phase": "evaluation", "seconds": seconds})
+    on_event({"event": "finished", "phase": "evaluation", "seconds": seconds, "around_s": 0.0})
     return report
