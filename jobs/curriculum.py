@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
         config = load(arguments.config, arguments.overrides)
         check_inputs(config)
-        run = runs.open_run(arguments.run_dir or runs.find_home(config.storage.folder) / config.name)
+        folder = arguments.run_dir or Path(config.storage.folder) / config.name
+        run = runs.open_run(runs.find_home(folder))
         from medlora.display import Display, print_outcome
 
         with (

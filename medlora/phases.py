@@ -63,6 +63,14 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
         torch.set_num_threads(job.threads)
         try:
             return _run(job, folder, report if main else lambda event: None, device, world, main)
+        except (OSError, RuntimeError) as error:
+            # torch.save and safetensors say in words of their own that nothing more could be written.
+            if runs.is_disk_full(error, folder.root):
+                raise InputError(
+                    f"{folder.root}: the disk is full; make room and give the same command again, it goes on from the "
+                    "last whole checkpoint"
+                ) from error
+            raise
         finally:
             clear_memory()
 

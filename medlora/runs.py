@@ -11,6 +11,7 @@ sha256 of every other file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -220,13 +221,18 @@ def log_to(*sinks: tuple[logging.Logger, Path]) -> Iterator[None]:
             handler.close()
 
 
-def find_home(folder: str) -> Path:
-    """The folder of all runs. Where Ray unpacked the working dir of a submitted job, which it deletes later, a relative
-    folder means one in the user's home."""
-    path = Path(folder).expanduser()
-    if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
-        return Path.home() / "medlora" / path
-    return path
+def find_home(folder: Path) -> Path:
+    """Where a run's folder really goes: a relative one of a submitted job goes into the user's home, since Ray deletes
+    the folder that it unpacked the job's working dir in."""
+    folder = folder.expanduser()
+    if not folder.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        return Path.home() / "medlora" / folder
+    return folder
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Whether an error comes from a full disk below `folder`; torch.save says `iostream error` or `unexpected pos`."""
+    return getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < 2**20
 
 
 def write_bytes(path: Path, content: bytes) -> None:

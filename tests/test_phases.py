@@ -306,3 +306,24 @@ def test_a_curriculum_goes_on_from_adapters_of_elsewhere(
     assert frozen.keys() == trained.keys() and any(not torch.equal(frozen[name], trained[name]) for name in frozen)
     with pytest.raises(InputError, match=r"start.0: .*no adapter here; looked for adapter_config.json in"):
         start_chain(started.model_copy(update={"start": (str(tmp_path),)}))
+
+
+def test_a_disk_that_fills_up_is_said_and_the_phase_goes_on_once_there_is_room(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(small)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        config = configure(bases["gemma"], data)
+        with pytest.raises(InputError, match="the disk is full; make room and give the same command again"):
+            run_all(config, small, ("00",))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        run_all(config, small, ("00",))
+        assert weights(small, "00") == weights(finished, "00")
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
