@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         check_inputs(config)
         folder = arguments.run_dir or Path(config.storage.folder) / config.name
         run = runs.open_run(runs.find_home(folder))
-        from medlora.display import Display, print_outcome
+        from medlora.display import Display, print_report
 
         with (
             runs.hold(run.lock, f"run {run.root}"),
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             from medlora.on_ray.curriculum import run_curriculum
 
             outcome = run_curriculum(config, run, arguments.redo, display.show)
-        print_outcome(outcome.phases, outcome.report, run, outcome.worked)
+        print_report(outcome.report, outcome.worked)
+        print(f"run: {run.root}")
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)

@@ -141,11 +141,13 @@ def _run(
         return {}
     extended = len(tokenizer) != len(load_tokenizer(base))
     save_adapter(model, phase.name, folder.adapter, tokenizer if extended else None, job.base.model)
+    asked = [key.partition(":")[2] for key, part in records.items() if isinstance(part[0], McqRecord)]
     return _finish(
         job,
         folder,
         device,
         counts,
+        asked,
         done,
         best,
         {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
@@ -287,6 +289,7 @@ def _finish(
     folder: runs.PhaseFolder,
     device: str,
     counts: dict[str, Any],
+    question_sources: list[str],
     segments: list[dict[str, Any]],
     best: dict[str, Any] | None,
     seconds: dict[str, float],
@@ -300,6 +303,7 @@ def _finish(
         "chain": [link.name for link in chain],
         "adapter_hash": runs.hash_json(runs.hash_files(folder.adapter)),
         "counts": counts,
+        "question_sources": question_sources,
         "segments": segments,
         "best": best,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
