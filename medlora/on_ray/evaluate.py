@@ -133,7 +133,7 @@ class StageAnswerer:
         self.inbox, self.total = inbox, total
         chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
         located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
-        self.stages = StageModel(located, chains, EvaluationConfig.model_validate(config), device)
+        self.stages = StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed)
 
     def __call__(self, batch: Any) -> Any:
         """A pyarrow table of questions -> a table of predictions, one row a question and stage."""
