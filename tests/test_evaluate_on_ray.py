@@ -170,4 +170,8 @@ def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, 
 
     batches = [[("t", record)] for record in ask(2)]
     with pytest.raises(Exception, match="keep dying"):
-        list(answer_on_ray(batches, ["a"], die_while_loading, Placement(), ray_cluster, lambda event: None, tmp_path / "log"))
+        list(
+            answer_on_ray(
+                batches, ["a"], die_while_loading, Placement(), ray_cluster, lambda event: None, tmp_path / "log"
+            )
+        )

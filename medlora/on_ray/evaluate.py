@@ -55,7 +55,7 @@ def build_stages(
     torch.set_num_threads(threads)
     chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
     located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
-    return StageModel(located, chains, EvaluationConfig.model_validate(config), device)
+    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed)
 
 
 def make_builder(
@@ -152,27 +152,28 @@ def answer_on_ray(
 
 
 class Attempts:
-    """Counts how often something was begun and not ended, outside of the actors that may die at it."""
+    """Counts what was begun and not ended, outside of the actors that may die at it: how often each key killed one."""
 
     def __init__(self, actors: int, retries: int) -> None:
-        self.begun: Counter[str] = Counter()
-        self.open = 0
+        self.unended: Counter[str] = Counter()
+        self.deaths_unseen = 0
         self.loads_left = actors + retries
 
     def begin(self, key: str) -> int:
-        """How often `key` has been begun, this time included."""
-        self.begun[key] += 1
-        self.open += 1
-        return self.begun[key]
+        """How many actors have died at `key` so far."""
+        self.unended[key] += 1
+        self.deaths_unseen += 1
+        return self.unended[key] - 1
 
-    def end(self) -> None:
+    def end(self, key: str) -> None:
         """What was begun has ended, well or with an exception."""
-        self.open -= 1
+        self.unended[key] -= 1
+        self.deaths_unseen -= 1
 
     def may_load(self) -> bool:
-        """Whether one more actor may load the model: the first ones, and one for each death at a question."""
-        if self.open > 0:
-            self.open -= 1
+        """Whether one more actor may load the model: the first ones, one for each death at a question, a few to spare."""
+        if self.deaths_unseen > 0:
+            self.deaths_unseen -= 1
             return True
         self.loads_left -= 1
         return self.loads_left >= 0
@@ -206,37 +207,39 @@ class BatchAnswerer:
 
     def _answer_whole(self, batch: list[Question]) -> list[Prediction] | None:
         """The batch's predictions, or None when it has to be taken apart."""
-        if ray.get(self.attempts.begin.remote(name_batch(batch))) > _WHOLE_TRIES:
-            ray.get(self.attempts.end.remote())
-            return None
+        key = name_batch(batch)
+        deaths = ray.get(self.attempts.begin.remote(key))
         try:
+            if deaths >= _WHOLE_TRIES:
+                return None
             return self.model.answer([test for test, _ in batch], [record for _, record in batch])
         except InputError as error:
             self.inbox.put({"event": "refused", "text": str(error)})
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a question makes the model raise is its answer
-            self.inbox.put(
-                {"event": "note", "phase": "evaluation", "text": f"a batch is asked one by one after {error!r}"}
-            )
+        except Exception as error:  # whatever a question makes the model raise is its answer
+            self._note(f"a batch is asked one by one after {error!r}")
             return None
         finally:
-            ray.get(self.attempts.end.remote())
+            ray.get(self.attempts.end.remote(key))
 
     def _answer_one(self, question: Question) -> list[Prediction]:
         test, record = question
-        reason = "its process died"
-        while ray.get(self.attempts.begin.remote(f"{test}/{record.id}")) <= max(1, self.retries):
-            try:
-                return self.model.answer([test], [record])
-            except Exception as error:  # noqa: BLE001 - see above
-                reason = repr(error)
-            finally:
-                ray.get(self.attempts.end.remote())
-        ray.get(self.attempts.end.remote())
-        text = f"question {record.id} of {test} is reported as failed: {reason}"
-        self.inbox.put({"event": "note", "phase": "evaluation", "text": text})
+        key, reason = f"{test}/{record.id}", "its process died"
+        deaths = ray.get(self.attempts.begin.remote(key))
+        try:
+            for _ in range(max(1, self.retries) if deaths < max(1, self.retries) else 0):
+                try:
+                    return self.model.answer([test], [record])
+                except Exception as error:  # see above
+                    reason = repr(error)
+        finally:
+            ray.get(self.attempts.end.remote(key))
+        self._note(f"question {record.id} of {test} is reported as failed: {reason}")
         known = {"subject": record.subject, "options": len(record.options), "error": reason}
         return [Prediction(record.id, test, stage, record.answer, None, **known) for stage in self.stages]
+
+    def _note(self, text: str) -> None:
+        self.inbox.put({"event": "note", "phase": "evaluation", "text": text})
 
 
 @contextmanager
