@@ -82,8 +82,10 @@ def run_evaluation(
     config: EvaluateConfig, plan: EvaluationPlan, out: runs.RunFolder, on_event: OnEvent
 ) -> dict[str, Any]:
     """Connect to Ray and score the plan's stages into `out`; returns the report. The caller holds the folder's lock."""
+    began = time.monotonic()
     with connect() as cluster:
-        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": 0.0})
+        seconds = time.monotonic() - began
+        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": seconds})
         check_placement(config.placement, cluster, "placement")
         cache = str(Path(config.storage.cache or "~/.cache/medlora").expanduser())
         build = make_builder(config.base, cache, config.seed, plan.stages, config.evaluation, config.placement, cluster)
