@@ -97,7 +97,9 @@ def format_number(value: Any) -> str:
 
 def _clean(text: str) -> str:
     """Text without control characters, which HTML cannot hold."""
-    return "".join(c if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 class Drawings:
@@ -111,7 +113,7 @@ class Drawings:
         self.accuracy = plots.make_scale([100 * x for x in [*ends, *chances]])
         pairs = report["comparisons"]
         self.difference = plots.make_scale([0, *(100 * end for pair in pairs for end in (pair["low"], pair["high"]))])
-        self.subject = plots.make_scale([0, 100], width=260)
+        self.subject = plots.make_scale([0, 100])
 
     def accuracy_of(self, row: Mapping[str, Any]) -> Any:
         """One stage's accuracy with its interval; dashed: chance."""
@@ -121,7 +123,9 @@ class Drawings:
         """All stages' accuracies on one subject."""
         given = [row for row in rows if subject in row["subjects"]]
         points = [
-            plots.Point(self.places[row["stage"]], *(100 * row["subjects"][subject][x] for x in ("value", "low", "high")))
+            plots.Point(
+                self.places[row["stage"]], *(100 * row["subjects"][subject][x] for x in ("value", "low", "high"))
+            )
             for row in given
         ]
         return _safe(plots.draw_points(points, self.subject, _percent(given[0]["chance"])))

@@ -33,7 +33,7 @@ class Scale:
     """A horizontal axis from the first to the last of its ticks."""
 
     ticks: tuple[float, ...]
-    width: int = 240
+    width: int = 220
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Point:
     high: float
 
 
-def make_scale(values: Sequence[float], width: int = 240) -> Scale:
+def make_scale(values: Sequence[float], width: int = 220) -> Scale:
     """A scale with round ticks that holds all `values`."""
     from matplotlib.ticker import MaxNLocator
 
@@ -131,7 +131,9 @@ def draw_marker(place: int) -> str:
     return _finish(figure)
 
 
-def _start(width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0) -> tuple[Figure, Axes]:
+def _start(
+    width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0
+) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 96, height / 96))  # CSS: 96 pixels an inch
