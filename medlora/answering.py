@@ -1,103 +1,66 @@
-"""McqAnswerer: built once on a model, answers batches of questions by letter log-likelihood or reasoning, then letter."""
+"""McqAnswerer: built once on a model, answers questions by log-likelihood, by generation, or by reasoning, then letter."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from medlora.config import McqStyle, Scoring
+from medlora.answers import parse
+from medlora.batching import Batcher, find_token_budget
+from medlora.config import McqStyle, Normalisation, Scoring
 from medlora.encoding import encode_prompts, encode_texts
 from medlora.errors import InputError
-from medlora.models import letter_token_ids, stop_token_ids
-from medlora.prompts import ANSWER_FIELD, render_mcq
+from medlora.generation import Generated, Stops, find_generation_budget, generate, get_pad_id, split_by_prefix
+from medlora.mixture import derive_seed
+from medlora.models import letter_token_ids
+from medlora.option_scores import score_continuations
+from medlora.prefix import Prefix, can_reuse, compute_prefix, identify_weights, make_batch, share_prefix
+from medlora.prompts import ANSWER_FIELD, KORMEDMCQA_FIELD, KORMEDMCQA_STOPS, render_mcq
 from medlora.records import McqRecord
 
 _ANSWER_MARK = ANSWER_FIELD.strip()
+_REASONING_STYLES = ("reasoning", "reasoning_full")
+
+# Two questions with nothing in common: what their prompts share, all prompts of a stage share.
+_UNLIKE = (McqRecord("-", "가", ("가", "나"), "A"), McqRecord("-", "1", ("x", "y"), "B"))
+_SHORTEST_PREFIX = 16
+"""Tokens from which on a KV cache is cheaper than computing them again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A choice, the normalised probabilities of the question's letters in order, and the text that led to it."""
+    """A choice, or None where no letter could be read, and what it rests on; plain numbers throughout.
 
-    choice: str
-    probabilities: tuple[float, ...]
-    text: str = ""
-
-
-class _SoonAfterMark(StoppingCriteria):
-    """Finishes a row a few tokens after it spelled a mark: enough to see whether one letter and nothing else follows."""
-
-    tokens_after = 8
-
-    def __init__(self, tokenizer: Any, mark: str, prompt_length: int) -> None:
-        self.tokenizer, self.mark, self.prompt_length = tokenizer, mark, prompt_length
-        # A token holds at least one byte of the mark; a few more leave room for what stands around it.
-        self.window = len(mark.encode()) + 4
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        end = input_ids.shape[1] - self.tokens_after
-        start = max(self.prompt_length, end - self.window)
-        if end <= start:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        texts = self.tokenizer.batch_decode(input_ids[:, start:end], skip_special_tokens=True)
-        return torch.tensor([self.mark in text for text in texts], device=input_ids.device)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `position_ids` of shape [rows, longest], padding in front."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-
-def get_pad_id(tokenizer: Any) -> int:
-    """The padding token, or EOS for tokenizers without one."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_tokens: int, batch_size: int, until: str | None = None
-) -> list[str]:
-    """Greedy continuations of the prompts as text, without special tokens; each ends at a stop token or soon after `until`.
-
-    Prompts of like length share a batch. Tokens that the tokenizer does not know (padding of the vocabulary, words that
-    only a later stage added) are never chosen.
+    `probabilities` are over the question's letters in order and sum to 1, `margin` is the best one minus the next, and
+    `log_likelihoods` are those of the letters (or of the options' whole texts); all empty or None for `generate`.
+    `text` is what the model itself wrote, `tokens` how many tokens that were. `samples` are the letters read from each
+    of several samples, whose majority the choice is.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    config = GenerationConfig(
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        eos_token_id=stop_token_ids(tokenizer),
-        pad_token_id=get_pad_id(tokenizer),
-        suppress_tokens=list(range(len(tokenizer), rows)) or None,
-    )
-    texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad_left([prompts[i] for i in chosen], get_pad_id(tokenizer), model.device)
-        batch.pop("position_ids")  # generate derives them from the mask at every step
-        stopping = StoppingCriteriaList(
-            [_SoonAfterMark(tokenizer, until, batch["input_ids"].shape[1])] if until else []
-        )
-        made = model.generate(**batch, generation_config=config, stopping_criteria=stopping)
-        new = made[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            texts[i] = text
-    return texts
+
+    choice: str | None
+    probabilities: tuple[float, ...] = ()
+    margin: float | None = None
+    text: str = ""
+    tokens: int = 0
+    log_likelihoods: tuple[float, ...] = ()
+    samples: tuple[str | None, ...] = ()
 
 
 class McqAnswerer:
-    """Answers questions with the stage that is active in its model.
+    """Answers questions with the stage that is active in its model, whatever the batches, always the same.
 
-    `worked` is the solved example of style `reasoning_full`. Raises InputError when the tokenizer cannot answer with the
-    letters.
+    `worked` is the solved example of style `reasoning_full`, `shots` are solved examples before every question. What
+    all prompts begin with is computed once and kept as KV cache until another stage is active or a weight changes.
+    `token_budget` bounds the tokens of a forward pass; None finds it, on CUDA from free memory.
+    `normalisation` is how `option_text` compares options: by the `sum` of their tokens' log-likelihoods (`acc` of
+    lm-evaluation-harness), that per `token`, or per `character` (its `acc_norm`). `samples` answers of `generate` are
+    drawn at `temperature` and the majority wins; a tie goes to the letter that came first.
+    Raises InputError for a scoring that the style has no place for; `answer` raises it when the tokenizer cannot answer
+    with the letters.
     """
 
     def __init__(
@@ -107,17 +70,29 @@ class McqAnswerer:
         *,
         scoring: Scoring = "letter",
         style: McqStyle = "reasoning",
-        max_tokens: int = 256,
-        batch_size: int = 32,
         worked: McqRecord | None = None,
+        shots: Sequence[McqRecord] = (),
+        max_tokens: int = 256,
+        token_budget: int | None = None,
+        normalisation: Normalisation = "character",
+        samples: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        if scoring == "reason" and style == "answer":
+        if scoring == "reason" and style not in _REASONING_STYLES:
             raise InputError(
-                "scoring `reason` needs a reasoning style; style `answer` has no reasoning before its letter"
+                f"scoring `reason` needs a reasoning style; style `{style}` has no reasoning before its letter"
             )
+        if samples > 1 and temperature <= 0:
+            raise InputError("samples above 1 need a temperature above 0; greedy samples are all the same")
         self.model, self.tokenizer = model, tokenizer
-        self.scoring, self.style, self.worked = scoring, style, worked
-        self.max_tokens, self.batch_size = max_tokens, batch_size
+        self.scoring, self.style, self.worked, self.shots = scoring, style, worked, tuple(shots)
+        self.max_tokens, self.normalisation = max_tokens, normalisation
+        self.samples, self.temperature, self.seed = samples, temperature, seed
+        self._batchers: dict[str, Batcher] = {}
+        self._token_budget = token_budget
+        self._prefix: Prefix | None = None
+        self._weights: tuple[Any, ...] | None = None
 
     def answer(self, records: Sequence[McqRecord]) -> list[Answer]:
         """One Answer a question, in the order of the questions."""
@@ -126,41 +101,167 @@ class McqAnswerer:
         was_training = self.model.training
         self.model.eval()
         try:
-            prompts = encode_prompts(
-                self.tokenizer, [render_mcq(record, self.style, self.worked) for record in records]
-            )
-            texts = [""] * len(records)
+            prompts = self._encode(records)
+            prefix = self._reuse_prefix()
+            if self.scoring == "generate":
+                return self._generate(records, prompts, prefix)
+            if self.scoring == "option_text":
+                return self._score_options(records, prompts, prefix)
+            if self.style not in _REASONING_STYLES:
+                lead = self._split_off_space()
+                return self._score_letters(records, [prompt + lead for prompt in prompts], prefix)
+            written = [Generated("", 0)] * len(records)
             if self.scoring == "reason":
-                texts = generate(
-                    self.model, self.tokenizer, prompts, self.max_tokens, self.batch_size, until=_ANSWER_MARK
-                )
-            if self.style == "answer":
-                contexts = prompts
-            else:
-                leads = encode_texts(self.tokenizer, [_lead_to_answer(text) for text in texts])
-                contexts = [prompt + lead for prompt, lead in zip(prompts, leads, strict=True)]
-            return self._choose(records, contexts, texts)
+                written = self._write(prompts, prefix, Stops((_ANSWER_MARK,), tokens_after=8))
+            contexts = self._lead_on(prompts, [made.text for made in written])
+            return [
+                replace(answer, text=made.text, tokens=made.tokens)
+                for answer, made in zip(self._score_letters(records, contexts, prefix), written, strict=True)
+            ]
         finally:
             self.model.train(was_training)
 
+    def _encode(self, records: Sequence[McqRecord]) -> list[list[int]]:
+        return encode_prompts(
+            self.tokenizer, [render_mcq(record, self.style, self.worked, self.shots) for record in records]
+        )
+
+    def _reuse_prefix(self) -> Prefix | None:
+        weights = identify_weights(self.model)
+        if weights != self._weights:
+            ids = share_prefix(self._encode(_UNLIKE))
+            reusable = len(ids) >= _SHORTEST_PREFIX and can_reuse(self.model)
+            self._prefix = None  # free the old one first
+            self._prefix = compute_prefix(self.model, ids) if reusable else None
+            self._weights = weights
+        return self._prefix
+
+    def _batcher(self, what: str, budget: int) -> Batcher:
+        """The batcher of a kind of work, which remembers what fitted."""
+        return self._batchers.setdefault(what, Batcher(self._token_budget or budget))
+
+    def _lead_on(self, prompts: list[list[int]], texts: Sequence[str]) -> list[list[int]]:
+        """Prompts that go on with the reasoning and the answer field: where the letter stands next."""
+        leads = encode_texts(self.tokenizer, [_lead_to_answer(text) for text in texts])
+        return [prompt + lead for prompt, lead in zip(prompts, leads, strict=True)]
+
+    def _write(
+        self, prompts: list[list[int]], prefix: Prefix | None, stops: Stops, seeds: Sequence[int] = ()
+    ) -> list[Generated]:
+        longest = max(map(len, prompts))
+        batcher = self._batcher("generate", find_generation_budget(self.model, longest, longest + self.max_tokens))
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.max_tokens,
+            stops=stops,
+            prefix=prefix,
+            batcher=batcher,
+            temperature=self.temperature if seeds else 0.0,
+            seeds=seeds,
+        )
+
+    def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None) -> list[Answer]:
+        n = self.samples
+        places = [i for i in range(len(records)) for _ in range(n)]
+        seeds = [derive_seed(self.seed, "sample", records[i].id, str(k % n)) for k, i in enumerate(places)]
+        stops = Stops(KORMEDMCQA_STOPS if self.style == "kormedmcqa" else ())
+        made = self._write([prompts[i] for i in places], prefix, stops, seeds if self.temperature > 0 else ())
+        return [
+            _vote(made[start : start + n], record.letters)
+            for start, record in zip(range(0, len(made), n), records, strict=True)
+        ]
+
     @torch.no_grad()
-    def _choose(self, records: Sequence[McqRecord], contexts: list[list[int]], texts: list[str]) -> list[Answer]:
-        answers: list[Answer | None] = [None] * len(records)
-        ids = {record.letters: self._letter_ids(record.letters) for record in records}
-        order = sorted(range(len(records)), key=lambda i: len(contexts[i]))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            batch = pad_left([contexts[i] for i in chosen], get_pad_id(self.tokenizer), self.model.device)
-            logits = self.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-            for i, row in zip(chosen, logits, strict=True):
-                letters = records[i].letters
-                probabilities = row[ids[letters]].softmax(-1).tolist()
-                best = max(range(len(letters)), key=probabilities.__getitem__)
-                answers[i] = Answer(letters[best], tuple(probabilities), texts[i])
-        return [answer for answer in answers if answer is not None]
+    def _score_letters(
+        self, records: Sequence[McqRecord], contexts: list[list[int]], prefix: Prefix | None
+    ) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        ids = {letters: self._letter_ids(letters) for letters in {record.letters for record in records}}
+        for shared, places in split_by_prefix(contexts, prefix):
+            skipped = len(shared.ids) if shared else 0
+            lengths = [len(contexts[i]) - skipped for i in places]
+            longest = max(lengths)
+            batcher = self._batcher("score", find_token_budget(self.model, longest, skipped + longest, 1))
+
+            def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
+                chosen = [places[i] for i in batch]
+                rows = [contexts[i] for i in chosen]
+                inputs = make_batch(self.model, rows, get_pad_id(self.tokenizer), shared, use_cache=shared is not None)
+                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
+                normaliser = logits.logsumexp(-1)
+                for i, row, total in zip(chosen, logits, normaliser, strict=True):
+                    scores = (row[ids[records[i].letters]] - total).tolist()
+                    answers[i] = _choose(records[i].letters, scores, scores)
+
+            batcher.run(lengths, work)
+        return [answers[i] for i in range(len(records))]
+
+    def _score_options(
+        self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None
+    ) -> list[Answer]:
+        contexts = self._lead_on(prompts, [""] * len(prompts)) if self.style in _REASONING_STYLES else prompts
+        before, space = self._where_the_letter_stands()
+        head = len(encode_texts(self.tokenizer, [before])[0]) if before else 0
+        options = [
+            [
+                ids[head:]
+                for ids in encode_texts(self.tokenizer, [f"{before}{space}{option}" for option in record.options])
+            ]
+            for record in records
+        ]
+        scored = score_continuations(
+            self.model, contexts, options, get_pad_id(self.tokenizer), prefix, lambda n: self._batcher("score", n)
+        )
+        answers = []
+        for record, sums, ids in zip(records, scored, options, strict=True):
+            lengths = {
+                "sum": [1] * len(sums),
+                "token": [len(option) for option in ids],
+                "character": [len(option) for option in record.options],
+            }[self.normalisation]
+            answers.append(_choose(record.letters, [s / n for s, n in zip(sums, lengths, strict=True)], sums))
+        return answers
+
+    def _where_the_letter_stands(self) -> tuple[str, str]:
+        """What the context ends with, as far as it can change the letter's token, and what stands before the letter."""
+        if self.style == "kormedmcqa":
+            return KORMEDMCQA_FIELD, " "
+        return (ANSWER_FIELD if self.style in _REASONING_STYLES else ""), ""
+
+    def _split_off_space(self) -> list[int]:
+        """The tokens of the space before a letter where the tokenizer keeps it apart; none where ` A` is one token."""
+        before, space = self._where_the_letter_stands()
+        plain, spaced, whole = encode_texts(self.tokenizer, [before, before + space, f"{before}{space}A"])
+        return spaced[len(plain) :] if whole[:-1] == spaced else []
 
     def _letter_ids(self, letters: str) -> list[int]:
-        return letter_token_ids(self.tokenizer, letters, "" if self.style == "answer" else ANSWER_FIELD)
+        before, space = self._where_the_letter_stands()
+        if self._split_off_space():
+            before, space = before + space, ""
+        return letter_token_ids(self.tokenizer, [space + letter for letter in letters], before)
+
+
+def _choose(letters: str, scores: Sequence[float], log_likelihoods: Sequence[float]) -> Answer:
+    """The letter of the highest score (the first of equals), probabilities by softmax of the scores."""
+    probabilities = torch.tensor(scores, dtype=torch.float64).softmax(-1).tolist()
+    best = max(range(len(letters)), key=scores.__getitem__)
+    first, second = sorted(probabilities, reverse=True)[:2]
+    return Answer(letters[best], tuple(probabilities), first - second, log_likelihoods=tuple(log_likelihoods))
+
+
+def _vote(made: Sequence[Generated], letters: str) -> Answer:
+    """The letter read from most of the samples, with the text of the first that gave it; unreadable ones do not vote."""
+    read = [parse(sample.text, letters) for sample in made]
+    votes = Counter(letter for letter in read if letter)
+    choice = max(votes, key=votes.__getitem__) if votes else None
+    return Answer(
+        choice,
+        text=made[read.index(choice)].text,
+        tokens=sum(sample.tokens for sample in made),
+        samples=tuple(read) if len(read) > 1 else (),
+    )
 
 
 def _lead_to_answer(text: str) -> str:

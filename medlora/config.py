@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,9 +17,10 @@ from medlora.errors import InputError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become folder and adapter names: letters, digits, `_` and `-`, so that none can leave its folder."""
 
-Scoring = Literal["letter", "reason"]
-McqStyle = Literal["reasoning", "reasoning_full", "answer"]
-PlainStyle = Literal["reasoning", "answer"]
+Scoring = Literal["letter", "generate", "reason", "option_text"]
+Normalisation = Literal["sum", "token", "character"]
+McqStyle = Literal["reasoning", "reasoning_full", "answer", "kormedmcqa"]
+PlainStyle = Literal["reasoning", "answer", "kormedmcqa"]
 """Styles without a worked example, which a phase's `full_prompt` adds by itself."""
 
 
@@ -186,18 +187,50 @@ class TestConfig(SourceConfig):
     name: Name
 
 
+class FewShot(SourceConfig):
+    """Solved questions that every prompt shows first; never the test itself."""
+
+    k: int = Field(5, ge=1)
+    """How many."""
+    choose: Literal["first", "seeded"] = "first"
+    """The source's first k, as lm-evaluation-harness does, or k drawn with the run's seed."""
+
+
 class EvaluationConfig(Section):
     """How every stage is scored after the last phase."""
 
     tests: tuple[TestConfig, ...] = Field(min_length=1)
     scoring: Scoring = "letter"
-    """`letter`: log-likelihood of each option's letter. `reason`: greedy reasoning up to the answer field, then that."""
+    """`letter`: log-likelihood of each option's letter. `reason`: greedy reasoning up to the answer field, then that.
+    `generate`: what the model writes, read as a letter or none. `option_text`: log-likelihood of each option's text."""
     style: PlainStyle = "reasoning"
+    """`kormedmcqa`: the text of lm-evaluation-harness's task of that name, for numbers that compare."""
+    few_shot: FewShot | None = None
+    """Solved questions before every question; unset = 0-shot."""
     max_tokens: int = Field(256, ge=1)
-    """Most new tokens of greedy reasoning."""
+    """Most new tokens of reasoning or of a generated answer."""
+    normalisation: Normalisation = "character"
+    """How `option_text` compares options: by the sum of their tokens' log-likelihoods, per token or per character
+    (`acc` and `acc_norm` of lm-evaluation-harness are `sum` and `character`)."""
+    samples: int = Field(1, ge=1)
+    """Answers of `generate` per question; the majority wins."""
+    temperature: float = Field(0.0, ge=0)
+    """Of `generate`; 0 = greedy."""
+    token_budget: int | None = Field(None, ge=1)
+    """Most tokens of a forward pass; unset = found on CUDA from free memory."""
     batch_size: int = Field(32, ge=1)
-    """Questions per forward pass."""
+    """Questions handed to an actor at a time."""
     placement: Placement | None = None
+
+    @model_validator(mode="after")
+    def _check_scoring(self) -> Self:
+        if self.scoring == "reason" and self.style != "reasoning":
+            raise ValueError(f"scoring: `reason` needs style: reasoning; {self.style!r} has no reasoning to write")
+        if self.scoring != "generate" and (self.samples > 1 or self.temperature > 0):
+            raise ValueError(f"samples, temperature: only scoring: generate samples, not {self.scoring!r}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples: more than 1 need a temperature above 0; greedy samples are all the same")
+        return self
 
 
 class Storage(Section):
@@ -289,6 +322,9 @@ class RunConfig(Section):
         raise KeyError(name)
 
 
+Config = TypeVar("Config", bound=Section)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's idea of numbers: `1e-4` is one, `00` and `012` are text, so that phase names need no quotes."""
 
@@ -343,13 +379,21 @@ def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return raw
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
+@overload
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+
+
+@overload
+def load(path: Path, overrides: Sequence[str], model: type[Config]) -> Config: ...
+
+
+def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig) -> Any:
+    """The config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
     raw = load_raw(path, overrides)
     try:
-        return RunConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error, RunConfig))
+        lines = "\n".join(f"  {line}" for line in _explain(error, model))
         raise InputError(f"{path}: the config is not valid:\n{lines}") from None
 
 

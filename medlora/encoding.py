@@ -56,16 +56,25 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
-    """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain; BOS exactly once."""
+    """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain; BOS exactly once.
+
+    Shots are turns before it; without a template they stand above the prompt, a blank line behind each.
+    """
     texts = []
     for example in examples:
-        if example.chat and tokenizer.chat_template:
-            turn = [{"role": "user", "content": example.prompt}]
+        if not example.chat:
+            texts.append(example.prompt)
+        elif tokenizer.chat_template:
+            turns = []
+            for prompt, completion in example.shots:
+                turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            turns.append({"role": "user", "content": example.prompt})
             texts.append(
-                tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
             )
         else:
-            texts.append(f"{example.prompt}\n" if example.prompt else "")
+            shots = "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots)
+            texts.append(f"{shots}{example.prompt}\n")
     bos = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
     return [bos + (ids[1:] if ids[:1] == bos else ids) for ids in encode_texts(tokenizer, texts)]
 

@@ -100,7 +100,9 @@ def _is_token(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
     return any(len(tokenizer.encode(text, add_special_tokens=False)) == 1 for text in (word, f" {word}"))
 
 
-def letter_token_ids(tokenizer: PreTrainedTokenizerBase, letters: str, before: str = ANSWER_FIELD) -> list[int]:
+def letter_token_ids(
+    tokenizer: PreTrainedTokenizerBase, letters: Sequence[str], before: str = ANSWER_FIELD
+) -> list[int]:
     """The id of each option letter as the one token that stands right after `before`, in the order of `letters`.
 
     Raises InputError when a letter is no single token there or shares its token with another.

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from medlora.answering import McqAnswerer, generate
+from medlora.answering import McqAnswerer
 from medlora.answers import score_format
 from medlora.config import McqStyle, Validation
 from medlora.encoding import IGNORED, Collator, Row, encode, encode_prompts
+from medlora.generation import generate
 from medlora.mixture import derive_seed
 from medlora.prompts import render
 from medlora.records import McqRecord, Record, TextRecord, TranslationRecord
@@ -87,28 +88,27 @@ class Validator:
                 scores["score"] = -scores["perplexity"]
             if self.pairs:
                 examples = [example for record in self.pairs for example in render(record)]
-                texts = generate(
-                    model, self.tokenizer, encode_prompts(self.tokenizer, examples), self.config.max_tokens, batch_size
-                )
-                f1 = [compute_token_f1(text, example.completion) for text, example in zip(texts, examples, strict=True)]
+                prompts = encode_prompts(self.tokenizer, examples)
+                written = generate(model, self.tokenizer, prompts, self.config.max_tokens)
+                f1 = [
+                    compute_token_f1(made.text, example.completion)
+                    for made, example in zip(written, examples, strict=True)
+                ]
                 scores["token_f1"] = scores["score"] = sum(f1) / len(f1)
             if self.questions:
-                scores |= self._score_questions(model, style or self.config.style, worked, batch_size)
+                scores |= self._score_questions(model, style or self.config.style, worked)
                 scores["score"] = scores["accuracy"]
             return scores
         finally:
             model.train(was_training)
 
-    def _score_questions(
-        self, model: Any, style: McqStyle, worked: McqRecord | None, batch_size: int
-    ) -> dict[str, float]:
+    def _score_questions(self, model: Any, style: McqStyle, worked: McqRecord | None) -> dict[str, float]:
         answerer = McqAnswerer(
             model,
             self.tokenizer,
             scoring=self.config.scoring,
             style=style,
             max_tokens=self.config.max_tokens,
-            batch_size=batch_size,
             worked=worked,
         )
         answers = answerer.answer(self.questions)

@@ -1,0 +1,99 @@
+"""The tokens that many prompts share, computed once and reused as KV cache by every batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of `ids` in every layer, each [1, heads, len(ids), head_dim]; never written to."""
+
+    ids: tuple[int, ...]
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+def share_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The longest run of tokens that all rows begin with."""
+    shortest, longest = min(rows), max(rows)
+    for i, (a, b) in enumerate(zip(shortest, longest, strict=False)):
+        if a != b:
+            return list(shortest[:i])
+    return list(shortest)
+
+
+def can_reuse(model: Any) -> bool:
+    """Whether every layer keeps plain keys and values, in a sliding window or not (recurrent layers do not)."""
+    return {type(layer) for layer in DynamicCache(config=model.config).layers} <= {
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    }
+
+
+def identify_weights(model: Any) -> tuple[Any, ...]:
+    """Differs whenever the model computes something else: another stage is active, or a weight was written to."""
+    switches = tuple(
+        (tuple(module.active_adapters), module.disable_adapters)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    )
+    return switches, tuple((id(weight), weight._version) for weight in model.parameters())
+
+
+@torch.no_grad()
+def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
+    """Run `ids` through the model and keep all keys and values, also those that sliding windows would drop."""
+    # Without the config every layer of the cache is a full one; the masks still keep to the windows.
+    cache = DynamicCache()
+    batch = torch.tensor([list(ids)], device=model.device)
+    model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in cache.layers))
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from `cache` without changing it: its layers make new tensors when they grow."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def make_batch(
+    model: Any, rows: Sequence[Sequence[int]], pad_id: int, prefix: Prefix | None = None, use_cache: bool = True
+) -> dict[str, Any]:
+    """The model's inputs for `rows`, all ending in the last column; with `prefix`, what rows begin with comes from it.
+
+    The cache holds the first len(prefix) columns of the left-padded batch. A row that is shorter than the longest has
+    its prefix shifted right by as much: its padding stands in front, the end of its prefix is computed again in place
+    of padding, and neighbours stay neighbours, which is what sliding windows count. Padding is masked throughout.
+    """
+    device = model.device
+    longest = max(map(len, rows))
+    pads = torch.tensor([longest - len(row) for row in rows], device=device)
+    cached = len(prefix.ids) if prefix else 0
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    columns = torch.arange(longest, device=device)
+    batch: dict[str, Any] = {
+        "input_ids": torch.tensor([row[cached:] for row in ids], device=device),
+        "attention_mask": (columns >= pads[:, None]).long(),
+        "position_ids": (columns[cached:] - pads[:, None]).clamp(min=0),
+        "use_cache": use_cache,
+    }
+    if use_cache:
+        batch["past_key_values"] = cache = DynamicCache(config=model.config)
+    if prefix:
+        sources = (columns[:cached] - pads[:, None]).clamp(min=0)
+        for layer, tensors in zip(cache.layers, prefix.layers, strict=True):
+            if pads.any():
+                layer.update(*(tensor[0][:, sources].transpose(0, 1) for tensor in tensors))
+            else:
+                layer.update(*(tensor.expand(len(rows), -1, -1, -1) for tensor in tensors))
+    return batch
