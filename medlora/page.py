@@ -13,7 +13,8 @@ import yaml
 from medlora import plots
 from medlora.records import LETTERS, McqRecord, Prediction
 
-_ABOUT = ("run", "created", "notes", "prompts", "timing", "rotations", "config", "versions", "hashes")
+_TIMES = ("seconds", "seconds_to_first_answer", "questions_asked", "questions_per_s")
+_ABOUT = ("name", "created", "notes", "prompts", *_TIMES, "phase_seconds", "rotations", "config", "versions", "hashes")
 """What a report may hold beside what is computed."""
 _PAGE_BYTES = 2_500_000
 """What the questions listed on a page may add to it."""
@@ -61,6 +62,7 @@ def write_page(
         tests=tests,
         rows={test: [row for row in report["stages"] if row["test"] == test] for test in tests},
         draw=Drawings(report, stages),
+        times={name: report[name] for name in _TIMES if report.get(name) is not None},
         listing=list_changes(report, predictions, questions or {}),
         text_limit=_TEXT_LIMIT,
         letters=LETTERS,

@@ -24,11 +24,11 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
     of them together, with the ids gained and lost as [test, id]; `forgetting`, the stage x test matrix. Holm's
     correction runs over all comparisons on single tests, and apart from them over those on all tests together.
 
-    `about` stands beside these at the top level, as given. The page knows of it, all optional: `run` (name), `created`,
-    `notes` (sentences a reader must know), `prompts` (version), `timing` (e.g. `seconds`, `first_answer_s`,
-    `questions_per_s`), `rotations` (rows of `stage`, `test`, `orders`, `accuracy`, `consistency`), `config`, `versions`,
-    `hashes`. Raises ValueError when `about` names something computed here, when there is nothing to score, or when two
-    stages were asked different questions of one test.
+    `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
+    `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
+    `questions_asked`, `questions_per_s`, `phase_seconds`, `config`, `versions`, `hashes` (of any depth) and `rotations`
+    (rows of `stage`, `test`, `orders`, `accuracy`, `consistency`). Raises ValueError when `about` names something
+    computed here, when there is nothing to score, or when two stages were asked different questions of one test.
     """
     stages = list(dict.fromkeys(p.stage for p in predictions))
     computed: dict[str, Any] = {

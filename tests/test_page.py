@@ -111,11 +111,13 @@ def make_hostile(folder: Path) -> str:
         for test in ("one", "two")
     }
     about = {
-        "run": nasty,
+        "name": nasty,
         "created": nasty,
         "notes": [nasty],
         "prompts": {nasty: nasty},
-        "timing": {"seconds": nasty},
+        "seconds": nasty,
+        "questions_per_s": nasty,
+        "phase_seconds": {nasty: nasty},
         "rotations": [{"stage": nasty, "test": nasty, "orders": 4, "accuracy": 0.5, "consistency": 0.25}],
         "config": {nasty: [nasty, {nasty: nasty}]},
         "versions": {nasty: nasty},
@@ -286,10 +288,11 @@ def test_what_is_not_there_takes_no_place(tmp_path: Path) -> None:
 
 def test_what_is_given_is_shown(tmp_path: Path) -> None:
     about = {
-        "run": "시험 평가",
+        "name": "시험 평가",
         "notes": ["The prompt style was forced."],
         "prompts": "3",
-        "timing": {"first_answer_s": 12.345, "questions_per_s": 1234.5},
+        "seconds_to_first_answer": 12.345,
+        "questions_per_s": 1234.5,
         "rotations": [{"stage": "00", "test": "one", "orders": 4, "accuracy": 0.5, "consistency": 0.8125}],
         "config": {"evaluation": {"style": "reasoning"}},
         "versions": {"torch": "2.13.0"},

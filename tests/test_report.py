@@ -91,7 +91,7 @@ def test_different_questions_of_one_test_cannot_be_compared() -> None:
 
 
 def test_the_report_is_json_and_the_same_every_time() -> None:
-    about = {"run": "r", "notes": ("a", "b"), "config": {"limit": None}, "timing": {"seconds": 1.5}}
+    about = {"name": "r", "notes": ("a", "b"), "config": {"limit": None}, "seconds": 1.5}
     report = build_report(TWO_TESTS, about, seed=3)
     assert json.loads(json.dumps(report, allow_nan=False)) == report == build_report(TWO_TESTS, about, seed=3)
     assert report["notes"] == ["a", "b"] and report["config"] == {"limit": None} and report["seed"] == 3
@@ -99,7 +99,7 @@ def test_the_report_is_json_and_the_same_every_time() -> None:
 
 def test_about_cannot_replace_what_is_computed() -> None:
     with pytest.raises(ValueError, match="comparisons, stages"):
-        build_report(TWO_TESTS, {"stages": [], "comparisons": [], "run": "r"}, seed=0)
+        build_report(TWO_TESTS, {"stages": [], "comparisons": [], "name": "r"}, seed=0)
 
 
 def test_calibration_stands_where_there_are_probabilities() -> None:
