@@ -26,6 +26,7 @@ Question = tuple[str, McqRecord]
 
 
 LEDGER, FINGERPRINT, REPORT, PREDICTIONS = "ledger.jsonl", "fingerprint.json", "report.json", "predictions.parquet"
+PAGE = "report.html"
 """Files of an evaluation's folder; the ledger goes when the report is there."""
 
 
