@@ -47,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
         config = load(arguments.config, arguments.overrides)
         check_inputs(config)
-        run = runs.open_run(arguments.run_dir or runs.find_home(config.storage.folder) / config.name)
-        from medlora.display import Display, print_outcome
+        folder = arguments.run_dir or Path(config.storage.folder) / config.name
+        run = runs.open_run(runs.find_home(folder))
+        from medlora.display import Display, print_report
 
         with (
             runs.hold(run.lock, f"run {run.root}"),
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             from medlora.on_ray.curriculum import run_curriculum
 
             outcome = run_curriculum(config, run, arguments.redo, display.show)
-        print_outcome(outcome.phases, outcome.report, run, outcome.worked)
+        print_report(outcome.report, outcome.worked)
+        print(f"run: {run.root}")
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -322,6 +322,9 @@ class RunConfig(Section):
         raise KeyError(name)
 
 
+Config = TypeVar("Config", bound=Section)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's idea of numbers: `1e-4` is one, `00` and `012` are text, so that phase names need no quotes."""
 
@@ -376,13 +379,21 @@ def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return raw
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
+@overload
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+
+
+@overload
+def load(path: Path, overrides: Sequence[str], model: type[Config]) -> Config: ...
+
+
+def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig) -> Any:
+    """The config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
     raw = load_raw(path, overrides)
     try:
-        return RunConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error, RunConfig))
+        lines = "\n".join(f"  {line}" for line in _explain(error, model))
         raise InputError(f"{path}: the config is not valid:\n{lines}") from None
 
 

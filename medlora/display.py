@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -12,8 +13,6 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-
-from medlora import runs
 
 log = logging.getLogger("medlora.run")
 
@@ -39,7 +38,8 @@ class Display:
         self.task: TaskID | None = None
         self.label = ""
         self.started = self.said = time.monotonic()
-        self.answered = 0
+        self.total = self.answered = 0
+        self.rates: deque[tuple[float, int, float]] = deque(maxlen=16)
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -61,10 +61,15 @@ class Display:
             self._advance(label, event["step"], event["steps"], figures)
         elif kind == "build":
             self._advance(event["what"], event["step"], event["total"], f"loss {event['loss']:.3f}")
+        elif kind == "evaluating":
+            self._begin("evaluation")
+            self.total, self.answered, self.rates = event["total"], event["known"], deque(maxlen=16)
+            if event["known"]:
+                self._say(f"evaluation  {event['known']} of {event['total']} questions are answered already")
         elif kind == "evaluation":
             self.answered += event["questions"]
-            rate = self.answered / max(time.monotonic() - self.started, 1e-9)
-            self._advance("evaluation", self.answered, event["total"], f"{rate:.1f} questions/s")
+            self.rates.append((time.monotonic(), event["questions"], event["seconds"]))
+            self._advance("evaluation", self.answered, self.total, f"{self._measure_rate():.1f} questions/s")
         elif kind == "validation":
             scores = "  ".join(
                 f"{name} {event[name]:.3f}"
@@ -77,7 +82,8 @@ class Display:
             self._say(f"{phase}  on {event['device']}")
         elif kind == "finished":
             self._begin("")
-            self._say(f"{phase}  done in {event['seconds']:.0f} s")
+            around = f", and {event['around_s']:.0f} s to start and end its workers" if event["around_s"] else ""
+            self._say(f"{phase}  done in {event['seconds']:.0f} s{around}")
         elif kind == "reused":
             self._say(f"{phase}  is finished already and reused")
         elif kind == "cluster":
@@ -86,10 +92,16 @@ class Display:
         else:
             self._say(f"{phase}  {event['text']}")
 
+    def _measure_rate(self) -> float:
+        """Questions/s over the last batches; the first one's own time stands for what was before it."""
+        first_end, first_questions, first_s = self.rates[0]
+        elapsed_s = self.rates[-1][0] - first_end + first_s
+        return sum(questions for _, questions, _ in self.rates) / max(elapsed_s, 1e-9)
+
     def _begin(self, label: str) -> None:
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.task, self.label, self.answered = None, label, 0
+        self.task, self.label = None, label
         self.started = time.monotonic()
 
     def _advance(self, label: str, step: int, total: int, figures: str) -> None:
@@ -110,28 +122,28 @@ class Display:
         self.console.print(text, markup=False)
 
 
-def print_outcome(
-    phases: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any] | None, run: runs.RunFolder, worked: bool
-) -> None:
-    """The final table (stage, test, accuracy, 95 % interval, n, time) and where the run is."""
+def print_report(report: Mapping[str, Any] | None, worked: bool) -> None:
+    """The final table (stage, test, accuracy, 95 % interval, n, time) and what to know about its figures."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not worked:
         console.print("everything is done already; nothing was computed again")
-    if report:
-        table = Table("stage", "test", "accuracy", "95 % interval", "n", "trained in")
-        rows = report["stages"]
-        for row, following in zip(rows, [*rows[1:], None], strict=True):
-            seconds = report["phase_seconds"].get(row["stage"])
-            low, high = row["interval"]
-            table.add_row(
-                row["stage"],
-                row["test"],
-                f"{row['accuracy']:.1%}",
-                f"{low:.1%} .. {high:.1%}",
-                str(row["n"]),
-                f"{seconds:.0f} s" if seconds is not None else "",
-                end_section=following is None or following["stage"] != row["stage"],
-            )
-        console.print(table)
-        console.print(f"evaluation: {report['seconds']:.0f} s")
-    console.print(f"run: {run.root}", markup=False, soft_wrap=True)
+    if report is None:
+        return
+    phase_seconds = report.get("phase_seconds")
+    table = Table("stage", "test", "accuracy", "95 % interval", "n", *(["trained in"] if phase_seconds else []))
+    rows = report["stages"]
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        low, high = row["interval"]
+        cells = [row["stage"], row["test"], f"{row['accuracy']:.1%}", f"{low:.1%} .. {high:.1%}", str(row["n"])]
+        if phase_seconds:
+            seconds = phase_seconds.get(row["stage"])
+            cells.append(f"{seconds:.0f} s" if seconds is not None else "")
+        table.add_row(*cells, end_section=following is None or following["stage"] != row["stage"])
+    console.print(table)
+    failed = sum(row["failed"] for row in rows)
+    if failed:
+        console.print(f"{failed} answers failed and count as wrong; see predictions.parquet, column error")
+    for note in report.get("notes", []):
+        console.print(f"beware: {note}", markup=False)
+    rate = f", {report['questions_per_s']:.1f} questions/s once running" if report["questions_per_s"] else ""
+    console.print(f"evaluation: {report['seconds']:.0f} s{rate}")

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from medlora import miniature, prompts, runs
-from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig, Section, TrainSource, load
+from medlora.config import (
+    BaseModelConfig,
+    LoraSettings,
+    PhaseConfig,
+    RunConfig,
+    Section,
+    SourceConfig,
+    TrainSource,
+    load,
+)
 from medlora.errors import InputError
-from medlora.records import McqRecord
+from medlora.records import McqRecord, Record
 from medlora.sources import go_offline_without_hub, hash_records, read
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -192,17 +201,18 @@ def check_inputs(config: RunConfig) -> None:
     read_extra_tokens(config.base)
     for i, phase in enumerate(config.phases):
         for j, source in enumerate(phase.sources):
-            _try(f"phases.{i}.sources.{j}", source)
+            read_source(f"phases.{i}.sources.{j}", source)
         for j, dev in enumerate(phase.validation.sources if phase.validation else ()):
-            _try(f"phases.{i}.validation.sources.{j}", dev)
+            read_source(f"phases.{i}.validation.sources.{j}", dev)
     for i, test in enumerate(config.evaluation.tests if config.evaluation else ()):
-        if not isinstance(_try(f"evaluation.tests.{i}", test)[0], McqRecord):
+        if not isinstance(read_source(f"evaluation.tests.{i}", test)[0], McqRecord):
             raise InputError(
                 f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice"
             )
 
 
-def _try(key: str, source: Any) -> list[Any]:
+def read_source(key: str, source: SourceConfig) -> list[Record]:
+    """The records of a source, its errors led by the key in the config; raises InputError."""
     try:
         return read(source)
     except InputError as error:

@@ -63,6 +63,14 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
         torch.set_num_threads(job.threads)
         try:
             return _run(job, folder, report if main else lambda event: None, device, world, main)
+        except (OSError, RuntimeError) as error:
+            # torch.save and safetensors say in words of their own that nothing more could be written.
+            if runs.is_disk_full(error, folder.root):
+                raise InputError(
+                    f"{folder.root}: the disk is full; make room and give the same command again, it goes on from the "
+                    "last whole checkpoint"
+                ) from error
+            raise
         finally:
             clear_memory()
 
@@ -133,11 +141,13 @@ def _run(
         return {}
     extended = len(tokenizer) != len(load_tokenizer(base))
     save_adapter(model, phase.name, folder.adapter, tokenizer if extended else None, job.base.model)
+    asked = [key.partition(":")[2] for key, part in records.items() if isinstance(part[0], McqRecord)]
     return _finish(
         job,
         folder,
         device,
         counts,
+        asked,
         done,
         best,
         {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
@@ -279,6 +289,7 @@ def _finish(
     folder: runs.PhaseFolder,
     device: str,
     counts: dict[str, Any],
+    question_sources: list[str],
     segments: list[dict[str, Any]],
     best: dict[str, Any] | None,
     seconds: dict[str, float],
@@ -292,6 +303,7 @@ def _finish(
         "chain": [link.name for link in chain],
         "adapter_hash": runs.hash_json(runs.hash_files(folder.adapter)),
         "counts": counts,
+        "question_sources": question_sources,
         "segments": segments,
         "best": best,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},

@@ -11,6 +11,7 @@ sha256 of every other file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -34,6 +35,8 @@ from filelock import FileLock, Timeout
 from medlora.errors import InputError
 
 MANIFEST = "manifest.json"
+_LIVING = ("lock", "lock.json", "run.log")
+"""Files at the top of a folder that go on changing; no manifest holds them."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SAFE_PATH = re.compile(r"[\w./~ +,@=:-]+")
 _VERSIONED = ("medlora", "ray", "torch", "transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "accelerate")
@@ -146,8 +149,11 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def open_run(folder: Path) -> RunFolder:
-    """The run at `folder`, made when absent; raises InputError for an unsafe path or a folder that is not a run."""
+def open_run(folder: Path, mark: str = "run.json") -> RunFolder:
+    """The run at `folder`, made when absent; raises InputError for an unsafe path, or a folder that holds other things.
+
+    `mark` is the file by which a folder is known as ours.
+    """
     if not _SAFE_PATH.fullmatch(str(folder)) or ".." in folder.parts:
         raise InputError(
             f"run folder {str(folder)!r}: no `..` and no shell characters; give a plain path with --run-dir"
@@ -155,12 +161,8 @@ def open_run(folder: Path) -> RunFolder:
     run = RunFolder(Path(os.path.abspath(folder.expanduser())))
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"{run.root}: is a file; a run needs a folder of its own")
-    strangers = (
-        [p.name for p in run.root.iterdir() if p.name not in ("lock", "lock.json", "run.log")]
-        if run.root.is_dir()
-        else []
-    )
-    if strangers and not run.about.exists():
+    strangers = [p.name for p in run.root.iterdir() if p.name not in _LIVING] if run.root.is_dir() else []
+    if strangers and not (run.root / mark).exists():
         raise InputError(
             f"{run.root}: holds other files ({', '.join(sorted(strangers)[:3])}) and is no medlora run; choose another folder"
         )
@@ -220,13 +222,18 @@ def log_to(*sinks: tuple[logging.Logger, Path]) -> Iterator[None]:
             handler.close()
 
 
-def find_home(folder: str) -> Path:
-    """The folder of all runs. Where Ray unpacked the working dir of a submitted job, which it deletes later, a relative
-    folder means one in the user's home."""
-    path = Path(folder).expanduser()
-    if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
-        return Path.home() / "medlora" / path
-    return path
+def find_home(folder: Path) -> Path:
+    """Where a run's folder really goes: a relative one of a submitted job goes into the user's home, since Ray deletes
+    the folder that it unpacked the job's working dir in."""
+    folder = folder.expanduser()
+    if not folder.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        return Path.home() / "medlora" / folder
+    return folder
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Whether an error comes from a full disk below `folder`; torch.save says `iostream error` or `unexpected pos`."""
+    return getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < 2**20
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -295,7 +302,8 @@ def hash_json(content: Any) -> str:
 
 def hash_files(folder: Path, passing: Sequence[Path] = ()) -> dict[str, str]:
     """sha256 of every file below `folder` by relative path, but of its manifest and what stands in folders `passing`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    ours = {folder / name for name in (MANIFEST, *_LIVING)}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
     kept = [path for path in files if not any(path.is_relative_to(other) for other in passing)]
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in kept}
 

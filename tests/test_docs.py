@@ -107,7 +107,7 @@ class Line:
         modules = (
             "models|chains|adapter_files|answering|evaluator|generation|encoding|stages|training|validation|phases"
         )
-        return bool(re.search(rf"import torch|medlora\.({modules})\b", self.setup))
+        return bool(re.search(rf"import torch|medlora\.({modules})\b|open_run", self.setup))
 
 
 def read_lines(text: str) -> Iterator[Line]:
@@ -246,7 +246,7 @@ EXPECTED: dict[tuple[str, str], Callable[[Any], bool]] = {
     ("_paths", "get_log_dir"): lambda v: v.is_file(),
     ("_paths", "find_lora_path"): lambda v: v == Path("model/01_mixed/medgemma-4b/final") and _is_adapter(v),
     ("_paths", "get_previous_phase_lora"): lambda v: _is_adapter(v) and v == _resolved("phases", "01", "adapter"),
-    ("_paths", "get_lora_chain"): lambda v: (v == [_resolved("phases", n, "adapter") for n in ("01", "02")] and all(map(_is_adapter, v))),
+    ("_paths", "get_lora_chain"): lambda v: (v == [str(_resolved("phases", n, "adapter")) for n in ("01", "02")] and all(map(_is_adapter, v))),
     ("_paths", "get_raw_lora_model_path"): _is_adapter,
     ("_logging", "TrainingLogger"): lambda v: "begins" in Path("train_00.log").read_text(encoding="utf-8"),
     ("_logging", "TrainingLogger_log"): lambda v: "phase 00 (new) on" in v and "GiB free" in v,
@@ -413,6 +413,7 @@ def train_curriculum(words: tuple[str, ...]) -> None:
         run_phase(make_job(config, phase, chain), run.phase(phase.name), lambda event: None)
         chain = extend_chain(chain, phase, run.phase(phase.name).adapter)
     runs.write_json(run.about, {"name": config.name})
+    runs.write_yaml(run.config, config.model_dump(mode="json"))
 
 
 @having("python", torch=False)

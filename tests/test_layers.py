@@ -29,7 +29,10 @@ LAYERS = {
         },
         WORDS,
     ),
-    1: ({"prompts", "sources", "lineage", "report", "display", "miniature"}, {"torch", "transformers", "ray", "peft"}),
+    1: (
+        {"prompts", "sources", "lineage", "report", "evaluation", "display", "miniature"},
+        {"torch", "transformers", "ray", "peft"},
+    ),
     2: (
         {
             "encoding",

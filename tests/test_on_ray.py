@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from tiny_run import configure, run_all, weights
@@ -26,41 +20,6 @@ from medlora.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 JOB = [sys.executable, "jobs/curriculum.py"]
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a process that may use a real `ray start --head` cluster of two CPUs."""
-    token = tmp_path_factory.mktemp("token") / "auth_token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    env |= {"HF_HUB_OFFLINE": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
-    folder = Path(tempfile.mkdtemp(prefix="ml"))
-    head = ["--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=2", f"--temp-dir={folder}"]
-    log = (folder / "head.log").open("w")
-    # `ray stop` would end every Ray of the machine, the developer's own too: this one ends with its process group.
-    process = subprocess.Popen(
-        [BIN / "ray", "start", *head], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        current = folder / "ray_current_cluster"
-        end = time.monotonic() + 60
-        while not current.exists() or "Ray runtime started" not in (folder / "head.log").read_text():
-            assert process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()
-            time.sleep(0.1)
-        said = (folder / "head.log").read_text()
-        dashboard = re.search(r"RAY_API_SERVER_ADDRESS='([^']+)'|http://([0-9.]+:[0-9]+)", said)
-        env["RAY_ADDRESS"] = current.read_text().strip()
-        yield {**env, "DASHBOARD": dashboard[1] or f"http://{dashboard[2]}" if dashboard else ""}
-    finally:
-        for other in psutil.process_iter(["cmdline"]):
-            if any(str(folder) in part for part in other.info["cmdline"] or []):
-                other.kill()
-        process.kill()
-        process.wait(timeout=30)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_config(config: RunConfig, path: Path) -> Path:

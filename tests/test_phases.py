@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from tiny_run import configure, run_all, weights
 
 from medlora import runs
+from medlora.config import RunConfig
 from medlora.errors import InputError
-from medlora.lineage import Link, extend_chain
+from medlora.lineage import Link, extend_chain, make_job
+from medlora.phases import run_phase
 
 
 class Killed(BaseException):
@@ -275,3 +277,53 @@ def test_the_chain_of_a_stage_is_what_the_phases_did() -> None:
         link["02"],
     )
     assert extend_chain((link["01"],), new, Path("/00")) == (link["00"],)
+
+
+def test_a_curriculum_goes_on_from_adapters_of_elsewhere(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """An adapter folder as the replaced scripts left it (`lora_adapter/` inside) is continued as if it were a phase's."""
+    import shutil
+
+    from medlora.lineage import start_chain
+
+    shutil.copytree(runs.RunFolder(finished).phase("00").adapter, tmp_path / "old" / "lora_adapter")
+    config = configure(bases["gemma"], data)
+    raw = {
+        **config.model_dump(mode="json"),
+        "start": [str(tmp_path / "old")],
+        "phases": [p.model_dump(mode="json") for p in config.phases[1:]],
+    }
+    raw["phases"][0] |= {"replay": [], "train_extra_tokens": True}
+    started = RunConfig.model_validate(raw)
+    chain = start_chain(started)
+    manifest = run_phase(
+        make_job(started, started.phases[0], chain), runs.RunFolder(tmp_path / "run").phase("01"), lambda event: None
+    )
+    assert manifest["chain"] == ["01"] and manifest["fingerprint"]["parent"]
+    frozen = load_file(tmp_path / "old" / "lora_adapter" / "adapter_model.safetensors")
+    trained = load_file(tmp_path / "run" / "phases" / "01" / "adapter" / "adapter_model.safetensors")
+    assert frozen.keys() == trained.keys() and any(not torch.equal(frozen[name], trained[name]) for name in frozen)
+    with pytest.raises(InputError, match=r"start.0: .*no adapter here; looked for adapter_config.json in"):
+        start_chain(started.model_copy(update={"start": (str(tmp_path),)}))
+
+
+def test_a_disk_that_fills_up_is_said_and_the_phase_goes_on_once_there_is_room(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(small)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        config = configure(bases["gemma"], data)
+        with pytest.raises(InputError, match="the disk is full; make room and give the same command again"):
+            run_all(config, small, ("00",))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        run_all(config, small, ("00",))
+        assert weights(small, "00") == weights(finished, "00")
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)

@@ -133,7 +133,7 @@ def test_a_submitted_job_keeps_its_runs_out_of_ray_s_temporary_folder(
     package.mkdir(parents=True)
     monkeypatch.chdir(package)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert runs.find_home("runs") == tmp_path / "home" / "medlora" / "runs"
-    assert runs.find_home("/shared/runs") == Path("/shared/runs")
+    assert runs.find_home(Path("runs")) == tmp_path / "home" / "medlora" / "runs"
+    assert runs.find_home(Path("/shared/runs")) == Path("/shared/runs")
     monkeypatch.chdir(tmp_path)
-    assert runs.find_home("runs") == Path("runs")
+    assert runs.find_home(Path("runs")) == Path("runs")

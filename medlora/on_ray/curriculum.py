@@ -11,18 +11,16 @@ from typing import Any
 from medlora import runs
 from medlora.config import PhaseConfig, RunConfig
 from medlora.errors import InputError
+from medlora.evaluation import FINGERPRINT, Stages, describe_evaluation, find_report, read_tests
 from medlora.lineage import (
     Link,
     extend_chain,
     find_obstacle,
-    identify_base,
     make_job,
     refuse,
     start_chain,
 )
-from medlora.prompts import version
 from medlora.records import McqRecord
-from medlora.sources import hash_records, read
 
 log = logging.getLogger("medlora.run")
 
@@ -71,8 +69,10 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
         done[phase.name] = manifest
         chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
         on_event({"event": "reused", "phase": phase.name})
-    if not left and (report := _find_report(config, run, done)):
-        return Outcome(done, report, worked=False)
+    if not left:
+        report = _find_report(config, run, stages)
+        if report or config.evaluation is None:
+            return Outcome(done, report, worked=False)
 
     from medlora.on_ray.cluster import check_placement, connect
     from medlora.on_ray.train import train_on_ray
@@ -94,16 +94,19 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
                 f"phases.{phase.name}.placement" if phase.placement else "placement",
             )
         for phase in left:
+            began = time.monotonic()
             if manifest := _find_finished(config, run, phase, chain, done, redo):
                 on_event({"event": "reused", "phase": phase.name})
             else:
                 manifest = train_on_ray(
                     make_job(config, phase, chain), run, phase.placement or config.placement, cluster, on_event
                 )
+                seconds = manifest["seconds"]["all"]
+                around_s = time.monotonic() - began - seconds
+                on_event({"event": "finished", "phase": phase.name, "seconds": seconds, "around_s": around_s})
             done[phase.name] = manifest
             chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
-            on_event({"event": "finished", "phase": phase.name, "seconds": manifest["seconds"]["all"]})
-        report = _find_report(config, run, done) or _evaluate(config, run, stages, done, cluster, on_event)
+        report = _find_report(config, run, stages) or _evaluate(config, run, stages, done, cluster, on_event)
     return Outcome(done, report, worked=True)
 
 
@@ -148,73 +151,64 @@ def _describe_run(config: RunConfig, run: runs.RunFolder) -> None:
     )
 
 
-def _describe_evaluation(config: RunConfig, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    assert config.evaluation is not None
-    return {
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"placement", "batch_size"}),
-        "tests": {test.name: hash_records(read(test)) for test in config.evaluation.tests},
-        "base": config.base.model_dump(mode="json"),
-        "base_files": identify_base(config.base),
-        "stages": {name: manifest["adapter_hash"] for name, manifest in done.items()},
-        "prompts": version(),
-        "seed": config.seed,
-    }
+def _describe_evaluation(
+    config: RunConfig, stages: Stages
+) -> tuple[dict[str, Any], dict[str, list[McqRecord]]] | tuple[None, None]:
+    if config.evaluation is None:
+        return None, None
+    tests = read_tests(config.evaluation)
+    return describe_evaluation(config.base, config.seed, config.evaluation, stages, tests), tests
 
 
-def _find_report(config: RunConfig, run: runs.RunFolder, done: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _find_report(config: RunConfig, run: runs.RunFolder, stages: Stages) -> dict[str, Any] | None:
     """The report that still stands; an outdated one is set aside by the next evaluation."""
-    manifest = runs.read_manifest(run.evaluation)
-    if config.evaluation is None or manifest is None or runs.check_files(run.evaluation, manifest):
-        return None
-    if runs.find_differences(manifest["fingerprint"], runs.as_json(_describe_evaluation(config, done))):
-        return None
-    report: dict[str, Any] = runs.read_json(run.evaluation / "report.json")
-    return report
+    fingerprint, _ = _describe_evaluation(config, stages)
+    return find_report(run.evaluation, fingerprint) if fingerprint else None
 
 
 def _evaluate(
     config: RunConfig,
     run: runs.RunFolder,
-    stages: Mapping[str, Sequence[Link]],
+    stages: Stages,
     done: Mapping[str, dict[str, Any]],
     cluster: Any,
     on_event: OnEvent,
 ) -> dict[str, Any] | None:
-    if config.evaluation is None:
-        return None
     from medlora.on_ray.cluster import check_placement
-    from medlora.on_ray.evaluate import evaluate_on_ray
-    from medlora.report import summarise, write_predictions
+    from medlora.on_ray.evaluate import make_builder
+    from medlora.on_ray.scoring import score_stages
 
+    fingerprint, tests = _describe_evaluation(config, stages)
+    if config.evaluation is None or fingerprint is None or tests is None:
+        return None
     placement = config.evaluation.placement or config.placement
     check_placement(placement, cluster, "evaluation.placement" if config.evaluation.placement else "placement")
-    tests: dict[str, list[McqRecord]] = {
-        test.name: [r for r in read(test) if isinstance(r, McqRecord)] for test in config.evaluation.tests
-    }
+    if runs.find_differences(runs.read_json(run.evaluation / FINGERPRINT), fingerprint) or runs.read_manifest(
+        run.evaluation
+    ):
+        runs.set_aside(run.evaluation)
+    questions = sum(map(len, tests.values()))
+    on_event({"event": "phase", "phase": "evaluation", "device": f"{len(stages)} stages x {questions} questions"})
     job = make_job(config, config.phases[-1], ())
-    on_event(
-        {
-            "event": "phase",
-            "phase": "evaluation",
-            "device": f"{len(stages)} stages x {sum(map(len, tests.values()))} questions",
-        }
-    )
-    started = time.monotonic()
-    predictions = evaluate_on_ray(
-        job.base, job.cache, job.seed, stages, tests, config.evaluation, placement, cluster, on_event, run.log
-    )
-    seconds = time.monotonic() - started
-    runs.set_aside(run.evaluation)
-    run.evaluation.mkdir()
-    report = {
-        "run": config.name,
-        "seconds": round(seconds, 2),
-        "stages": summarise(predictions),
-        "phase_seconds": {name: manifest["seconds"]["all"] for name, manifest in done.items()},
-        "versions": runs.get_versions(),
+    build = make_builder(config.base, job.cache, job.seed, stages, config.evaluation, placement, cluster)
+    about = {
+        "name": config.name,
+        "config": config.model_dump(mode="json"),
+        "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in done.items()},
     }
-    write_predictions(run.evaluation / "predictions.parquet", predictions)
-    runs.write_json(run.evaluation / "report.json", report)
-    runs.commit(run.evaluation, {"fingerprint": _describe_evaluation(config, done), "seconds": round(seconds, 2)})
-    on_event({"event": "finished", "phase": "evaluation", "seconds": seconds})
+    began = time.monotonic()
+    report = score_stages(
+        run.evaluation,
+        fingerprint,
+        stages,
+        tests,
+        config.evaluation,
+        build,
+        placement,
+        cluster,
+        on_event,
+        run.log,
+        about,
+    )
+    on_event({"event": "finished", "phase": "evaluation", "seconds": time.monotonic() - began, "around_s": 0.0})
     return report

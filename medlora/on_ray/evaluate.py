@@ -1,85 +1,245 @@
-"""Questions sharded by Ray Data over actors that each hold one base and the adapters of every stage."""
+"""Batches of questions sharded by Ray Data over actors that each hold one base and the adapters of every stage."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from medlora.config import BaseModelConfig, EvaluationConfig, Placement
+from medlora.errors import InputError
+from medlora.evaluation import Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link
-from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen
+from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen, ray
 from medlora.records import McqRecord, Prediction
 
 log = logging.getLogger("medlora.run")
 
-Stages = Mapping[str, Sequence[Link]]
-"""Stage name -> its chain of adapters; the plain base has none."""
+_WHOLE_TRIES = 2
 
 
-def evaluate_on_ray(
+class AnswersQuestions(Protocol):
+    """What an actor holds: `medlora.stages.StageModel`, or a fake of it."""
+
+    def answer(self, tests: Sequence[str], records: Sequence[McqRecord]) -> list[Prediction]:
+        """A prediction for each stage and question."""
+
+
+def build_stages(
+    base: dict[str, Any],
+    cache: str,
+    seed: int,
+    stages: dict[str, list[dict[str, str]]],
+    config: dict[str, Any],
+    threads: int,
+    device: str,
+    cwd: str,
+) -> AnswersQuestions:
+    """The model of an actor, from plain values."""
+    if Path(cwd).is_dir():
+        os.chdir(cwd)
+    import torch
+
+    from medlora.stages import StageModel, locate_base
+
+    torch.set_num_threads(threads)
+    chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
+    located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
+    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed)
+
+
+def make_builder(
     base: BaseModelConfig,
     cache: str,
     seed: int,
     stages: Stages,
-    tests: Mapping[str, Sequence[McqRecord]],
     config: EvaluationConfig,
+    placement: Placement,
+    cluster: Cluster,
+) -> Callable[[], AnswersQuestions]:
+    """`build_stages` with its arguments, ready to travel into an actor."""
+    return partial(
+        build_stages,
+        base=base.model_dump(mode="json"),
+        cache=cache,
+        seed=seed,
+        stages={name: [link.model_dump() for link in chain] for name, chain in stages.items()},
+        config=config.model_dump(mode="json"),
+        threads=placement.cpus_per_worker,
+        device="cuda" if count_gpus(placement, cluster) else "cpu",
+        cwd=os.getcwd(),
+    )
+
+
+def answer_on_ray(
+    batches: Sequence[Sequence[Question]],
+    stages: Sequence[str],
+    build: Callable[[], AnswersQuestions],
     placement: Placement,
     cluster: Cluster,
     on_event: OnEvent,
     log_file: Path,
-) -> list[Prediction]:
-    """What every stage answers to every question, sorted by stage, test and the test's order, in one pass over the data.
+) -> Iterator[list[Prediction]]:
+    """The predictions of each batch as it comes back, in no particular order, every batch exactly once.
 
-    Raises RuntimeError when an answer is missing or there twice.
+    A batch whose actor dies is asked again as a whole, then question by question; a question that raises or kills its
+    actor `placement.retries` times over is reported as failed (Prediction.error) while all others are answered.
+    Raises InputError for what only the user can mend, RuntimeError when the actors die while they load the model.
     """
+    if not batches:
+        return
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
+    DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = [{"test": test, **asdict(record)} for test, records in tests.items() for record in records]
-    for row in rows:
-        row["rationale"] = ""  # the answer's reasons are nobody's business here, and Arrow wants one type
     gpus = count_gpus(placement, cluster)
-    with listen(on_event) as inbox, _stderr_to(log_file), warnings.catch_warnings():
-        # Ray 2.60 deprecates free remote arguments and has no other way to bound restarts, which default to for ever.
+    actors = min(placement.workers, len(batches))
+    refusals: list[str] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "refused":
+            refusals.append(event["text"])
+        else:
+            on_event(event)
+
+    attempts = ray.remote(num_cpus=0)(Attempts).remote(actors, placement.retries)
+    rows = [{"batch": json.dumps([[test, asdict(record)] for test, record in batch])} for batch in batches]
+    failure: Exception | None = None
+    with listen(hear) as inbox, _stderr_to(log_file), warnings.catch_warnings():
+        # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        answered = (
-            ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // config.batch_size)))
-            .map_batches(
-                StageAnswerer,
-                fn_constructor_kwargs={
-                    "base": base.model_dump(mode="json"),
-                    "cache": cache,
-                    "seed": seed,
-                    "stages": {name: [link.model_dump() for link in chain] for name, chain in stages.items()},
-                    "config": config.model_dump(mode="json"),
-                    "threads": placement.cpus_per_worker,
-                    "device": "cuda" if gpus else "cpu",
-                    "cwd": os.getcwd(),
-                    "inbox": inbox,
-                    "total": len(rows),
-                },
-                batch_size=config.batch_size,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=placement.workers),
-                num_cpus=placement.cpus_per_worker,
-                num_gpus=gpus or None,
-                max_restarts=placement.retries,
-                max_task_retries=placement.retries,
-            )
-            .take_all()
+        asked = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            BatchAnswerer,
+            fn_constructor_kwargs={
+                "build": build,
+                "stages": list(stages),
+                "attempts": attempts,
+                "retries": placement.retries,
+                "inbox": inbox,
+            },
+            batch_size=1,
+            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=placement.cpus_per_worker,
+            num_gpus=gpus or None,
+            accelerator_type=placement.accelerator_type,
+            label_selector=placement.label_selector or None,
+            # Without a bound here, since every death is counted by Attempts, which bounds them by question.
+            max_restarts=-1,
+            max_task_retries=-1,
         )
-    predictions = [Prediction(**{**row, "probabilities": tuple(row["probabilities"])}) for row in answered]
-    return sort_predictions(predictions, stages, tests)
+        try:
+            for row in asked.iter_rows():
+                yield [unpack_prediction(prediction) for prediction in json.loads(row["predictions"])]
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            failure = error
+        finally:
+            ray.kill(attempts)
+    if refusals:
+        raise InputError(refusals[0])
+    if failure is not None:
+        raise failure
+
+
+class Attempts:
+    """Counts what was begun and not ended, outside of the actors that may die at it: how often each key killed one."""
+
+    def __init__(self, actors: int, retries: int) -> None:
+        self.unended: Counter[str] = Counter()
+        self.deaths_unseen = 0
+        self.loads_left = actors + retries
+
+    def begin(self, key: str) -> int:
+        """How many actors have died at `key` so far."""
+        self.unended[key] += 1
+        self.deaths_unseen += 1
+        return self.unended[key] - 1
+
+    def end(self, key: str) -> None:
+        """What was begun has ended, well or with an exception."""
+        self.unended[key] -= 1
+        self.deaths_unseen -= 1
+
+    def may_load(self) -> bool:
+        """Whether one more actor may load the model: the first ones, one for each death at a question, a few to spare."""
+        if self.deaths_unseen > 0:
+            self.deaths_unseen -= 1
+            return True
+        self.loads_left -= 1
+        return self.loads_left >= 0
+
+
+class BatchAnswerer:
+    """The Ray Data actor: loads the model once, answers batch after batch, and isolates a question that breaks it."""
+
+    def __init__(
+        self, build: Callable[[], AnswersQuestions], stages: list[str], attempts: Any, retries: int, inbox: Any
+    ) -> None:
+        self.stages, self.attempts, self.retries, self.inbox = stages, attempts, retries, inbox
+        if not ray.get(attempts.may_load.remote()):
+            raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
+        try:
+            self.model = build()
+        except InputError as error:
+            inbox.put({"event": "refused", "text": str(error)})
+            raise
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
+        """One batch as JSON -> its predictions as JSON."""
+        batch: list[Question] = []
+        for test, record in json.loads(row["batch"][0]):
+            batch.append((test, McqRecord(**{**record, "options": tuple(record["options"])})))
+        started = time.monotonic()
+        predictions = self._answer_whole(batch) or [p for question in batch for p in self._answer_one(question)]
+        event = {"event": "evaluation", "questions": len(batch), "seconds": time.monotonic() - started}
+        self.inbox.put(event)
+        return {"predictions": [json.dumps([pack_prediction(p) for p in predictions])]}
+
+    def _answer_whole(self, batch: list[Question]) -> list[Prediction] | None:
+        """The batch's predictions, or None when it has to be taken apart."""
+        key = name_batch(batch)
+        deaths = ray.get(self.attempts.begin.remote(key))
+        try:
+            if deaths >= _WHOLE_TRIES:
+                return None
+            return self.model.answer([test for test, _ in batch], [record for _, record in batch])
+        except InputError as error:
+            self.inbox.put({"event": "refused", "text": str(error)})
+            raise
+        except Exception as error:  # whatever a question makes the model raise is its answer
+            self._note(f"a batch is asked one by one after {error!r}")
+            return None
+        finally:
+            ray.get(self.attempts.end.remote(key))
+
+    def _answer_one(self, question: Question) -> list[Prediction]:
+        test, record = question
+        key, reason = f"{test}/{record.id}", "its process died"
+        deaths = ray.get(self.attempts.begin.remote(key))
+        try:
+            for _ in range(max(1, self.retries) if deaths < max(1, self.retries) else 0):
+                try:
+                    return self.model.answer([test], [record])
+                except Exception as error:  # see above
+                    reason = repr(error)
+        finally:
+            ray.get(self.attempts.end.remote(key))
+        self._note(f"question {record.id} of {test} is reported as failed: {reason}")
+        known = {"subject": record.subject, "options": len(record.options), "error": reason}
+        return [Prediction(record.id, test, stage, record.answer, None, **known) for stage in self.stages]
+
+    def _note(self, text: str) -> None:
+        self.inbox.put({"event": "note", "phase": "evaluation", "text": text})
 
 
 @contextmanager
@@ -94,54 +254,3 @@ def _stderr_to(log_file: Path) -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-
-
-def sort_predictions(
-    predictions: Sequence[Prediction], stages: Stages, tests: Mapping[str, Sequence[McqRecord]]
-) -> list[Prediction]:
-    """Predictions in the order of stages, tests and questions; raises RuntimeError unless each is there exactly once."""
-    by_key = {(p.stage, p.test, p.id): p for p in predictions}
-    wanted = [(stage, test, record.id) for stage in stages for test, records in tests.items() for record in records]
-    if len(by_key) != len(predictions) or set(by_key) != set(wanted):
-        raise RuntimeError(f"{len(predictions)} answers, {len(by_key)} of them different, to {len(wanted)} questions")
-    return [by_key[key] for key in wanted]
-
-
-class StageAnswerer:
-    """The actor: loads base and adapters once, answers each batch of questions with every stage."""
-
-    def __init__(
-        self,
-        base: dict[str, Any],
-        cache: str,
-        seed: int,
-        stages: dict[str, list[dict[str, str]]],
-        config: dict[str, Any],
-        threads: int,
-        device: str,
-        cwd: str,
-        inbox: Any,
-        total: int,
-    ) -> None:
-        if Path(cwd).is_dir():
-            os.chdir(cwd)
-        import torch
-
-        from medlora.stages import StageModel, locate_base
-
-        torch.set_num_threads(threads)
-        self.inbox, self.total = inbox, total
-        chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
-        located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
-        self.stages = StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed)
-
-    def __call__(self, batch: Any) -> Any:
-        """A pyarrow table of questions -> a table of predictions, one row a question and stage."""
-        import pyarrow
-
-        rows = batch.to_pylist()
-        names = [row.pop("test") for row in rows]
-        records = [McqRecord(**{**row, "options": tuple(row["options"]), "rationale": {}}) for row in rows]
-        predictions = self.stages.answer(names, records)
-        self.inbox.put({"event": "evaluation", "questions": len(records), "total": self.total})
-        return pyarrow.Table.from_pylist([asdict(prediction) for prediction in predictions])

@@ -42,6 +42,7 @@ def train_on_ray(
             on_event(event)
 
     attempts = 0
+    failure: Exception | None = None
     with listen(hear) as inbox:
         while True:
             # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
@@ -70,7 +71,8 @@ def train_on_ray(
             except WorkerGroupError as error:
                 died = _find_deaths(error)
                 if not died or attempts == placement.retries:
-                    raise
+                    failure = error
+                    break
                 attempts += 1
                 text = f"{died}; attempt {attempts} of {placement.retries} to go on from the last checkpoint"
                 log.warning("phase %s: %s", job.phase.name, text)
@@ -79,6 +81,8 @@ def train_on_ray(
                 runs.remove(run.ray)
     if refusals:
         raise InputError(refusals[0])
+    if failure is not None:
+        raise failure
     manifest = runs.read_manifest(folder.root)
     if manifest is None:
         raise InputError(
@@ -90,13 +94,10 @@ def train_on_ray(
 
 def _find_deaths(error: Any) -> str:
     """Which workers died (were killed, lost their node), as text; empty when it was an exception of ours."""
-    from ray.exceptions import RayError, RayTaskError
+    # The one sign of a worker's own exception is this class; all else is Ray's: a lost process, node or heartbeat.
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-    dead = [
-        rank
-        for rank, cause in error.worker_failures.items()
-        if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
-    ]
+    dead = [rank for rank, cause in error.worker_failures.items() if not isinstance(cause, UserExceptionWithTraceback)]
     return f"worker {', '.join(map(str, sorted(dead)))} died" if dead else ""
 
 
@@ -104,9 +105,10 @@ def _train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: rebuild the job from plain values and hand it to `run_phase`."""
     import torch.distributed as dist
 
+    alone = dist.get_world_size() == 1
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])
-    if dist.get_world_size() == 1:
+    if alone:
         # One worker has nobody to talk to: without this Trainer would wrap the model for distributed training.
         dist.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -122,5 +124,6 @@ def _train_loop(config: dict[str, Any]) -> None:
             "cuda" if config["gpu"] else "cpu",
         )
     except InputError as error:
-        # Returned, not raised: Ray would wrap it in a traceback.
         inbox.put({"event": "refused", "text": str(error)})
+        if not alone:
+            raise  # so that Ray ends the workers that wait for this one

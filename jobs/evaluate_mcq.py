@@ -1,0 +1,75 @@
+"""Score stages (a base with its adapters) on multiple-choice tests.
+
+python jobs/evaluate_mcq.py                                 the quickstart's stages, configs/evaluate.yaml
+python jobs/evaluate_mcq.py --config mine.yaml --set evaluation.scoring=letter --out evaluations/letter
+ray job submit --working-dir . -- python jobs/evaluate_mcq.py --config mine.yaml --out /shared/evaluations/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what can be set in the config has no flag of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parent.parent / "configs" / "evaluate.yaml"
+    parser.add_argument(
+        "--config", type=Path, default=default, metavar="FILE", help="the config (default: configs/evaluate.yaml)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key; repeatable"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the folder to write (default: <storage.folder>/<name>)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="score adapters made for another base or prompt style; the report says so"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 when the report is there, 2 when something the user gave is wrong, 130 when interrupted."""
+    arguments = parse(argv)
+    from medlora.errors import InputError
+
+    try:
+        from medlora import runs
+        from medlora.evaluation import FINGERPRINT, check_evaluation, find_report, load_evaluate_config, refuse_other
+
+        config = load_evaluate_config(arguments.config, arguments.overrides)
+        plan = check_evaluation(config, arguments.force)
+        out = runs.open_run(
+            runs.find_home(arguments.out or Path(config.storage.folder) / config.name), mark=FINGERPRINT
+        )
+        refuse_other(out.root, plan.fingerprint)
+        from medlora.display import Display, print_report
+
+        with (
+            runs.hold(out.lock, f"evaluation {out.root}"),
+            runs.log_to((logging.getLogger("medlora.run"), out.log)),
+            Display() as display,
+        ):
+            report = find_report(out.root, plan.fingerprint)
+            worked = report is None
+            if report is None:
+                from medlora.on_ray.scoring import run_evaluation
+
+                report = run_evaluation(config, plan, out, display.show)
+        print_report(report, worked)
+        print(f"evaluation: {out.root}")
+        return 0
+    except InputError as error:
+        print(f"medlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("medlora: interrupted; the same command asks only what is not answered yet", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

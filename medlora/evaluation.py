@@ -1,0 +1,245 @@
+"""An evaluation before and after the model: its config, its stages, its batches, its ledger."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from medlora import prompts, runs
+from medlora.config import BaseModelConfig, EvaluationConfig, Name, Placement, Section, Storage, load
+from medlora.errors import InputError
+from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
+from medlora.records import McqRecord, Prediction
+from medlora.sources import hash_records
+
+Stages = Mapping[str, Sequence[Link]]
+"""Stage name -> its chain of adapters; the plain base has none."""
+
+Question = tuple[str, McqRecord]
+"""The test that a question belongs to, and the question."""
+
+
+LEDGER, FINGERPRINT, REPORT, PREDICTIONS = "ledger.jsonl", "fingerprint.json", "report.json", "predictions.parquet"
+"""Files of an evaluation's folder; the ledger goes when the report is there."""
+
+
+class StageConfig(Section):
+    """A stage by its adapters."""
+
+    name: Name
+    adapters: tuple[str, ...] = ()
+    """Folders of PEFT adapters, all active, oldest first; none = the plain base."""
+
+
+class EvaluateConfig(Section):
+    """What `jobs/evaluate_mcq.py` reads: a base, stages on it, and how they are scored."""
+
+    name: Name
+    seed: int = Field(0, ge=0, lt=2**31)
+    base: BaseModelConfig
+    stages: tuple[str | StageConfig, ...] = Field(min_length=1)
+    """Each a mapping of name and adapters, or stages of a finished run: `runs/quickstart:base,00,01,02`."""
+    evaluation: EvaluationConfig
+    placement: Placement = Placement()
+    storage: Storage = Storage(folder="evaluations")
+
+
+def load_evaluate_config(path: Path, overrides: Sequence[str] = ()) -> EvaluateConfig:
+    """The evaluation config at `path`; raises InputError that names every wrong key."""
+    return load(path, overrides, EvaluateConfig)
+
+
+def find_stages(config: EvaluateConfig) -> dict[str, tuple[Link, ...]]:
+    """The stages by name, each adapter found; raises InputError naming the key of what is not there or there twice."""
+    stages: dict[str, tuple[Link, ...]] = {}
+    for i, stage in enumerate(config.stages):
+        for name, chain in _expand(stage, f"stages.{i}"):
+            if name in stages:
+                raise InputError(f"stages.{i}: there is a stage {name!r} already; give it another name")
+            stages[name] = chain
+    return stages
+
+
+def _expand(stage: str | StageConfig, key: str) -> list[tuple[str, tuple[Link, ...]]]:
+    if isinstance(stage, StageConfig):
+        links = [
+            _find_link(f"{stage.name}-{j}", folder, f"{key}.adapters.{j}") for j, folder in enumerate(stage.adapters)
+        ]
+        return [(stage.name, tuple(links))]
+    folder, colon, names = stage.rpartition(":")
+    run = runs.RunFolder(Path(folder).expanduser().absolute())
+    if not colon or not run.config.is_file():
+        raise InputError(f"{key}: {stage!r} names no run; write FOLDER:STAGE,STAGE, e.g. runs/quickstart:base,02")
+    found = []
+    for name in names.split(","):
+        chain = () if name == "base" else find_chain(run, name)
+        found.append((name, tuple(_find_link(link.name, link.folder, key) for link in chain)))
+    return found
+
+
+def _find_link(name: str, folder: str, key: str) -> Link:
+    try:
+        return Link(name=name, folder=str(find_adapter(Path(folder).expanduser().absolute())))
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+
+
+def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationConfig) -> list[str]:
+    """What makes the numbers doubtful: an adapter made for another base, or trained with another prompt style."""
+    doubts = []
+    for link in {link.folder: link for chain in stages.values() for link in chain}.values():
+        made_for = str(read_adapter_json(Path(link.folder)).get("base_model_name_or_path") or "")
+        if made_for and Path(made_for).name != Path(base.model).name:
+            doubts.append(f"{link.folder} was made for base {made_for}, not for {base.model}")
+        styles = _find_trained_styles(Path(link.folder))
+        if styles and evaluation.style not in styles:
+            doubts.append(
+                f"{link.folder} was trained with prompt style {', '.join(sorted(styles))}, not {evaluation.style}"
+            )
+    return doubts
+
+
+def _find_trained_styles(adapter: Path) -> set[str]:
+    """The styles of the questions that one of our phases trained on; empty for others' adapters and for plain text."""
+    manifest = runs.read_manifest(adapter.parent) or {}
+    described: dict[str, Any] = next(
+        (v for k, v in manifest.get("fingerprint", {}).items() if k.startswith("phases.")), {}
+    )
+    questions = set(manifest.get("question_sources", []))
+    return {source["style"] for source in described.get("sources", []) if source["source"] in questions}
+
+
+def read_tests(evaluation: EvaluationConfig, key: str = "evaluation") -> dict[str, list[McqRecord]]:
+    """The questions of every test; raises InputError for a test without any, or two tests of one name."""
+    tests: dict[str, list[McqRecord]] = {}
+    for i, test in enumerate(evaluation.tests):
+        records = read_source(f"{key}.tests.{i}", test)
+        questions = [record for record in records if isinstance(record, McqRecord)]
+        if not questions:
+            raise InputError(f"{key}.tests.{i}.source: {test.source} holds no questions; a test is multiple choice")
+        if test.name in tests:
+            raise InputError(f"{key}.tests.{i}.name: there is a test {test.name!r} already; names must differ")
+        tests[test.name] = questions
+    return tests
+
+
+def describe_evaluation(
+    base: BaseModelConfig,
+    seed: int,
+    evaluation: EvaluationConfig,
+    stages: Stages,
+    tests: Mapping[str, Sequence[McqRecord]],
+) -> dict[str, Any]:
+    """What the answers depend on, as nested plain values: the evaluation's fingerprint."""
+    folders = {link.folder for chain in stages.values() for link in chain}
+    hashes = {folder: runs.hash_json(runs.hash_files(Path(folder))) for folder in folders}
+    described = {
+        "evaluation": evaluation.model_dump(mode="json", exclude={"placement", "tests"}),
+        "tests": {name: hash_records(records) for name, records in tests.items()},
+        "base": base.model_dump(mode="json", exclude={"extra_tokens"}),
+        "base_files": identify_base(base),
+        "stages": {name: [hashes[link.folder] for link in chain] for name, chain in stages.items()},
+        "prompts": prompts.version(),
+        "seed": seed,
+    }
+    plain: dict[str, Any] = runs.as_json(described)
+    return plain
+
+
+def plan_batches(
+    tests: Mapping[str, Sequence[McqRecord]], size: int, answered: set[tuple[str, str]]
+) -> list[list[Question]]:
+    """The questions in batches of `size`, longest first, a function of the questions alone; without those answered.
+
+    Since a batch is asked as a whole wherever and whenever it is asked, its answers have the same bytes whatever the
+    number of actors and whatever went wrong before.
+    """
+    questions = [(test, record) for test, records in tests.items() for record in records]
+    questions.sort(key=lambda q: (-len(q[1].question) - sum(map(len, q[1].options)), q[0], q[1].id))
+    batches = [questions[i : i + size] for i in range(0, len(questions), size)]
+    left = [[(test, record) for test, record in batch if (test, record.id) not in answered] for batch in batches]
+    return [batch for batch in left if batch]
+
+
+def name_batch(batch: Sequence[Question]) -> str:
+    """A name for a batch that tells it from every other."""
+    return hashlib.sha256("\n".join(f"{test}\t{record.id}" for test, record in batch).encode()).hexdigest()[:16]
+
+
+def pack_prediction(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as plain values for JSON."""
+    return asdict(prediction)
+
+
+def unpack_prediction(row: Mapping[str, Any]) -> Prediction:
+    """The prediction that `pack_prediction` packed."""
+    return Prediction(**{**row, "probabilities": tuple(row["probabilities"])})
+
+
+def read_ledger(path: Path, stages: Sequence[str]) -> list[Prediction]:
+    """What an earlier driver already knew: the questions of whole ledger lines that every stage has answered, once."""
+    found: dict[tuple[str, str], dict[str, Prediction]] = {}
+    for line in runs.read_json_lines(path):
+        for prediction in map(unpack_prediction, line["predictions"]):
+            found.setdefault((prediction.test, prediction.id), {})[prediction.stage] = prediction
+    return [answers[stage] for answers in found.values() if set(answers) >= set(stages) for stage in stages]
+
+
+def sort_predictions(
+    predictions: Sequence[Prediction], stages: Sequence[str], tests: Mapping[str, Sequence[McqRecord]]
+) -> list[Prediction]:
+    """Predictions in the order of stages, tests and questions; raises RuntimeError unless each is there exactly once."""
+    by_key = {(p.stage, p.test, p.id): p for p in predictions}
+    wanted = [(stage, test, record.id) for stage in stages for test, records in tests.items() for record in records]
+    if len(by_key) != len(predictions) or set(by_key) != set(wanted):
+        raise RuntimeError(f"{len(predictions)} answers, {len(by_key)} of them different, to {len(wanted)} questions")
+    return [by_key[key] for key in wanted]
+
+
+def find_report(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a finished evaluation that still stands; None when there is none, or it is of something else."""
+    manifest = runs.read_manifest(folder)
+    if manifest is None or runs.check_files(folder, manifest):
+        return None
+    if runs.find_differences(manifest["fingerprint"], fingerprint):
+        return None
+    report: dict[str, Any] = runs.read_json(folder / REPORT)
+    return report
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation whose every part was found: what `jobs/evaluate_mcq.py` hands on."""
+
+    stages: dict[str, tuple[Link, ...]]
+    tests: dict[str, list[McqRecord]]
+    fingerprint: dict[str, Any]
+    notes: list[str]
+    """Doubts that the user overruled with --force; every report made from this says them."""
+
+
+def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
+    """Find stages and tests and look for doubts; raises InputError for all that can be wrong before a model is loaded."""
+    stages = find_stages(config)
+    tests = read_tests(config.evaluation)
+    doubts = find_doubts(config.base, stages, config.evaluation)
+    if doubts and not force:
+        shown = "\n  ".join(doubts)
+        raise InputError(
+            f"these numbers would mislead:\n  {shown}\nmend the config, or say --force; the report will say it too"
+        )
+    fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, tests)
+    return EvaluationPlan(stages, tests, fingerprint, doubts)
+
+
+def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raise InputError when the folder holds another evaluation, finished or not."""
+    was = runs.read_json(folder / FINGERPRINT)
+    if was is not None and (differences := runs.find_differences(was, fingerprint)):
+        shown = "\n  ".join(differences[:5])
+        raise InputError(f"{folder}: holds another evaluation:\n  {shown}\nchoose another folder with --out")

@@ -1,0 +1,103 @@
+"""An evaluation's folder from its questions to its report: ledger, predictions, report, manifest last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medlora import runs
+from medlora.config import EvaluationConfig, Placement
+from medlora.evaluation import (
+    FINGERPRINT,
+    LEDGER,
+    PREDICTIONS,
+    REPORT,
+    EvaluateConfig,
+    EvaluationPlan,
+    Stages,
+    pack_prediction,
+    plan_batches,
+    read_ledger,
+    sort_predictions,
+)
+from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect
+from medlora.on_ray.evaluate import AnswersQuestions, answer_on_ray, make_builder
+from medlora.records import McqRecord
+from medlora.report import summarise, write_predictions
+
+
+def score_stages(
+    folder: Path,
+    fingerprint: Mapping[str, Any],
+    stages: Stages,
+    tests: Mapping[str, Sequence[McqRecord]],
+    config: EvaluationConfig,
+    build: Callable[[], AnswersQuestions],
+    placement: Placement,
+    cluster: Cluster,
+    on_event: OnEvent,
+    log_file: Path,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Ask what the folder's ledger does not know yet, and write predictions, report and manifest; returns the report.
+
+    Each batch goes into the ledger as it comes back, so that a driver that was killed asks the rest alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_json(folder / FINGERPRINT, fingerprint)
+    ledger = folder / LEDGER
+    runs.truncate_json_lines(ledger, lambda line: True)  # drops a torn last line
+    predictions = read_ledger(ledger, list(stages))
+    batches = plan_batches(tests, config.batch_size, {(p.test, p.id) for p in predictions})
+    total, left = sum(map(len, tests.values())), sum(map(len, batches))
+    on_event({"event": "evaluating", "total": total, "known": total - left})
+    started = time.monotonic()
+    first_s: float | None = None
+    for answered in answer_on_ray(batches, list(stages), build, placement, cluster, on_event, log_file):
+        first_s = first_s if first_s is not None else time.monotonic() - started
+        runs.append_json(ledger, {"predictions": [pack_prediction(p) for p in answered]})
+        predictions += answered
+    seconds = time.monotonic() - started
+    ordered = sort_predictions(predictions, list(stages), tests)
+    running_s = seconds - (first_s or 0)
+    report = {
+        **about,
+        "stages": summarise(ordered),
+        "seconds": round(seconds, 2),
+        "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
+        "questions_asked": left,
+        "questions_per_s": round(left / running_s, 2) if left and len(batches) > 1 and running_s > 0 else None,
+        "versions": runs.get_versions(),
+    }
+    write_predictions(folder / PREDICTIONS, ordered)
+    runs.write_json(folder / REPORT, report)
+    runs.commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, passing=(ledger,))
+    ledger.unlink(missing_ok=True)
+    return report
+
+
+def run_evaluation(
+    config: EvaluateConfig, plan: EvaluationPlan, out: runs.RunFolder, on_event: OnEvent
+) -> dict[str, Any]:
+    """Connect to Ray and score the plan's stages into `out`; returns the report. The caller holds the folder's lock."""
+    with connect() as cluster:
+        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": 0.0})
+        check_placement(config.placement, cluster, "placement")
+        cache = str(Path(config.storage.cache or "~/.cache/medlora").expanduser())
+        build = make_builder(config.base, cache, config.seed, plan.stages, config.evaluation, config.placement, cluster)
+        about = {"name": config.name, "config": config.model_dump(mode="json"), "notes": plan.notes}
+        return score_stages(
+            out.root,
+            plan.fingerprint,
+            plan.stages,
+            plan.tests,
+            config.evaluation,
+            build,
+            config.placement,
+            cluster,
+            on_event,
+            out.log,
+            about,
+        )

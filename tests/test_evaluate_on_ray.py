@@ -1,0 +1,177 @@
+"""Evaluation under faults, on a real cluster with a stand-in for the model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_stages import FakeStages, die_while_loading
+
+from medlora import runs
+from medlora.config import EvaluationConfig, Placement
+from medlora.evaluation import LEDGER, PREDICTIONS
+from medlora.records import McqRecord
+
+STAGES = {"a": [], "b": []}
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(cluster: dict[str, str]) -> Any:
+    """This process connected to the session's cluster; workers find the stand-in by PYTHONPATH."""
+    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    before = {key: os.environ.get(key) for key in keys}
+    os.environ.update({key: cluster[key] for key in keys})
+    import ray
+
+    from medlora.on_ray.cluster import connect
+
+    ray.init(
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, log_to_driver=False, logging_level="ERROR"
+    )
+    with connect() as found:
+        yield found
+    ray.shutdown()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
+
+
+def ask(n: int, special: dict[int, str] | None = None) -> list[McqRecord]:
+    return [
+        McqRecord(f"q{i}", (special or {}).get(i, "what?"), ("x", "y", "z"), "ABC"[i % 3], subject=f"s{i % 2}")
+        for i in range(n)
+    ]
+
+
+def score(
+    folder: Path, questions: list[McqRecord], cluster: Any, actors: int = 2, pause_s: float = 0.0, size: int = 4
+) -> dict[str, Any]:
+    from medlora.on_ray.scoring import score_stages
+
+    tests = [{"name": "t", "source": "unused"}]
+    config = EvaluationConfig.model_validate({"tests": tests, "batch_size": size})
+    folder.mkdir(parents=True, exist_ok=True)
+    build = partial(FakeStages, str(folder.parent / f"{folder.name}.journal"), pause_s)
+    return score_stages(
+        folder,
+        {"of": len(questions)},
+        STAGES,
+        {"t": questions},
+        config,
+        build,
+        Placement(workers=actors),
+        cluster,
+        lambda event: None,
+        folder / "run.log",
+        {},
+    )
+
+
+def journal(folder: Path, what: str) -> list[list[str]]:
+    lines = (folder.parent / f"{folder.name}.journal").read_text().splitlines()
+    return [line.split() for line in lines if line.startswith(what)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The predictions of 30 questions that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "e"
+    score(folder, ask(30), ray_cluster, actors=1)
+    return (folder / PREDICTIONS).read_bytes()
+
+
+@pytest.mark.parametrize(("n", "actors", "size"), [(0, 2, 4), (1, 2, 4), (50, 1, 7), (50, 2, 1)])
+def test_every_question_is_asked_once_and_answered_once(
+    ray_cluster: Any, tmp_path: Path, n: int, actors: int, size: int
+) -> None:
+    report = score(tmp_path / "e", ask(n), ray_cluster, actors, size=size)
+    if n:
+        assert Counter(line[1] for line in journal(tmp_path / "e", "ask")) == {f"q{i}": 1 for i in range(n)}
+        assert [(row["stage"], row["n"], row["correct"]) for row in report["stages"]] == [
+            ("a", n, -(-n // 3)),
+            ("b", n, n),
+        ]
+    assert not (tmp_path / "e" / LEDGER).exists()
+
+
+def test_the_bytes_do_not_depend_on_the_actors(ray_cluster: Any, tmp_path: Path, undisturbed: bytes) -> None:
+    score(tmp_path / "e", ask(30), ray_cluster, actors=2)
+    assert (tmp_path / "e" / PREDICTIONS).read_bytes() == undisturbed
+
+
+def test_an_actor_killed_in_the_middle_changes_nothing(ray_cluster: Any, tmp_path: Path, undisturbed: bytes) -> None:
+    def kill_one() -> None:
+        while not (tmp_path / "e.journal").exists() or len(journal(tmp_path / "e", "ask")) < 6:
+            time.sleep(0.02)
+        os.kill(int(journal(tmp_path / "e", "ask")[-1][2]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    score(tmp_path / "e", ask(30), ray_cluster, actors=2, pause_s=0.2)
+    killer.join()
+    assert len(journal(tmp_path / "e", "load")) == 3
+    assert (tmp_path / "e" / PREDICTIONS).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("fault", ["raise", "kill"])
+def test_a_question_that_breaks_the_model_fails_alone(ray_cluster: Any, tmp_path: Path, fault: str) -> None:
+    report = score(tmp_path / "e", ask(12, {5: fault}), ray_cluster, actors=1)
+    assert [(row["n"], row["failed"]) for row in report["stages"]] == [(12, 1), (12, 1)]
+    asked = Counter(line[1] for line in journal(tmp_path / "e", "ask"))
+    assert asked["q5"] <= 5 and all(asked[f"q{i}"] >= 1 for i in range(12))
+    import pyarrow.parquet
+
+    errors = {row["id"]: row["error"] for row in pyarrow.parquet.read_table(tmp_path / "e" / PREDICTIONS).to_pylist()}
+    assert errors.pop("q5") and not any(errors.values())
+
+
+DRIVER = """
+import sys, test_evaluate_on_ray as t
+from pathlib import Path
+import ray
+ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(Path(t.__file__).parent)}}, log_to_driver=False, logging_level="ERROR")
+from medlora.on_ray.cluster import connect
+with connect() as cluster:
+    t.score(Path(sys.argv[1]), t.ask(30), cluster, int(sys.argv[2]), float(sys.argv[3]))
+"""
+
+
+def test_a_killed_driver_asks_only_what_is_not_answered_and_writes_the_same_bytes(
+    cluster: dict[str, str], ray_cluster: Any, tmp_path: Path, undisturbed: bytes
+) -> None:
+    folder = tmp_path / "e"
+    env = {**cluster, "PYTHONPATH": str(Path(__file__).parent)}
+    first = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder), "2", "0.3"], env=env)
+    while len(runs.read_json_lines(folder / LEDGER)) < 3:
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    known = {p["id"] for line in runs.read_json_lines(folder / LEDGER) for p in line["predictions"]}
+    time.sleep(1.5)  # what the dead driver's actors still do is over
+    before = len(journal(folder, "ask"))
+    report = score(folder, ask(30), ray_cluster, actors=1)
+    again = {line[1] for line in journal(folder, "ask")[before:]}
+    assert 12 <= len(known) < 30 and again == {f"q{i}" for i in range(30)} - known
+    assert report["questions_asked"] == 30 - len(known)
+    assert (folder / PREDICTIONS).read_bytes() == undisturbed
+
+
+def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, tmp_path: Path) -> None:
+    from medlora.on_ray.evaluate import answer_on_ray
+
+    batches = [[("t", record)] for record in ask(2)]
+    with pytest.raises(Exception, match="keep dying"):
+        list(
+            answer_on_ray(
+                batches, ["a"], die_while_loading, Placement(), ray_cluster, lambda event: None, tmp_path / "log"
+            )
+        )

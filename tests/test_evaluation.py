@@ -1,0 +1,161 @@
+"""An evaluation before and after the model: batches, ledger, stages, doubts. No Ray, no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medlora import runs
+from medlora.config import BaseModelConfig, EvaluationConfig
+from medlora.errors import InputError
+from medlora.evaluation import (
+    EvaluateConfig,
+    find_doubts,
+    find_stages,
+    pack_prediction,
+    plan_batches,
+    read_ledger,
+    read_tests,
+    refuse_other,
+    sort_predictions,
+)
+from medlora.lineage import Link
+from medlora.records import McqRecord, Prediction
+
+
+def questions(n: int) -> list[McqRecord]:
+    return [McqRecord(f"q{i}", "?" * (i % 7 + 1), ("a", "b"), "AB"[i % 2]) for i in range(n)]
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_every_question_stands_in_exactly_one_batch(size: int) -> None:
+    for n in range(51):
+        tests = {"t": questions(n), "u": questions(n // 2)}
+        batches = plan_batches(tests, size, set())
+        asked = [(test, record.id) for batch in batches for test, record in batch]
+        assert len(asked) == len(set(asked)) == n + n // 2 and all(0 < len(batch) <= size for batch in batches)
+
+
+def test_what_is_answered_is_not_asked_again_and_changes_no_other_batch() -> None:
+    tests = {"t": questions(20)}
+    whole = plan_batches(tests, 4, set())
+    done = {(test, record.id) for batch in whole[1:3] for test, record in batch}
+    assert plan_batches(tests, 4, done) == [whole[0], *whole[3:]]
+
+
+def test_the_plan_does_not_depend_on_the_order_of_the_rows() -> None:
+    assert plan_batches({"t": questions(20)}, 4, set()) == plan_batches({"t": questions(20)[::-1]}, 4, set())
+
+
+def predictions(ids: list[str], stages: tuple[str, ...] = ("a", "b")) -> list[Prediction]:
+    return [Prediction(i, "t", stage, "A", "B", probabilities=(0.25, 0.75)) for i in ids for stage in stages]
+
+
+def test_the_ledger_gives_back_what_every_stage_has_answered(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q0", "q1"])]})
+    runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q1"])]})
+    runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q2"], ("a",))]})
+    with path.open("a") as file:
+        file.write('{"predictions": [{"id": "q3"')
+    assert read_ledger(path, ["a", "b"]) == predictions(["q0", "q1"])
+    assert read_ledger(tmp_path / "absent", ["a"]) == []
+
+
+def test_a_missing_or_double_answer_is_an_error() -> None:
+    tests = {"t": questions(2)}
+    right = predictions(["q1", "q0"])
+    assert [(p.stage, p.id) for p in sort_predictions(right, ["a", "b"], tests)] == [
+        ("a", "q0"),
+        ("a", "q1"),
+        ("b", "q0"),
+        ("b", "q1"),
+    ]
+    for wrong in (right[1:], [*right, right[0]], predictions(["q0", "q9"])):
+        with pytest.raises(RuntimeError, match="different, to 4 questions"):
+            sort_predictions(wrong, ["a", "b"], tests)
+
+
+def adapter(folder: Path, base: str = "org/base") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    return folder
+
+
+def configure(*stages: Any, **evaluation: Any) -> EvaluateConfig:
+    evaluation = {"tests": [{"name": "t", "source": "miniature:mcq/dev"}], **evaluation}
+    return EvaluateConfig.model_validate(
+        {"name": "e", "base": {"model": "org/base"}, "stages": stages, "evaluation": evaluation}
+    )
+
+
+def test_stages_are_found_by_adapters_and_by_run(tmp_path: Path) -> None:
+    config = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes(config.read_bytes())
+    for name in ("00", "01", "02"):
+        adapter(tmp_path / "run" / "phases" / name / "adapter")
+    mine = adapter(tmp_path / "mine" / "lora_adapter")
+    stages = find_stages(
+        configure({"name": "mine", "adapters": [str(tmp_path / "mine")]}, f"{tmp_path}/run:base,02", {"name": "plain"})
+    )
+    assert {name: [link.folder for link in chain] for name, chain in stages.items()} == {
+        "mine": [str(mine)],
+        "base": [],
+        "02": [str(tmp_path / "run" / "phases" / name / "adapter") for name in ("01", "02")],
+        "plain": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"name": "x", "adapters": ["nowhere"]}], "stages.0.adapters.0: .*nowhere: no adapter here"),
+        ([{"name": "x"}, {"name": "x"}], "stages.1: there is a stage 'x' already"),
+        (["runs/nothing:base"], "stages.0: 'runs/nothing:base' names no run; write FOLDER:STAGE"),
+        (["quickstart"], "stages.0: 'quickstart' names no run"),
+    ],
+)
+def test_a_stage_that_is_not_there_is_named(stages: list[Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        find_stages(configure(*stages))
+
+
+def test_an_adapter_of_another_base_or_prompt_style_is_doubted(tmp_path: Path) -> None:
+    def doubts(folder: Path, style: str = "reasoning") -> list[str]:
+        tests = [{"name": "t", "source": "miniature:mcq/dev"}]
+        evaluation = EvaluationConfig.model_validate({"tests": tests, "style": style})
+        return find_doubts(
+            BaseModelConfig(model="/models/base"), {"x": [Link(name="x", folder=str(folder))]}, evaluation
+        )
+
+    assert doubts(adapter(tmp_path / "same")) == []
+    (other,) = doubts(adapter(tmp_path / "other", base="org/another"))
+    assert "was made for base org/another, not for /models/base" in other
+    phase = tmp_path / "01"
+    folder = adapter(phase / "adapter")
+    sources = [{"source": "q", "style": "answer"}, {"source": "text", "style": "reasoning"}]
+    runs.commit(phase, {"fingerprint": {"phases.01": {"sources": sources}}, "question_sources": ["q"]})
+    assert doubts(folder, "answer") == []
+    assert "was trained with prompt style answer, not reasoning" in doubts(folder)[0]
+
+
+def test_a_test_without_questions_or_of_a_taken_name_is_refused() -> None:
+    def tests(*given: dict[str, str]) -> EvaluationConfig:
+        return EvaluationConfig.model_validate({"tests": given})
+
+    with pytest.raises(InputError, match="evaluation.tests.0.source: miniature:text holds no questions"):
+        read_tests(tests({"name": "t", "source": "miniature:text"}))
+    with pytest.raises(InputError, match="evaluation.tests.1.name: there is a test 't' already"):
+        read_tests(tests({"name": "t", "source": "miniature:mcq/dev"}, {"name": "t", "source": "miniature:mcq/train"}))
+
+
+def test_a_folder_with_another_evaluation_is_refused(tmp_path: Path) -> None:
+    runs.write_json(tmp_path / "fingerprint.json", {"evaluation": {"scoring": "letter"}})
+    refuse_other(tmp_path, {"evaluation": {"scoring": "letter"}})
+    with pytest.raises(InputError, match='evaluation.scoring: was "letter", now "reason"'):
+        refuse_other(tmp_path, {"evaluation": {"scoring": "reason"}})

@@ -1,0 +1,45 @@
+"""Checks that need a CUDA GPU: `python -m pytest --run-gpu tests/test_gpu.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_run import configure, run_all
+
+from medlora import runs
+from medlora.lineage import make_job
+from medlora.phases import run_phase
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("family", ["gemma", "medgemma", "llama"])
+def test_a_phase_trains_on_the_gpu(
+    family: str, quantization: str, bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    config = configure(bases[family], data, p00={"optimizer": "auto", "gradient_checkpointing": True})
+    config = config.model_copy(update={"base": config.base.model_copy(update={"quantization": quantization})})
+    manifest = run_phase(
+        make_job(config, config.phases[0], ()), runs.RunFolder(tmp_path).phase("00"), lambda event: None, "cuda"
+    )
+    losses = [row["loss"] for row in runs.read_json_lines(runs.RunFolder(tmp_path).phase("00").metrics)]
+    assert manifest["segments"][0]["optimizer"] == "paged_adamw_8bit" and losses[-1] < losses[0]
+
+
+def test_the_gpu_learns_what_the_cpu_learns(bases: dict[str, str], data: Path, tmp_path: Path) -> None:
+    config = configure(bases["gemma"], data, lora={"r": 4, "alpha": 8})
+    config = config.model_copy(update={"base": config.base.model_copy(update={"compute_dtype": "float32"})})
+    run_all(config, tmp_path / "cpu", ("00",))
+    run_phase(
+        make_job(config, config.phases[0], ()),
+        runs.RunFolder(tmp_path / "cuda").phase("00"),
+        lambda event: None,
+        "cuda",
+    )
+    curves = [
+        [row["loss"] for row in runs.read_json_lines(runs.RunFolder(tmp_path / d).phase("00").metrics)]
+        for d in ("cpu", "cuda")
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
