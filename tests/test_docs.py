@@ -104,7 +104,9 @@ class Line:
 
     @property
     def needs_torch(self) -> bool:
-        modules = "models|chains|adapter_files|answering|encoding|stages|training|validation|phases"
+        modules = (
+            "models|chains|adapter_files|answering|evaluator|generation|encoding|stages|training|validation|phases"
+        )
         return bool(re.search(rf"import torch|medlora\.({modules})\b|open_run", self.setup))
 
 
@@ -257,8 +259,8 @@ EXPECTED: dict[tuple[str, str], Callable[[Any], bool]] = {
     ("_callbacks", "get_terminators"): lambda v: v == [1, 5],  # <eos> and <end_of_turn> of the tiny tokenizer
     ("_callbacks", "generate_response"): lambda v: isinstance(v, str),
     ("_callbacks", "truncate_at_end_of_turn"): lambda v: v.strip() == "B",
-    ("_mcq_evaluation", "MCQEvaluator"): lambda v: ([(r["stage"], r["test"], r["n"]) for r in v] == [("base", "test", 5), ("02", "test", 5)]),
-    ("_mcq_evaluation", "MCQEvaluator_quick_evaluate"): lambda v: _answers_all(v, 3),
+    ("_mcq_evaluation", "MCQEvaluator"): lambda v: v.accuracy.total == len(v.predictions) == 5 and "of     5" in str(v),
+    ("_mcq_evaluation", "MCQEvaluator_quick_evaluate"): lambda v: _answers_all(v.predictions, 3),
     ("_mcq_evaluation", "evaluate_mcq_batch"): lambda v: _answers_all(v, 5) and any(a.text for a in v),
     ("_mcq_evaluation", "evaluate_with_format_scoring"): lambda v: v == [1.0] * 5,
     ("_mcq_evaluation", "extract_answer_letter"): lambda v: v == "B",

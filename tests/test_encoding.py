@@ -117,3 +117,26 @@ def test_packed_documents_and_padding_are_kept_apart(family: str, bases: dict[st
     torch.testing.assert_close(together[1, : len(question[0].input_ids)], logits(question)[0], atol=1e-5, rtol=1e-5)
     plain = logits([alone[0], alone[1]])
     torch.testing.assert_close(plain[1, : len(alone[1].input_ids)], logits([alone[1]])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_shots_are_earlier_turns_of_the_chat(chat: Any) -> None:
+    shot = McqRecord("2", "췌장 은?", ("aspirin", "insulin"), "A")
+    (ids,) = encode_prompts(chat, [render_mcq(QUESTION, "answer", shots=(shot,))])
+    first, second, third = chat.decode(ids).split("<end_of_turn>\n")[:3]
+    assert first.startswith("<bos><start_of_turn>user\n질문: 췌장") and second == "<start_of_turn>model\nA"
+    assert third.startswith("<start_of_turn>user\n질문: 열") and ids.count(chat.bos_token_id) == 1
+
+
+def test_shots_without_a_template_stand_above(tokenizer: Any) -> None:
+    shot = McqRecord("2", "text?", ("about", "aspirin"), "A")
+    example = render_mcq(QUESTION, "answer", shots=(shot,))
+    (ids,) = encode_prompts(tokenizer, [example])
+    plain = [render_mcq(shot, "answer").prompt, "\nA\n\n", render_mcq(QUESTION, "answer").prompt, "\n"]
+    bos = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
+    assert ids == bos + tokenizer("".join(plain), add_special_tokens=False).input_ids
+
+
+def test_kormedmcqa_is_never_put_into_a_chat(chat: Any) -> None:
+    example = render_mcq(QUESTION, "kormedmcqa")
+    (ids,) = encode_prompts(chat, [example])
+    assert ids == chat(example.prompt).input_ids

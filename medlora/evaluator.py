@@ -1,0 +1,90 @@
+"""Scoring of a model in a notebook: no Ray, no run folder, no config file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medlora.answering import McqAnswerer
+from medlora.answers import extract_answer_letter
+from medlora.config import McqStyle
+from medlora.mixture import derive_seed
+from medlora.records import McqRecord, Prediction
+from medlora.scores import Accuracy, Breakdown, accuracy, breakdown
+
+__all__ = ["Evaluation", "MCQEvaluator", "evaluate_mcq_batch", "extract_answer_letter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model answered and how good that is: accuracy with its Wilson 95 % interval, overall and by subject."""
+
+    accuracy: Accuracy
+    by_subject: Breakdown
+    predictions: tuple[Prediction, ...]
+
+    def __str__(self) -> str:
+        rows = {subject or "(no subject)": part for subject, part in self.by_subject.groups.items()}
+        width = max(map(len, [*rows, "all"]))
+        return "\n".join(
+            f"{name:{width}}  {part.correct:5} of {part.total:5}  {part.value:6.1%}  [{part.low:.1%}, {part.high:.1%}]"
+            + (f"  {part.unparsed} unparsed" if part.unparsed else "")
+            for name, part in {**rows, "all": self.accuracy}.items()
+        )
+
+
+def evaluate_mcq_batch(
+    model: Any, tokenizer: Any, records: Sequence[McqRecord], style: McqStyle = "reasoning", **options: Any
+) -> list[Prediction]:
+    """A prediction for each question, in their order; `options` are those of McqAnswerer (scoring, shots, ...)."""
+    return _predict(McqAnswerer(model, tokenizer, style=style, **options), records)
+
+
+class MCQEvaluator:
+    """Scores a model, as it is now, on multiple-choice questions; `options` are those of McqAnswerer.
+
+    Raises ValueError when there are no records or two share an id.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, records: Sequence[McqRecord], style: McqStyle = "reasoning", **options: Any
+    ) -> None:
+        if not records:
+            raise ValueError("there are no questions to evaluate on")
+        if len({record.id for record in records}) < len(records):
+            raise ValueError("two questions share an id; give every record an id of its own")
+        self.records = tuple(records)
+        self._answerer = McqAnswerer(model, tokenizer, style=style, **options)
+
+    def evaluate(self) -> Evaluation:
+        """All questions."""
+        return _evaluate(_predict(self._answerer, self.records))
+
+    def quick_evaluate(self, num_samples: int = 10, seed: int = 0) -> Evaluation:
+        """A seeded sample of the questions, in their order; the same questions at every call."""
+        n = min(num_samples, len(self.records))
+        places = random.Random(derive_seed(seed, "quick_evaluate")).sample(range(len(self.records)), n)
+        return _evaluate(_predict(self._answerer, [self.records[i] for i in sorted(places)]))
+
+
+def _predict(answerer: McqAnswerer, records: Sequence[McqRecord]) -> list[Prediction]:
+    return [
+        Prediction(
+            record.id,
+            "test",
+            "model",
+            record.answer,
+            answer.choice,
+            record.subject,
+            answer.probabilities,
+            answer.text,
+            options=len(record.options),
+        )
+        for record, answer in zip(records, answerer.answer(records), strict=True)
+    ]
+
+
+def _evaluate(predictions: Sequence[Prediction]) -> Evaluation:
+    return Evaluation(accuracy(predictions), breakdown(predictions, by="subject"), tuple(predictions))
