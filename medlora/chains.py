@@ -68,6 +68,7 @@ def load_chain(model: Model, adapters: Sequence[tuple[str, str | Path]], trainab
         folder = find_adapter(place)
         config, tensors = read_config(folder), read_tensors(folder)
         config.inference_mode = False
+        config.base_model_name_or_path = None  # PEFT would warn that the base has another name where it was trained
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         adopt_embeddings(base, folder, config, tensors)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ Question = tuple[str, McqRecord]
 
 
 LEDGER, FINGERPRINT, REPORT, PREDICTIONS = "ledger.jsonl", "fingerprint.json", "report.json", "predictions.parquet"
+PAGE = "report.html"
 """Files of an evaluation's folder; the ledger goes when the report is there."""
 
 
@@ -243,3 +245,7 @@ def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     if was is not None and (differences := runs.find_differences(was, fingerprint)):
         shown = "\n  ".join(differences[:5])
         raise InputError(f"{folder}: holds another evaluation:\n  {shown}\nchoose another folder with --out")
+
+
+if __name__ == "__main__":
+    print(json.dumps(EvaluateConfig.model_json_schema(), indent=2, ensure_ascii=False))

@@ -1,44 +1,124 @@
-"""Predictions -> what is written and shown of an evaluation."""
+"""Predictions -> everything that is known of an evaluation, as plain JSON values, and the file of single answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from medlora import scores
 from medlora.records import Prediction
+from medlora.runs import as_json
+
+RESAMPLES = 10_000
+"""Of the paired bootstrap."""
+
+
+def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What `report.json` holds and the page shows: the same predictions, `about` and `seed` give the same values.
+
+    Computed here:
+    `stages` (see `summarise`); `overall`, one row a stage over all its tests: `micro` weighted by size, `macro` the mean
+    of the tests; `comparisons`, every two stages on every test they share, and with several tests (`test` null) on all
+    of them together, with the ids gained and lost as [test, id]; `forgetting`, the stage x test matrix. Holm's
+    correction runs over all comparisons on single tests, and apart from them over those on all tests together.
+
+    `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
+    `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
+    `questions_asked`, `questions_per_s`, `phase_seconds`, `config`, `versions`, `hashes` (of any depth) and `rotations`
+    (rows of `stage`, `test`, `orders`, `accuracy`, `consistency`). Raises ValueError when `about` names something
+    computed here, when there is nothing to score, or when two stages were asked different questions of one test.
+    """
+    stages = list(dict.fromkeys(p.stage for p in predictions))
+    computed: dict[str, Any] = {
+        "seed": seed,
+        "resamples": RESAMPLES,
+        "stages": summarise(predictions),
+        "overall": [_summarise_tests([p for p in predictions if p.stage == stage], stage) for stage in stages],
+        "comparisons": _compare(predictions, seed),
+        "forgetting": asdict(scores.forgetting_matrix(predictions)),
+    }
+    if taken := sorted(set(computed) & set(about)):
+        raise ValueError(f"`about` may not name {', '.join(taken)}: computed from the predictions")
+    report: dict[str, Any] = as_json({**about, **computed})
+    return report
 
 
 def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """One row a stage and test: accuracy with its Wilson 95 % interval, n, what failed, accuracy by subject."""
+    """One row a stage and test: accuracy with its Wilson 95 % interval, n, what failed, accuracy by subject.
+
+    `macro` is the mean over subjects; `calibration` is None where the scoring gives no probabilities.
+    """
     rows = []
     groups: dict[tuple[str, str], list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault((prediction.stage, prediction.test), []).append(prediction)
     for (stage, test), group in groups.items():
-        accuracy = scores.accuracy(group)
+        subjects = scores.breakdown(group, by="subject")
+        calibration = scores.calibration(group)
         rows.append(
             {
                 "stage": stage,
                 "test": test,
-                "accuracy": accuracy.value,
-                "interval": [accuracy.low, accuracy.high],
-                "n": accuracy.total,
-                "correct": accuracy.correct,
-                "unparsed": accuracy.unparsed,
-                "failed": accuracy.failed,
-                "chance": scores.chance(group),
-                "subjects": {name: asdict(part) for name, part in scores.breakdown(group, by="subject").groups.items()},
+                **_describe(subjects.micro),
+                "chance": subjects.chance,
+                "macro": subjects.macro,
+                "subjects": {name: asdict(part) for name, part in subjects.groups.items()},
+                "letters": asdict(scores.letter_bias(group)),
+                "calibration": calibration and asdict(calibration),
             }
         )
     return rows
 
 
+def _summarise_tests(predictions: Sequence[Prediction], stage: str) -> dict[str, Any]:
+    tests = scores.breakdown(predictions, by="test")
+    micro = {"micro": tests.micro.value, **_describe(tests.micro)}
+    del micro["accuracy"]
+    return {"stage": stage, "tests": list(tests.groups), **micro, "macro": tests.macro, "chance": tests.chance}
+
+
+def _describe(accuracy: scores.Accuracy) -> dict[str, Any]:
+    return {
+        "accuracy": accuracy.value,
+        "interval": [accuracy.low, accuracy.high],
+        "n": accuracy.total,
+        "correct": accuracy.correct,
+        "unparsed": accuracy.unparsed,
+        "failed": accuracy.failed,
+    }
+
+
+def _compare(predictions: Sequence[Prediction], seed: int) -> list[dict[str, Any]]:
+    tests = list(dict.fromkeys(p.test for p in predictions))
+    pairs = [
+        {"test": test, **asdict(pair)}
+        for test in tests
+        for pair in scores.compare_all([p for p in predictions if p.test == test], seed, RESAMPLES)
+    ]
+    for pair, p_holm in zip(pairs, scores.holm([pair["p_value"] for pair in pairs]), strict=True):
+        pair["p_holm"] = p_holm
+    asked = {(p.stage, p.test) for p in predictions}
+    if len(tests) > 1 and len(asked) == len(tests) * len({stage for stage, _ in asked}):
+        pairs += [{"test": None, **asdict(pair)} for pair in scores.compare_all(predictions, seed, RESAMPLES)]
+    return pairs
+
+
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """A parquet file with one row a question and stage."""
+    """A parquet file with one row a question and stage; its columns have the same types whatever was answered."""
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([asdict(prediction) for prediction in predictions]), path)
+    types = {
+        str: pyarrow.string(),
+        str | None: pyarrow.string(),
+        int: pyarrow.int64(),
+        int | None: pyarrow.int64(),
+        float: pyarrow.float64(),
+        float | None: pyarrow.float64(),
+        tuple[float, ...]: pyarrow.list_(pyarrow.float64()),
+    }
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in get_type_hints(Prediction).items()])
+    rows = [asdict(prediction) for prediction in predictions]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)

@@ -9,6 +9,7 @@ import yaml
 
 from medlora.config import RunConfig, load, read_yaml, schema
 from medlora.errors import InputError
+from medlora.evaluation import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,13 +142,25 @@ def test_a_config_comes_back_from_plain_values(tmp_path: Path) -> None:
     assert RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
 
 
-@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+CURRICULA = sorted(p.name for p in (ROOT / "configs").glob("*.yaml") if p.name != "evaluate.yaml")
+
+
+@pytest.mark.parametrize("path", CURRICULA)
 def test_shipped_configs_are_valid(path: str) -> None:
     config = load(ROOT / "configs" / path)
     assert [phase.name for phase in config.phases] == ["00", "01", "02"]
     assert [phase.chain for phase in config.phases] == ["new", "continue", "stack"]
 
 
-def test_the_shipped_schema_is_the_code_s() -> None:
-    shipped = json.loads((ROOT / "configs" / "schema.json").read_text(encoding="utf-8"))
-    assert shipped == schema(), "run: python -m medlora.config > configs/schema.json"
+def test_the_shipped_evaluation_config_is_valid() -> None:
+    config = load(ROOT / "configs" / "evaluate.yaml", (), EvaluateConfig)
+    assert config.stages and [test.name for test in config.evaluation.tests] == ["asked", "text-only"]
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "module"),
+    [("schema", schema(), "config"), ("evaluate.schema", EvaluateConfig.model_json_schema(), "evaluation")],
+)
+def test_the_shipped_schema_is_the_code_s(name: str, made: dict[str, Any], module: str) -> None:
+    shipped = json.loads((ROOT / "configs" / f"{name}.json").read_text(encoding="utf-8"))
+    assert shipped == made, f"run: python -m medlora.{module} > configs/{name}.json"

@@ -25,7 +25,7 @@ from medlora.records import McqRecord, TextRecord, TranslationRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [ROOT / "configs" / f"{name}.yaml" for name in ("quickstart", "medgemma-4b", "medgemma-27b")]
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 

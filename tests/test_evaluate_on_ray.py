@@ -72,6 +72,7 @@ def score(
         lambda event: None,
         folder / "run.log",
         {},
+        0,
     )
 
 
@@ -88,7 +89,7 @@ def undisturbed(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> b
     return (folder / PREDICTIONS).read_bytes()
 
 
-@pytest.mark.parametrize(("n", "actors", "size"), [(0, 2, 4), (1, 2, 4), (50, 1, 7), (50, 2, 1)])
+@pytest.mark.parametrize(("n", "actors", "size"), [(2, 2, 4), (1, 2, 4), (50, 1, 7), (50, 2, 1)])
 def test_every_question_is_asked_once_and_answered_once(
     ray_cluster: Any, tmp_path: Path, n: int, actors: int, size: int
 ) -> None:

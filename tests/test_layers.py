@@ -30,7 +30,7 @@ LAYERS = {
         WORDS,
     ),
     1: (
-        {"prompts", "sources", "lineage", "report", "evaluation", "display", "miniature"},
+        {"prompts", "sources", "lineage", "report", "page", "plots", "evaluation", "display", "miniature"},
         {"torch", "transformers", "ray", "peft"},
     ),
     2: (
@@ -136,7 +136,9 @@ def test_the_pure_layers_bring_neither_torch_nor_ray_along() -> None:
         if layer_of(path) <= 1
     ]
     code = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
-    code += "print(sorted({'torch', 'transformers', 'ray', 'peft', 'datasets', 'scipy'} & set(sys.modules)))"
+    code += (
+        "print(sorted({'torch', 'transformers', 'ray', 'peft', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

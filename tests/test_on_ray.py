@@ -170,3 +170,50 @@ def test_what_the_cluster_cannot_do_is_said_and_ends_with_code_2(
         start(write_config(config, tmp_path / "c.yaml"), tmp_path / "run", cluster, "--set", setting), code=2
     )
     assert said in err and "Traceback" not in err
+
+
+def test_stages_are_evaluated_as_a_job_and_only_once(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
+    adapters = {name: str(finished / "phases" / name / "adapter") for name in ("01", "02")}
+    config = {
+        "name": "tiny",
+        "base": {"model": bases["gemma"]},
+        "stages": [
+            {"name": "base"},
+            {"name": "01", "adapters": [adapters["01"]]},
+            {"name": "02", "adapters": list(adapters.values())},
+        ],
+        "evaluation": {
+            "tests": [{"name": "mcq", "source": str(data / "mcq.jsonl")}],
+            "scoring": "letter",
+            "batch_size": 5,
+        },
+    }
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    def evaluate(*more: str, code: int = 0) -> tuple[str, str]:
+        command = [
+            sys.executable,
+            "jobs/evaluate_mcq.py",
+            "--config",
+            str(tmp_path / "e.yaml"),
+            "--out",
+            str(tmp_path / "out"),
+            *more,
+        ]
+        return finish(
+            subprocess.Popen(command, cwd=ROOT, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
+            code,
+        )
+
+    out, err = evaluate()
+    assert err == "" and all(f"│ {stage} " in out for stage in ("base", "01", "02")) and "24" in out
+    before = (tmp_path / "out" / "predictions.parquet").read_bytes()
+    out, err = evaluate()
+    assert "everything is done already" in out and err == ""
+    _, err = evaluate("--set", "evaluation.style=answer", code=2)
+    assert "was trained with prompt style reasoning, not answer" in err and "Traceback" not in err
+    _, err = evaluate("--set", "seed=1", code=2)
+    assert "holds another evaluation" in err and "seed: was 0, now 1" in err
+    assert (tmp_path / "out" / "predictions.parquet").read_bytes() == before

@@ -209,6 +209,7 @@ def _evaluate(
         on_event,
         run.log,
         about,
+        config.seed,
     )
     on_event({"event": "finished", "phase": "evaluation", "seconds": time.monotonic() - began, "around_s": 0.0})
     return report

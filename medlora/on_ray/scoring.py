@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medlora import runs
+from medlora import prompts, runs
 from medlora.config import EvaluationConfig, Placement
 from medlora.evaluation import (
     FINGERPRINT,
     LEDGER,
+    PAGE,
     PREDICTIONS,
     REPORT,
     EvaluateConfig,
@@ -24,8 +25,9 @@ from medlora.evaluation import (
 )
 from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect
 from medlora.on_ray.evaluate import AnswersQuestions, answer_on_ray, make_builder
+from medlora.page import write_page
 from medlora.records import McqRecord
-from medlora.report import summarise, write_predictions
+from medlora.report import build_report, write_predictions
 
 
 def score_stages(
@@ -40,6 +42,7 @@ def score_stages(
     on_event: OnEvent,
     log_file: Path,
     about: Mapping[str, Any],
+    seed: int,
 ) -> dict[str, Any]:
     """Ask what the folder's ledger does not know yet, and write predictions, report and manifest; returns the report.
 
@@ -62,17 +65,23 @@ def score_stages(
     seconds = time.monotonic() - started
     ordered = sort_predictions(predictions, list(stages), tests)
     running_s = seconds - (first_s or 0)
-    report = {
-        **about,
-        "stages": summarise(ordered),
-        "seconds": round(seconds, 2),
-        "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
-        "questions_asked": left,
-        "questions_per_s": round(left / running_s, 2) if left and len(batches) > 1 and running_s > 0 else None,
-        "versions": runs.get_versions(),
-    }
+    report = build_report(
+        ordered,
+        {
+            **about,
+            "seconds": round(seconds, 2),
+            "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
+            "questions_asked": left,
+            "questions_per_s": round(left / running_s, 2) if left and len(batches) > 1 and running_s > 0 else None,
+            "versions": runs.get_versions(),
+            "prompts": prompts.version(),
+            "hashes": {key: fingerprint[key] for key in ("base_files", "stages", "tests") if key in fingerprint},
+        },
+        seed,
+    )
     write_predictions(folder / PREDICTIONS, ordered)
     runs.write_json(folder / REPORT, report)
+    write_page(folder / PAGE, report, ordered, tests)
     runs.commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, passing=(ledger,))
     ledger.unlink(missing_ok=True)
     return report
@@ -82,8 +91,10 @@ def run_evaluation(
     config: EvaluateConfig, plan: EvaluationPlan, out: runs.RunFolder, on_event: OnEvent
 ) -> dict[str, Any]:
     """Connect to Ray and score the plan's stages into `out`; returns the report. The caller holds the folder's lock."""
+    began = time.monotonic()
     with connect() as cluster:
-        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": 0.0})
+        seconds = time.monotonic() - began
+        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": seconds})
         check_placement(config.placement, cluster, "placement")
         cache = str(Path(config.storage.cache or "~/.cache/medlora").expanduser())
         build = make_builder(config.base, cache, config.seed, plan.stages, config.evaluation, config.placement, cluster)
@@ -100,4 +111,5 @@ def run_evaluation(
             on_event,
             out.log,
             about,
+            config.seed,
         )

@@ -41,6 +41,9 @@ def train_on_ray(
         else:
             on_event(event)
 
+    each = f"{placement.cpus_per_worker} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
+    on_event({"event": "note", "phase": job.phase.name, "text": f"starting {count} with {each} each"})
     attempts = 0
     failure: Exception | None = None
     with listen(hear) as inbox:
