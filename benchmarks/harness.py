@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,27 @@ def write_tasks(folder: Path, test: Sequence[str], few_shot: Sequence[str], max_
 
 
 def ask(
-    tasks: Any, model: Any, tokenizer: Any, task: str, shots: int, batch_size: int | str, max_length: int = 8192
+    tasks: Any,
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    shots: int,
+    batch_size: int | str,
+    max_length: int = 8192,
+    clock: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda work: work,
 ) -> list[dict[str, Any]]:
-    """What `lm_eval.simple_evaluate` logs of each question, in their order."""
+    """What `lm_eval.simple_evaluate` logs of each question, in their order.
+
+    `clock` wraps the methods that answer requests, so that what is timed is the model and not the reading of the task.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    for name in ("loglikelihood", "generate_until"):
+        setattr(backend, name, clock(getattr(backend, name)))
     result = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+        model=backend,
         tasks=[task],
         task_manager=tasks,
         num_fewshot=shots,

@@ -18,7 +18,15 @@ from medlora.generation import Generated, Stops, find_generation_budget, generat
 from medlora.mixture import derive_seed
 from medlora.models import letter_token_ids
 from medlora.option_scores import score_continuations
-from medlora.prefix import Prefix, can_reuse, compute_prefix, identify_weights, make_batch, share_prefix
+from medlora.prefix import (
+    Prefix,
+    can_reuse,
+    compute_last_logits,
+    compute_prefix,
+    identify_weights,
+    make_batch,
+    share_prefix,
+)
 from medlora.prompts import ANSWER_FIELD, KORMEDMCQA_FIELD, KORMEDMCQA_STOPS, render_mcq
 from medlora.records import McqRecord
 
@@ -189,7 +197,7 @@ class McqAnswerer:
                 chosen = [places[i] for i in batch]
                 rows = [contexts[i] for i in chosen]
                 inputs = make_batch(self.model, rows, get_pad_id(self.tokenizer), shared, use_cache=shared is not None)
-                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
+                logits = compute_last_logits(self.model, **inputs).float()
                 normaliser = logits.logsumexp(-1)
                 for i, row, total in zip(chosen, logits, normaliser, strict=True):
                     scores = (row[ids[records[i].letters]] - total).tolist()

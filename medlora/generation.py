@@ -11,7 +11,7 @@ import torch
 
 from medlora.batching import Batcher, find_token_budget
 from medlora.models import stop_token_ids
-from medlora.prefix import Prefix, make_batch
+from medlora.prefix import Prefix, compute_last_logits, make_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class _Writer:
         written: list[list[int]] = [[] for _ in prompts]
         ended = [0] * len(prompts)
         alive = list(range(len(prompts)))
-        logits = self.model(**batch, logits_to_keep=1).logits[:, -1]
+        logits = compute_last_logits(self.model, **batch)
         for step in range(self.max_tokens):
             tokens = self._choose(logits, [uniform[i] for i in alive] if uniform else [])
             for i, token in zip(alive, tokens.tolist(), strict=True):
@@ -132,14 +132,14 @@ class _Writer:
                 alive = [alive[at] for at in staying]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions + 1
-            logits = self.model(
+            logits = compute_last_logits(
+                self.model,
                 input_ids=tokens[:, None],
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            )
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [
             Generated(self._cut(text), len(row) + end) for text, row, end in zip(texts, written, ended, strict=True)

@@ -9,7 +9,7 @@ import torch
 
 from medlora.batching import Batcher, find_token_budget
 from medlora.generation import split_by_prefix
-from medlora.prefix import Prefix, fork, make_batch
+from medlora.prefix import Prefix, compute_last_logits, fork, make_batch
 
 _HEAD_BYTES = 256 * 2**20
 """Most bytes of float32 logits at a time."""
@@ -41,7 +41,7 @@ def score_continuations(
         def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
             chosen = [places[i] for i in batch]
             inputs = make_batch(model, [contexts[i] for i in chosen], pad_id, shared)
-            logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+            logits = compute_last_logits(model, **inputs).float()
             first = logits.log_softmax(-1)
             made = {i: [first[at, ids[0]].item() for ids in continuations[i]] for at, i in enumerate(chosen)}
             # Continuations of like length together, so that little is padded; those of one token are done.

@@ -55,7 +55,7 @@ def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
     # Without the config every layer of the cache is a full one; the masks still keep to the windows.
     cache = DynamicCache()
     batch = torch.tensor([list(ids)], device=model.device)
-    model(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    compute_last_logits(model, input_ids=batch, past_key_values=cache, use_cache=True)
     return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in cache.layers))
 
 
@@ -64,6 +64,20 @@ def fork(cache: DynamicCache) -> DynamicCache:
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     return copied
+
+
+def compute_last_logits(model: Any, **inputs: Any) -> torch.Tensor:
+    """The logits after the last column, [rows, vocabulary]; the head is computed there alone.
+
+    The slice that `logits_to_keep` takes is not contiguous, for which torch reads the whole head once a row (bmm): made
+    contiguous, it is read once.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        return model(**inputs, logits_to_keep=1).logits[:, -1]
+    finally:
+        hook.remove()
 
 
 def make_batch(
