@@ -35,9 +35,6 @@ from medlora.prompts import ANSWER_FIELD
 
 log = logging.getLogger(__name__)
 
-# bitsandbytes says at every int8 product that it computes in float16.
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
 
 def load_tokenizer(
     base: BaseModelConfig, folder: str | Path | None = None, extra_tokens: Sequence[str] = ()
@@ -167,8 +164,23 @@ def load_base(
             "download it again"
         )
     model.requires_grad_(False)
+    if base.quantization == "nf4":
+        _keep_four_bit_weights(model)
     _extend_vocabulary(model, tokenizer, _base_tokenizer(base))
     return model.eval()
+
+
+def _keep_four_bit_weights(model: PreTrainedModel) -> None:
+    """Let no forward pass repack the weights, as bitsandbytes 0.50 does in eval mode on CPUs with AVX512-BF16.
+
+    The repacking is in place and rounds the scales to bfloat16, so that a model would train on other numbers than it is
+    validated on, and it dies where a layer's inputs are no multiple of the block of 64.
+    """
+    from bitsandbytes.nn import Linear4bit  # slow to import, and only this needs it
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()

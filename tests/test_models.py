@@ -109,6 +109,20 @@ def test_bf16_weights_compute_in_float32_on_cpu_and_are_frozen(bases: dict[str, 
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
+def test_a_forward_pass_leaves_four_bit_weights_as_they_are(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # as on a newer server's CPU
+    base = BaseModelConfig(model=bases["llama"], quantization="nf4")
+    model = load_base(base, load_tokenizer(base))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        first, second = (model(input_ids=torch.arange(8)[None]).logits for _ in range(2))
+    assert torch.equal(first, second)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_bases_stay_close_to_the_full_one(bases: dict[str, str], family: str, quantization: str) -> None:
