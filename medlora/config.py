@@ -216,6 +216,8 @@ class EvaluationConfig(Section):
     """Answers of `generate` per question; the majority wins."""
     temperature: float = Field(0.0, ge=0)
     """Of `generate`; 0 = greedy."""
+    rotations: bool = False
+    """Ask every question under all cyclic orders of its options and average: as many times the work, no letter bias."""
     token_budget: int | None = Field(None, ge=1)
     """Most tokens of a forward pass; unset = found on CUDA from free memory."""
     batch_size: int = Field(32, ge=1)

@@ -11,6 +11,7 @@ from medlora.answering import McqAnswerer
 from medlora.answers import extract_answer_letter
 from medlora.config import McqStyle
 from medlora.mixture import derive_seed
+from medlora.predictions import predict
 from medlora.records import McqRecord, Prediction
 from medlora.scores import Accuracy, Breakdown, accuracy, breakdown
 
@@ -36,10 +37,18 @@ class Evaluation:
 
 
 def evaluate_mcq_batch(
-    model: Any, tokenizer: Any, records: Sequence[McqRecord], style: McqStyle = "reasoning", **options: Any
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[McqRecord],
+    style: McqStyle = "reasoning",
+    rotations: bool = False,
+    **options: Any,
 ) -> list[Prediction]:
-    """A prediction for each question, in their order; `options` are those of McqAnswerer (scoring, shots, ...)."""
-    return _predict(McqAnswerer(model, tokenizer, style=style, **options), records)
+    """A prediction for each question, in their order; `options` are those of McqAnswerer (scoring, shots, ...).
+
+    `rotations` asks each under all cyclic orders of its options.
+    """
+    return _predict(McqAnswerer(model, tokenizer, style=style, **options), records, rotations)
 
 
 class MCQEvaluator:
@@ -69,21 +78,8 @@ class MCQEvaluator:
         return _evaluate(_predict(self._answerer, [self.records[i] for i in sorted(places)]))
 
 
-def _predict(answerer: McqAnswerer, records: Sequence[McqRecord]) -> list[Prediction]:
-    return [
-        Prediction(
-            record.id,
-            "test",
-            "model",
-            record.answer,
-            answer.choice,
-            record.subject,
-            answer.probabilities,
-            answer.text,
-            options=len(record.options),
-        )
-        for record, answer in zip(records, answerer.answer(records), strict=True)
-    ]
+def _predict(answerer: McqAnswerer, records: Sequence[McqRecord], rotations: bool = False) -> list[Prediction]:
+    return predict(answerer, ["test"] * len(records), records, "model", rotations)
 
 
 def _evaluate(predictions: Sequence[Prediction]) -> Evaluation:

@@ -94,7 +94,9 @@ class Prediction:
 
     `choice` is None when no letter could be read (unparsed) or the question failed (`error` says why); either counts as
     wrong. `probabilities` are over the question's letters in order and sum to 1 where the scoring gives them, else ().
-    `options` is how many options the question has, 0 where that is not known.
+    `options` is how many options the question has, 0 where that is not known; `tokens` how many the model wrote.
+    `format_score` is in [0, 1], None where no format was asked for. `rotated` holds the letters chosen when the options
+    were moved 0, 1, 2, ... places to the front ("-": unparsed), empty where only one order was asked.
     """
 
     id: str
@@ -107,6 +109,9 @@ class Prediction:
     text: str = ""
     error: str = ""
     options: int = 0
+    tokens: int = 0
+    format_score: float | None = None
+    rotated: str = ""
 
     @property
     def correct(self) -> bool:

@@ -261,6 +261,53 @@ def letter_bias(predictions: Sequence[Prediction]) -> LetterBias:
     return LetterBias({x: chosen[x] for x in letters}, {x: gold[x] for x in letters}, none, distance)
 
 
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """Answers under all cyclic orders of the options, over `total` questions, failed ones counted as wrong.
+
+    `accuracy` is the mean over questions and orders, `consistency` the share of questions whose choice is the same
+    option in every order, `chosen` how often each letter was chosen over all orders, in which every letter is right
+    equally often; `gold` is how often it was. `orders` is the most orders that a question had.
+    """
+
+    total: int
+    orders: int
+    accuracy: float
+    consistency: float
+    chosen: dict[str, int]
+    gold: dict[str, int]
+    none: int
+
+
+def rotations(predictions: Sequence[Prediction]) -> Rotations | None:
+    """What the order of the options changes for one stage; None when only one order was asked."""
+    _by_question(predictions)
+    asked = [p for p in predictions if p.rotated]
+    if not asked:
+        return None
+    shares, consistent = [], 0
+    chosen: Counter[str] = Counter()
+    gold: Counter[str] = Counter()
+    for p in asked:
+        n, right = len(p.rotated), LETTERS.index(p.gold)
+        picked = [None if x == "-" else (LETTERS.index(x) + by) % n for by, x in enumerate(p.rotated)]
+        shares.append(picked.count(right) / n)
+        consistent += len(set(picked)) == 1 and picked[0] is not None
+        chosen.update(p.rotated)
+        gold.update(LETTERS[:n])
+    none = chosen.pop("-", 0)
+    letters = [letter for letter in LETTERS if chosen[letter] or gold[letter]]
+    return Rotations(
+        len(predictions),
+        max(len(p.rotated) for p in asked),
+        sum(shares) / len(predictions),
+        consistent / len(predictions),
+        {x: chosen[x] for x in letters},
+        {x: gold[x] for x in letters},
+        none,
+    )
+
+
 def _by_question(predictions: Iterable[Prediction]) -> dict[Question, Prediction]:
     found: dict[Question, Prediction] = {}
     for p in predictions:

@@ -16,6 +16,7 @@ from medlora.errors import InputError
 from medlora.lineage import Link
 from medlora.mixture import derive_seed
 from medlora.models import load_base, load_tokenizer
+from medlora.predictions import predict
 from medlora.records import McqRecord, Prediction
 from medlora.sources import read
 
@@ -64,6 +65,7 @@ class StageModel:
         seed: int = 0,
     ) -> None:
         transformers.logging.set_verbosity_error()
+        self.rotations = config.rotations
         self.chains = {name: list(chain) for name, chain in stages.items()}
         tokenizers = {name: load_stage_tokenizer(base, chain) for name, chain in self.chains.items()}
         links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
@@ -92,18 +94,5 @@ class StageModel:
         predictions = []
         for stage, chain in self.chains.items():
             activate(self.model, [link.name for link in chain])
-            for test, record, answer in zip(tests, records, self.answerers[stage].answer(records), strict=True):
-                predictions.append(
-                    Prediction(
-                        record.id,
-                        test,
-                        stage,
-                        record.answer,
-                        answer.choice,
-                        record.subject,
-                        answer.probabilities,
-                        answer.text,
-                        options=len(record.options),
-                    )
-                )
+            predictions += predict(self.answerers[stage], tests, records, stage, self.rotations)
         return predictions

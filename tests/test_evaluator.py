@@ -59,3 +59,10 @@ def test_what_cannot_be_scored_is_said(model: Any) -> None:
         MCQEvaluator(*model, [])
     with pytest.raises(ValueError, match="share an id"):
         MCQEvaluator(*model, [RECORDS[0], RECORDS[0]])
+
+
+def test_rotations_ask_every_order_of_a_real_model(model: Any) -> None:
+    plain = evaluate_mcq_batch(*model, RECORDS, "answer")
+    turned = evaluate_mcq_batch(*model, RECORDS, "answer", rotations=True)
+    assert [p.rotated[0] for p in turned] == [p.choice for p in plain]
+    assert all(len(p.rotated) == 3 and sum(p.probabilities) == pytest.approx(1) for p in turned)

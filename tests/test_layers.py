@@ -46,6 +46,7 @@ LAYERS = {
             "option_scores",
             "answering",
             "evaluator",
+            "predictions",
             "stages",
             "validation",
             "training",

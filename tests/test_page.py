@@ -118,7 +118,6 @@ def make_hostile(folder: Path) -> str:
         "seconds": nasty,
         "questions_per_s": nasty,
         "phase_seconds": {nasty: nasty},
-        "rotations": [{"stage": nasty, "test": nasty, "orders": 4, "accuracy": 0.5, "consistency": 0.25}],
         "config": {nasty: [nasty, {nasty: nasty}]},
         "versions": {nasty: nasty},
         "hashes": {"nested": {nasty: [nasty]}},
@@ -281,7 +280,7 @@ def test_a_large_evaluation_stays_a_small_page(tmp_path: Path) -> None:
 
 def test_what_is_not_there_takes_no_place(tmp_path: Path) -> None:
     html, _ = make_page(tmp_path, answer("base", "one", "AACDAACD"))
-    for section in ("comparisons", "forgetting", "calibration", "rotations", "questions"):
+    for section in ("comparisons", "forgetting", "calibration", "rotations", "format", "questions"):
         assert f'id="{section}"' not in html
     assert 'id="accuracy"' in html and 'id="subjects"' in html and "All tests" not in html
 
@@ -293,7 +292,6 @@ def test_what_is_given_is_shown(tmp_path: Path) -> None:
         "prompts": "3",
         "seconds_to_first_answer": 12.345,
         "questions_per_s": 1234.5,
-        "rotations": [{"stage": "00", "test": "one", "orders": 4, "accuracy": 0.5, "consistency": 0.8125}],
         "config": {"evaluation": {"style": "reasoning"}},
         "versions": {"torch": "2.13.0"},
         "hashes": {"phases/00/adapter": "ab12"},
@@ -308,7 +306,6 @@ def test_what_is_given_is_shown(tmp_path: Path) -> None:
         "2.13.0",
     ):
         assert expected in page.text
-    assert ["00", "one", "4", "50.0", "81.2"] in [cells for _, cells in page.rows]
     assert page.text.count("시험 평가") == 2  # title and heading
 
 
@@ -421,3 +418,13 @@ def test_a_browser_shows_the_page_and_runs_nothing(tmp_path: Path) -> None:
     )
     dom, console = browse(tmp_path / "broken.html", tmp_path / "profile")
     assert "Content Security Policy" in console and 'id="ran"' not in dom
+
+
+def test_format_and_rotations_are_shown_as_the_report_has_them(tmp_path: Path) -> None:
+    predictions = [replace(p, format_score=0.5, rotated="ABCD") for p in answer("00", "one", "ABCDABCA")]
+    html, report = make_page(tmp_path, predictions)
+    cells = [cells for _, cells in Page(html).rows if cells[:2] == ["00", "one"]]
+    assert cells[0] == ["00", "one", "50.0", format_percent(0.5 / 3 + 2 / 3 * 7 / 8), "87.5"]
+    (row,) = report["rotations"]
+    assert cells[1][2:5] == ["4", format_percent(row["accuracy"]), format_percent(row["consistency"])]
+    assert cells[1][5] == "A 8 / 8 · B 8 / 8 · C 8 / 8 · D 8 / 8"

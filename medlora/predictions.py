@@ -1,0 +1,75 @@
+"""Answers -> predictions: what an answerer says of questions, in one order of the options or in all cyclic ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from medlora.answering import Answer, McqAnswerer
+from medlora.answers import score_format
+from medlora.records import FIELDS, LETTERS, McqRecord, Prediction
+
+
+def predict(
+    answerer: McqAnswerer, tests: Sequence[str], records: Sequence[McqRecord], stage: str, rotations: bool = False
+) -> list[Prediction]:
+    """A prediction for each question, in their order; `tests` names the test of each.
+
+    With `rotations` every question is asked under all cyclic orders of its options. The choice is then that of the
+    averaged probabilities, or of the majority where the scoring gives none; text and format are those of the order as
+    it stands in the record, tokens those of all orders.
+    """
+    if not rotations:
+        answers = answerer.answer(records)
+        return [_describe(answerer, *asked, stage) for asked in zip(tests, records, answers, strict=True)]
+    asked = answerer.answer([rotate(record, by) for record in records for by in range(len(record.options))])
+    predictions, start = [], 0
+    for test, record in zip(tests, records, strict=True):
+        turned = asked[start : start + len(record.options)]
+        start += len(record.options)
+        whole = _describe(answerer, test, record, merge(record, turned), stage)
+        predictions.append(replace(whole, rotated="".join(answer.choice or "-" for answer in turned)))
+    return predictions
+
+
+def rotate(record: McqRecord, by: int) -> McqRecord:
+    """The same question with its options moved `by` places to the front; the id tells the orders apart."""
+    if by == 0:
+        return record
+    place = (LETTERS.index(record.answer) - by) % len(record.options)
+    options = record.options[by:] + record.options[:by]
+    return replace(record, id=f"{record.id}#{by}", options=options, answer=LETTERS[place])
+
+
+def merge(record: McqRecord, answers: Sequence[Answer]) -> Answer:
+    """One answer out of those to `rotate(record, 0)`, `rotate(record, 1)`, ..., in the letters of the record."""
+    n = len(record.options)
+    text, tokens = answers[0].text, sum(answer.tokens for answer in answers)
+    if all(answer.probabilities for answer in answers):
+        mean = tuple(fmean(answers[by].probabilities[(place - by) % n] for by in range(n)) for place in range(n))
+        first, second = sorted(mean, reverse=True)[:2]
+        return Answer(LETTERS[mean.index(first)], mean, first - second, text, tokens)
+    votes = Counter((LETTERS.index(a.choice) + by) % n for by, a in enumerate(answers) if a.choice)
+    choice = LETTERS[max(votes, key=votes.__getitem__)] if votes else None
+    return Answer(choice, text=text, tokens=tokens)
+
+
+def _describe(answerer: McqAnswerer, test: str, record: McqRecord, answer: Answer, stage: str) -> Prediction:
+    writes = answerer.scoring in ("reason", "generate") and answerer.style in ("reasoning", "reasoning_full")
+    # What the record's own rationale shows is asked for; a record without one asks for the whole structure.
+    fields = [name for name in FIELDS if name in record.rationale] or FIELDS
+    return Prediction(
+        record.id,
+        test,
+        stage,
+        record.answer,
+        answer.choice,
+        record.subject,
+        answer.probabilities,
+        answer.text,
+        options=len(record.options),
+        tokens=answer.tokens,
+        format_score=score_format(answer.text, fields, record.letters).score if writes else None,
+    )
