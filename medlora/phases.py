@@ -16,6 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from medlora import runs
+from medlora.callbacks import Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle, TrainSource
 from medlora.encoding import Collator, Lengths, Row, encode
@@ -27,7 +28,7 @@ from medlora.prompts import render
 from medlora.records import FIELDS, McqRecord, Record
 from medlora.sources import read
 from medlora.stages import load_stage_tokenizer, locate_base
-from medlora.training import Report, Segment, train
+from medlora.training import train
 from medlora.validation import Validator
 
 log = logging.getLogger("medlora.phase")

@@ -49,6 +49,7 @@ LAYERS = {
             "predictions",
             "stages",
             "validation",
+            "callbacks",
             "training",
         },
         {"ray"},

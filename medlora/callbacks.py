@@ -1,0 +1,175 @@
+"""What watches a segment of a phase while it trains: its losses, its scores on dev, its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from medlora import runs
+from medlora.chains import save_adapter
+from medlora.config import PhaseConfig
+from medlora.encoding import Row
+from medlora.errors import InputError
+
+log = logging.getLogger("medlora.training")
+validation_log = logging.getLogger("medlora.validation")
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes what happens while it happens: plain dicts with the key `event`."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a phase with one optimiser and one schedule: the whole phase, or its part in one prompt mode.
+
+    `validate` scores the model where it stands; `stop_at_format_score` ends the segment early on it.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    """In training order, repeated over epochs: steps x global batch of them."""
+    steps: int
+    epoch_steps: int
+    validate: Callable[[Any], dict[str, float]] | None = None
+    stop_at_format_score: float | None = None
+
+
+class LossLoggingCallback(TrainerCallback):
+    """Writes loss, learning rate, gradient norm, tokens/s and peak memory every few steps; stops the run on a NaN."""
+
+    def __init__(self, folder: runs.PhaseFolder, segment: Segment, phase: str, batch: int, report: Report) -> None:
+        self.folder, self.segment, self.phase, self.batch, self.report = folder, segment, phase, batch, report
+        self.since = time.monotonic()
+        self.last_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock where the run starts or goes on."""
+        self.since, self.last_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """One line in metrics.jsonl, one in the log, one report."""
+        if "loss" not in (logs or {}):
+            return
+        if not math.isfinite(logs["loss"]):
+            raise InputError(
+                f"phase {self.phase}, step {state.global_step}: the loss is {logs['loss']}; lower phases.{self.phase}.learning_rate "
+                f"({logs.get('learning_rate'):.2g} now) or raise warmup_ratio"
+            )
+        if not state.is_world_process_zero:
+            return
+        seen = self.segment.rows[self.last_step * self.batch : state.global_step * self.batch]
+        elapsed_s = time.monotonic() - self.since
+        row = {
+            "segment": self.segment.name,
+            "step": state.global_step,
+            "steps": self.segment.steps,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": float(logs["grad_norm"]),
+            "tokens_per_s": round(sum(len(row.input_ids) for row in seen) / max(elapsed_s, 1e-9), 1),
+            "peak_memory_mib": _read_peak_memory_mib(),
+        }
+        self.since, self.last_step = time.monotonic(), state.global_step
+        runs.append_json(self.folder.metrics, row)
+        self.report({"event": "step", "phase": self.phase, **row})
+        log.info(
+            "%(segment)s step %(step)d/%(steps)d  loss %(loss).4f  lr %(learning_rate).2e  grad %(grad_norm).3f  "
+            "%(tokens_per_s).0f tokens/s  peak %(peak_memory_mib).0f MiB",
+            row,
+        )
+
+
+def _read_peak_memory_mib() -> float:
+    """Most memory this process has held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+
+
+class MCQValidationCallback(TrainerCallback):
+    """Scores the dev sample every N steps, at each epoch's end and at the last step; keeps the best adapter if asked."""
+
+    def __init__(
+        self,
+        folder: runs.PhaseFolder,
+        segment: Segment,
+        phase: PhaseConfig,
+        adapter: str,
+        logging_callback: LossLoggingCallback,
+        report: Report,
+    ) -> None:
+        self.folder, self.segment, self.phase, self.adapter, self.report = folder, segment, phase, adapter, report
+        self.logging_callback = logging_callback
+        self.stopped_early = False
+        self.seconds = 0.0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Validate where it is due; every worker takes rank 0's word on stopping."""
+        config, step = self.phase.validation, state.global_step
+        assert config is not None
+        every = config.every_steps
+        due = step == self.segment.steps or step % self.segment.epoch_steps == 0 or (every and step % every == 0)
+        if not due:
+            return
+        started = time.monotonic()
+        score = self._validate(model, step) if state.is_world_process_zero else 0.0
+        if self.segment.stop_at_format_score is not None:
+            decision = [score >= self.segment.stop_at_format_score]
+            if args.world_size > 1:
+                dist.broadcast_object_list(decision, src=0)
+            if decision[0]:
+                self.stopped_early = True
+                control.should_training_stop = control.should_save = True
+        self.seconds += time.monotonic() - started
+        self.logging_callback.since += time.monotonic() - started
+
+    def _validate(self, model: Any, step: int) -> float:
+        assert self.segment.validate is not None and self.phase.validation is not None
+        model = getattr(model, "module", model)  # DistributedDataParallel wraps it
+        scores = self.segment.validate(model)
+        best = max(
+            (
+                row["score"]
+                for row in runs.read_json_lines(self.folder.validation)
+                if row["segment"] == self.segment.name
+            ),
+            default=-math.inf,
+        )
+        row = {"segment": self.segment.name, "step": step, **scores}
+        if self.phase.validation.keep_best and scores["score"] > best:
+            row["best"] = True
+            save_adapter(model, self.adapter, self.folder.best)
+        runs.append_json(self.folder.validation, row)
+        self.report({"event": "validation", "phase": self.phase.name, **row})
+        validation_log.info(
+            "%s step %d  %s",
+            self.segment.name,
+            step,
+            "  ".join(f"{name} {value:.4f}" for name, value in scores.items()),
+        )
+        return scores.get("format_score", 0.0)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Seals each checkpoint with a manifest once every worker has written its part."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size > 1:
+            dist.barrier()
+        if state.is_world_process_zero:
+            runs.commit(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", {"step": state.global_step})
