@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medlora import runs
-from medlora.config import RunConfig, load
+from medlora.config import RunConfig
+from medlora.config_file import load
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, make_job
 from medlora.records import McqRecord

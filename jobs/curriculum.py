@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         from medlora import runs
-        from medlora.config import load
+        from medlora.config_file import load
         from medlora.lineage import check_inputs
 
         config = load(arguments.config, arguments.overrides)

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import Field
 
 from medlora import prompts, runs
-from medlora.config import BaseModelConfig, EvaluationConfig, Name, Placement, Section, Storage, load
+from medlora.config import BaseModelConfig, EvaluationConfig, Name, Placement, Section, Storage
+from medlora.config_file import load
 from medlora.errors import InputError
 from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.records import McqRecord, Prediction

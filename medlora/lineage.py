@@ -18,8 +18,8 @@ from medlora.config import (
     Section,
     SourceConfig,
     TrainSource,
-    load,
 )
+from medlora.config_file import load
 from medlora.errors import InputError
 from medlora.records import McqRecord, Record
 from medlora.sources import go_offline_without_hub, hash_records, read

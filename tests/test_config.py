@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from medlora.config import RunConfig, load, read_yaml, schema
+from medlora.config import RunConfig
+from medlora.config_file import load, read_yaml, schema
 from medlora.errors import InputError
 from medlora.evaluation import EvaluateConfig
 

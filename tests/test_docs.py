@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from medlora import runs
-from medlora.config import load, read_yaml
+from medlora.config_file import load, read_yaml
 from medlora.records import McqRecord, TextRecord, TranslationRecord
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,6 +20,7 @@ LAYERS = {
             "errors",
             "records",
             "config",
+            "config_file",
             "option_text",
             "answers",
             "scores",

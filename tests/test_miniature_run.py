@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from medlora import runs
-from medlora.config import SourceConfig, load
+from medlora.config import SourceConfig
+from medlora.config_file import load
 from medlora.lineage import Link
 from medlora.records import McqRecord
 from medlora.sources import read

@@ -1,0 +1,198 @@
+"""The YAML file of a config: read, `--set` overrides, errors with the dotted key, JSON schema for editors."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from medlora.config import RunConfig, Section
+from medlora.errors import InputError
+
+Config = TypeVar("Config", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of numbers: `1e-4` is one, `00` and `012` are text, so that phase names need no quotes."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?|(?:0|[1-9][0-9]*)\.?[eE][-+]?[0-9]+|(?:0|[1-9][0-9]*)\.)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """YAML text as plain values, with YAML 1.2 numbers; raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The config file as a plain mapping with `--set` overrides applied and `phase_defaults` spread over the phases.
+
+    Raises InputError when the file is missing, unreadable or not a mapping, or an override names nothing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such config file; see configs/ for complete ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        raw = read_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}; see configs/quickstart.yaml"
+        )
+    for override in overrides:
+        _override(raw, override)
+    defaults = raw.pop("phase_defaults", None) or {}
+    if not isinstance(defaults, dict):
+        raise InputError(f"{path}: phase_defaults must be a mapping, found {type(defaults).__name__}")
+    if isinstance(raw.get("phases"), list):
+        raw["phases"] = [{**defaults, **phase} if isinstance(phase, dict) else phase for phase in raw["phases"]]
+    return raw
+
+
+@overload
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+
+
+@overload
+def load(path: Path, overrides: Sequence[str], model: type[Config]) -> Config: ...
+
+
+def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig) -> Any:
+    """The config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
+    raw = load_raw(path, overrides)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _explain(error, model))
+        raise InputError(f"{path}: the config is not valid:\n{lines}") from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write KEY=VALUE, e.g. --set phases.01.learning_rate=1e-4")
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_position(node, part, key)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise InputError(f"--set {override}: {'.'.join(parents[: depth + 1])} is {node!r}, which has no keys")
+    if isinstance(node, list):
+        node[_position(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _position(items: list[Any], part: str, key: str) -> int:
+    """Where `part` points in a list: an item of that name first, then a 0-based index."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if re.fullmatch(r"0|[1-9][0-9]*", part) and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names if name is not None)
+    raise InputError(
+        f"--set {key}: no item {part!r}; there are 0..{len(items) - 1}" + (f" or by name {known}" if known else "")
+    )
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    problems = error.errors(include_url=False)
+    said = set()
+    for problem in problems:
+        path = [part for part in problem["loc"] if _is_key(part)]
+        dotted = ".".join(str(part) for part in path)
+        # A list whose items are wrong is counted as too short as well; a union complains once a branch.
+        deeper = any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
+        if dotted in said or deeper:
+            continue
+        said.add(dotted)
+        if problem["type"] == "extra_forbidden":
+            allowed = _keys_at(model, path[:-1])
+            near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
+            yield f"{dotted}: unknown key; {hint}"
+        elif problem["type"] == "value_error":
+            yield f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
+        elif problem["type"] == "missing":
+            yield f"{dotted}: is required"
+        else:
+            found = json.dumps(problem["input"], ensure_ascii=False, default=str)
+            yield f"{dotted}: {problem['msg']}, found {found[:120]}"
+
+
+def _is_key(part: int | str) -> bool:
+    """Whether a part of pydantic's location stands in the file; the branch names of unions (`literal[...]`) do not."""
+    return isinstance(part, int) or re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """The keys that the section at `path` knows; empty where it is no section."""
+    current: type[BaseModel] | None = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if current is None or part not in current.model_fields:
+            return []
+        current = _section_of(current.model_fields[part].annotation)
+    return list(current.model_fields) if current else []
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if found := _section_of(argument):
+            return found
+    return None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a run config file, for editors; `phase_defaults` takes any key of a phase."""
+    made = RunConfig.model_json_schema()
+    phase = made["$defs"]["PhaseConfig"]
+    made["properties"]["phase_defaults"] = {
+        "type": "object",
+        "description": "Values that every phase has unless it says otherwise.",
+        "properties": phase["properties"],
+        "additionalProperties": False,
+    }
+    # A phase may take its required keys from phase_defaults, so only its name must stand in the list.
+    phase["required"] = ["name"]
+    return made
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2, ensure_ascii=False))
