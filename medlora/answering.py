@@ -255,10 +255,12 @@ class McqAnswerer:
 def _choose(letters: str, scores: Sequence[float], log_likelihoods: Sequence[float]) -> Answer:
     """The letter of the highest score (the first of equals), probabilities by softmax of the scores.
 
-    Raises ValueError where the model overflowed: a choice among NaN would be a guess.
+    Raises FloatingPointError where the model overflowed: a choice among NaN would be a guess.
     """
     if not all(map(math.isfinite, scores)):
-        raise ValueError(f"the model's log-likelihoods of {letters} are {[round(score, 3) for score in scores]}")
+        raise FloatingPointError(
+            f"the model's log-likelihoods of {letters} are {[round(score, 3) for score in scores]}"
+        )
     probabilities = torch.tensor(scores, dtype=torch.float64).softmax(-1).tolist()
     best = max(range(len(letters)), key=scores.__getitem__)
     first, second = sorted(probabilities, reverse=True)[:2]

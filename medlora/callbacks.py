@@ -62,10 +62,7 @@ class LossLoggingCallback(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         if not math.isfinite(logs["loss"]):
-            raise InputError(
-                f"phase {self.phase}, step {state.global_step}: the loss is {logs['loss']}; lower phases.{self.phase}.learning_rate "
-                f"({logs.get('learning_rate'):.2g} now) or raise warmup_ratio"
-            )
+            raise _explain_divergence(self.phase, args, state, f"the loss is {logs['loss']}")
         if not state.is_world_process_zero:
             return
         seen = self.segment.rows[self.last_step * self.batch : state.global_step * self.batch]
@@ -88,6 +85,13 @@ class LossLoggingCallback(TrainerCallback):
             "%(tokens_per_s).0f tokens/s  peak %(peak_memory_mib).0f MiB",
             row,
         )
+
+
+def _explain_divergence(phase: str, args: TrainingArguments, state: TrainerState, what: str) -> InputError:
+    return InputError(
+        f"phase {phase}, step {state.global_step}: {what}; lower phases.{phase}.learning_rate "
+        f"({args.learning_rate:.2g} at its highest) or raise warmup_ratio"
+    )
 
 
 def _read_peak_memory_mib() -> float:
@@ -127,7 +131,10 @@ class MCQValidationCallback(TrainerCallback):
         if not due:
             return
         started = time.monotonic()
-        score = self._validate(model, step) if state.is_world_process_zero else 0.0
+        try:
+            score = self._validate(model, step) if state.is_world_process_zero else 0.0
+        except FloatingPointError as error:  # a validation may see it before the loss is logged
+            raise _explain_divergence(self.phase.name, args, state, str(error)) from error
         if self.segment.stop_at_format_score is not None:
             decision = [score >= self.segment.stop_at_format_score]
             if args.world_size > 1:

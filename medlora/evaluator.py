@@ -54,31 +54,37 @@ def evaluate_mcq_batch(
 class MCQEvaluator:
     """Scores a model, as it is now, on multiple-choice questions; `options` are those of McqAnswerer.
 
-    Raises ValueError when there are no records or two share an id.
+    `rotations` asks each under all cyclic orders of its options. Raises ValueError when there are no records or two share an id.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, records: Sequence[McqRecord], style: McqStyle = "reasoning", **options: Any
+        self,
+        model: Any,
+        tokenizer: Any,
+        records: Sequence[McqRecord],
+        style: McqStyle = "reasoning",
+        rotations: bool = False,
+        **options: Any,
     ) -> None:
         if not records:
             raise ValueError("there are no questions to evaluate on")
         if len({record.id for record in records}) < len(records):
             raise ValueError("two questions share an id; give every record an id of its own")
-        self.records = tuple(records)
+        self.records, self.rotations = tuple(records), rotations
         self._answerer = McqAnswerer(model, tokenizer, style=style, **options)
 
     def evaluate(self) -> Evaluation:
         """All questions."""
-        return _evaluate(_predict(self._answerer, self.records))
+        return _evaluate(_predict(self._answerer, self.records, self.rotations))
 
     def quick_evaluate(self, num_samples: int = 10, seed: int = 0) -> Evaluation:
         """A seeded sample of the questions, in their order; the same questions at every call."""
         n = min(num_samples, len(self.records))
         places = random.Random(derive_seed(seed, "quick_evaluate")).sample(range(len(self.records)), n)
-        return _evaluate(_predict(self._answerer, [self.records[i] for i in sorted(places)]))
+        return _evaluate(_predict(self._answerer, [self.records[i] for i in sorted(places)], self.rotations))
 
 
-def _predict(answerer: McqAnswerer, records: Sequence[McqRecord], rotations: bool = False) -> list[Prediction]:
+def _predict(answerer: McqAnswerer, records: Sequence[McqRecord], rotations: bool) -> list[Prediction]:
     return predict(answerer, ["test"] * len(records), records, "model", rotations)
 
 

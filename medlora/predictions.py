@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from statistics import fmean
 
 from medlora.answering import Answer, McqAnswerer
@@ -18,19 +19,18 @@ def predict(
     """A prediction for each question, in their order; `tests` names the test of each.
 
     With `rotations` every question is asked under all cyclic orders of its options. The choice is then that of the
-    averaged probabilities, or of the majority where the scoring gives none; text and format are those of the order as
+    averaged probabilities, or of the majority (a tie goes to the first) where the scoring gives none; text and format are those of the order as
     it stands in the record, tokens those of all orders.
     """
-    if not rotations:
-        answers = answerer.answer(records)
-        return [_describe(answerer, *asked, stage) for asked in zip(tests, records, answers, strict=True)]
-    asked = answerer.answer([rotate(record, by) for record in records for by in range(len(record.options))])
-    predictions, start = [], 0
-    for test, record in zip(tests, records, strict=True):
-        turned = asked[start : start + len(record.options)]
-        start += len(record.options)
-        whole = _describe(answerer, test, record, merge(record, turned), stage)
-        predictions.append(replace(whole, rotated="".join(answer.choice or "-" for answer in turned)))
+    orders = [len(record.options) if rotations else 1 for record in records]
+    asked = [rotate(record, by) for record, n in zip(records, orders, strict=True) for by in range(n)]
+    answered = iter(answerer.answer(asked))
+    predictions = []
+    for test, record, n in zip(tests, records, orders, strict=True):
+        answers = list(islice(answered, n))
+        prediction = _describe(answerer, test, record, merge(record, answers) if rotations else answers[0], stage)
+        rotated = "".join(answer.choice or "-" for answer in answers) if rotations else ""
+        predictions.append(replace(prediction, rotated=rotated))
     return predictions
 
 

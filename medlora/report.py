@@ -23,14 +23,13 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
     Computed here:
     `stages` (see `summarise`); `overall`, one row a stage over all its tests: `micro` weighted by size, `macro` the mean
     of the tests; `comparisons`, every two stages on every test they share, and with several tests (`test` null) on all
-    of them together, with the ids gained and lost as [test, id]; `forgetting`, the stage x test matrix; `rotations`, one row
-    a stage and test asked in every order of the options (see `scores.rotations`). Holm's
+    of them together, with the ids gained and lost as [test, id]; `forgetting`, the stage x test matrix. Holm's
     correction runs over all comparisons on single tests, and apart from them over those on all tests together.
 
     `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
     `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
-    `questions_asked`, `questions_per_s`, `phase_seconds`, `config`, `versions` and `hashes` (of any depth). Raises ValueError when `about` names something
-    computed here, when there is nothing to score, or when two stages were asked different questions of one test.
+    `questions_asked`, `questions_per_s`, `phase_seconds`, `config`, `versions` and `hashes` (of any depth).
+    Raises ValueError when `about` names something computed here, when there is nothing to score, or when two stages were asked different questions of one test.
     """
     stages = list(dict.fromkeys(p.stage for p in predictions))
     computed: dict[str, Any] = {
@@ -40,7 +39,6 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
         "overall": [_summarise_tests([p for p in predictions if p.stage == stage], stage) for stage in stages],
         "comparisons": _compare(predictions, seed),
         "forgetting": asdict(scores.forgetting_matrix(predictions)),
-        "rotations": _find_rotations(predictions),
     }
     if taken := sorted(set(computed) & set(about)):
         raise ValueError(f"`about` may not name {', '.join(taken)}: computed from the predictions")
@@ -53,12 +51,15 @@ def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
 
     `macro` is the mean over subjects; `calibration` is None where the scoring gives no probabilities,
     `format_score` and `total` (a third format, two thirds right, as the replaced scripts had it) where no format was
-    asked for.
+    asked for, `rotations` where only one order of the options was.
     """
     rows = []
-    for (stage, test), group in _group(predictions).items():
+    groups: dict[tuple[str, str], list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault((prediction.stage, prediction.test), []).append(prediction)
+    for (stage, test), group in groups.items():
         subjects = scores.breakdown(group, by="subject")
-        calibration = scores.calibration(group)
+        calibration, rotations = scores.calibration(group), scores.rotations(group)
         rows.append(
             {
                 "stage": stage,
@@ -69,17 +70,11 @@ def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
                 "subjects": {name: asdict(part) for name, part in subjects.groups.items()},
                 "letters": asdict(scores.letter_bias(group)),
                 "calibration": calibration and asdict(calibration),
+                "rotations": rotations and asdict(rotations),
                 **_score_formats(group),
             }
         )
     return rows
-
-
-def _group(predictions: Sequence[Prediction]) -> dict[tuple[str, str], list[Prediction]]:
-    groups: dict[tuple[str, str], list[Prediction]] = {}
-    for prediction in predictions:
-        groups.setdefault((prediction.stage, prediction.test), []).append(prediction)
-    return groups
 
 
 def _score_formats(group: Sequence[Prediction]) -> dict[str, float | None]:
@@ -89,11 +84,6 @@ def _score_formats(group: Sequence[Prediction]) -> dict[str, float | None]:
     formats = [p.format_score or 0.0 for p in group]
     totals = [score_total(kept, p.correct) for kept, p in zip(formats, group, strict=True)]
     return {"format_score": fmean(formats), "total": fmean(totals)}
-
-
-def _find_rotations(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    found = [(stage, test, scores.rotations(group)) for (stage, test), group in _group(predictions).items()]
-    return [{"stage": stage, "test": test, **asdict(turned)} for stage, test, turned in found if turned]
 
 
 def _summarise_tests(predictions: Sequence[Prediction], stage: str) -> dict[str, Any]:

@@ -263,49 +263,43 @@ def letter_bias(predictions: Sequence[Prediction]) -> LetterBias:
 
 @dataclass(frozen=True, slots=True)
 class Rotations:
-    """Answers under all cyclic orders of the options, over `total` questions, failed ones counted as wrong.
+    """Answers under all cyclic orders of the options, those of failed questions counted as wrong.
 
-    `accuracy` is the mean over questions and orders, `consistency` the share of questions whose choice is the same
-    option in every order, `chosen` how often each letter was chosen over all orders, in which every letter is right
-    equally often; `gold` is how often it was. `orders` is the most orders that a question had.
+    `accuracy` is over all `answers`, `consistency` the share of questions whose choice is the same option in every
+    order, `letters` how often each letter was chosen against how often it was right: over all orders equally often.
+    `orders` is the most orders that a question had.
     """
 
-    total: int
     orders: int
+    answers: int
     accuracy: float
     consistency: float
-    chosen: dict[str, int]
-    gold: dict[str, int]
-    none: int
+    letters: LetterBias
 
 
 def rotations(predictions: Sequence[Prediction]) -> Rotations | None:
     """What the order of the options changes for one stage; None when only one order was asked."""
-    _by_question(predictions)
-    asked = [p for p in predictions if p.rotated]
-    if not asked:
+    turned = {question: _turn(p) for question, p in _by_question(predictions).items()}
+    orders = max(len(p.rotated) for p in predictions)
+    if orders == 0:
         return None
-    shares, consistent = [], 0
-    chosen: Counter[str] = Counter()
-    gold: Counter[str] = Counter()
-    for p in asked:
-        n, right = len(p.rotated), LETTERS.index(p.gold)
-        picked = [None if x == "-" else (LETTERS.index(x) + by) % n for by, x in enumerate(p.rotated)]
-        shares.append(picked.count(right) / n)
-        consistent += len(set(picked)) == 1 and picked[0] is not None
-        chosen.update(p.rotated)
-        gold.update(LETTERS[:n])
-    none = chosen.pop("-", 0)
-    letters = [letter for letter in LETTERS if chosen[letter] or gold[letter]]
-    return Rotations(
-        len(predictions),
-        max(len(p.rotated) for p in asked),
-        sum(shares) / len(predictions),
-        consistent / len(predictions),
-        {x: chosen[x] for x in letters},
-        {x: gold[x] for x in letters},
-        none,
-    )
+    answers = [p for of_question in turned.values() for p, _ in of_question]
+    picked = [{option for _, option in of_question} for of_question in turned.values()]
+    consistent = sum(len(options) == 1 and None not in options for options in picked)
+    right = fmean(p.correct for p in answers)
+    return Rotations(orders, len(answers), right, consistent / len(predictions), letter_bias(answers))
+
+
+def _turn(prediction: Prediction) -> list[tuple[Prediction, int | None]]:
+    """The prediction once for every order, with the place of the chosen option in the question as it stands."""
+    n, gold = max(1, prediction.options), LETTERS.index(prediction.gold)
+    turned: list[tuple[Prediction, int | None]] = []
+    for by, letter in enumerate(prediction.rotated or "-" * n):
+        choice = None if letter == "-" else letter
+        place = None if choice is None else (LETTERS.index(choice) + by) % n
+        once = replace(prediction, id=f"{prediction.id}#{by}", gold=LETTERS[(gold - by) % n], choice=choice)
+        turned.append((once, place))
+    return turned
 
 
 def _by_question(predictions: Iterable[Prediction]) -> dict[Question, Prediction]:

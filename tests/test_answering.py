@@ -373,5 +373,5 @@ def test_no_questions_no_answers(gemma: Any) -> None:
 
 
 def test_no_letter_is_chosen_among_numbers_that_are_none() -> None:
-    with pytest.raises(ValueError, match="log-likelihoods of AB are \\[-1.0, nan\\]"):
+    with pytest.raises(FloatingPointError, match="log-likelihoods of AB are \\[-1.0, nan\\]"):
         answering._choose("AB", [-1.0, float("nan")], [])

@@ -64,5 +64,6 @@ def test_what_cannot_be_scored_is_said(model: Any) -> None:
 def test_rotations_ask_every_order_of_a_real_model(model: Any) -> None:
     plain = evaluate_mcq_batch(*model, RECORDS, "answer")
     turned = evaluate_mcq_batch(*model, RECORDS, "answer", rotations=True)
+    assert list(MCQEvaluator(*model, RECORDS, "answer", rotations=True).evaluate().predictions) == turned
     assert [p.rotated[0] for p in turned] == [p.choice for p in plain]
     assert all(len(p.rotated) == 3 and sum(p.probabilities) == pytest.approx(1) for p in turned)

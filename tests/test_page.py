@@ -425,6 +425,6 @@ def test_format_and_rotations_are_shown_as_the_report_has_them(tmp_path: Path) -
     html, report = make_page(tmp_path, predictions)
     cells = [cells for _, cells in Page(html).rows if cells[:2] == ["00", "one"]]
     assert cells[0] == ["00", "one", "50.0", format_percent(0.5 / 3 + 2 / 3 * 7 / 8), "87.5"]
-    (row,) = report["rotations"]
+    row = report["stages"][0]["rotations"]
     assert cells[1][2:5] == ["4", format_percent(row["accuracy"]), format_percent(row["consistency"])]
     assert cells[1][5] == "A 8 / 8 · B 8 / 8 · C 8 / 8 · D 8 / 8"

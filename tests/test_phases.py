@@ -243,6 +243,20 @@ def test_what_only_the_user_can_mend_is_said_with_its_key(
         run_all(configure(bases["gemma"], data, p01={**only, **change}), tmp_path, ("01",))
 
 
+def test_a_divergence_that_validation_sees_first_is_said_the_same_way(
+    bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    validation = {"sources": [{"source": str(data / "dev.jsonl")}], "every_steps": 1, "sample": 4}
+    diverging = {"learning_rate": 1e30, "log_every_steps": 50, "warmup_ratio": 0.0, "chain": "new"}
+    phase = {**diverging, "max_steps": 4, "train_extra_tokens": True, "validation": validation}
+    config = configure(bases["gemma"], data, p02=phase)
+    config = config.model_copy(update={"phases": config.phases[2:]})
+    with pytest.raises(
+        InputError, match="phase 02, step .: the model's log-likelihoods.*lower phases.02.learning_rate"
+    ):
+        run_all(config, tmp_path, ("02",))
+
+
 def test_a_tokenizer_without_the_letters_is_refused_before_the_model_is_loaded(
     bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def test_a_model_that_knows_is_consistent() -> None:
     found = scores.rotations([prediction])
     assert found is not None
     assert (found.accuracy, found.consistency, found.orders) == (1, 1, 4)
-    assert found.chosen == found.gold == {"A": 1, "B": 1, "C": 1, "D": 1}
+    assert found.letters.chosen == found.letters.gold == {"A": 1, "B": 1, "C": 1, "D": 1}
 
 
 def test_a_model_that_always_says_a_is_at_chance_and_seen_through() -> None:
@@ -76,7 +76,12 @@ def test_a_model_that_always_says_a_is_at_chance_and_seen_through() -> None:
     found = scores.rotations([prediction])
     assert found is not None
     assert (found.accuracy, found.consistency) == (0.25, 0)
-    assert found.chosen == {"A": 4, "B": 0, "C": 0, "D": 0} and found.gold == {"A": 1, "B": 1, "C": 1, "D": 1}
+    assert found.letters.chosen == {"A": 4, "B": 0, "C": 0, "D": 0} and found.letters.gold == {
+        "A": 1,
+        "B": 1,
+        "C": 1,
+        "D": 1,
+    }
 
 
 def test_without_probabilities_the_majority_wins_and_silence_does_not_vote() -> None:
@@ -86,20 +91,27 @@ def test_without_probabilities_the_majority_wins_and_silence_does_not_vote() -> 
     assert merge(RECORD, [Answer(None)] * 4).choice is None
     (silent,) = ask(Fake(lambda record: None, "generate"), RECORD)
     found = scores.rotations([silent])
-    assert found is not None and (silent.rotated, found.none, found.consistency, found.accuracy) == ("----", 4, 0, 0)
+    assert found is not None and (silent.rotated, found.letters.none, found.consistency, found.accuracy) == (
+        "----",
+        4,
+        0,
+        0,
+    )
 
 
 def test_one_order_is_the_default_and_leaves_no_rows() -> None:
     (prediction,) = ask(Fake(find("다")), RECORD, rotations=False)
     assert (prediction.choice, prediction.rotated, prediction.subject, prediction.options) == ("C", "", "s", 4)
     assert scores.rotations([prediction]) is None
-    assert build_report([prediction], {}, seed=0)["rotations"] == []
+    assert build_report([prediction], {}, seed=0)["stages"][0]["rotations"] is None
 
 
 def test_failed_questions_stay_in_the_denominator_of_rotations() -> None:
     failed = Prediction("x", "t", "00", "A", None, error="out of memory", options=4)
-    (row,) = build_report([*ask(Fake(find("다")), RECORD), failed], {}, seed=0)["rotations"]
-    assert (row["stage"], row["test"], row["total"], row["accuracy"], row["consistency"]) == ("00", "t", 2, 0.5, 0.5)
+    (row,) = build_report([*ask(Fake(find("다")), RECORD), failed], {}, seed=0)["stages"]
+    found = row["rotations"]
+    assert (row["n"], found["answers"], found["accuracy"], found["consistency"]) == (2, 8, 0.5, 0.5)
+    assert found["letters"]["none"] == 4
 
 
 def test_the_format_is_that_of_the_record_s_rationale_and_the_total_is_thirds() -> None:
