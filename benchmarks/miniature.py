@@ -28,8 +28,8 @@ from medlora import runs
 from medlora.config import RunConfig
 from medlora.config_file import load
 from medlora.errors import InputError
+from medlora.evaluation import read_asked
 from medlora.lineage import Link, extend_chain, make_job
-from medlora.records import McqRecord
 from medlora.sources import hash_records, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,9 +90,9 @@ def measure(config: RunConfig, folder: Path, tell: Callable[[str], None]) -> Res
         stages[ALONE.format(chain[-1].name)] = chain[-1:]
 
     started, cpu_started = time.monotonic(), time.process_time()
-    asked = [(test.name, record) for test in config.evaluation.tests for record in read(test)]
-    questions = [(test, record) for test, record in asked if isinstance(record, McqRecord)]
-    model = StageModel(base, stages, config.evaluation, seed=config.seed)
+    asked = read_asked(config.evaluation, config.seed)
+    questions = [(test, record) for test, records in asked.tests.items() for record in records]
+    model = StageModel(base, stages, config.evaluation, seed=config.seed, shots=asked.shots, worked=asked.worked)
     predictions = model.answer([test for test, _ in questions], [record for _, record in questions])
     seconds["evaluation"] = round(time.monotonic() - started, 2)
     cpu_seconds["evaluation"] = round(time.process_time() - cpu_started, 2)

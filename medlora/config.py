@@ -128,6 +128,28 @@ class Placement(Section):
     retries: int = Field(2, ge=0)
     """How often a phase goes on from its last checkpoint after a worker or node died."""
 
+    @property
+    def least_workers(self) -> int:
+        """How many the cluster must have room for."""
+        return self.workers
+
+
+class ActorPlacement(Placement):
+    """Where on the cluster questions are answered; `workers` are actors that each hold the base once."""
+
+    min_workers: int | None = Field(None, ge=1)
+    """Begin with so many actors and grow up to `workers` as the cluster has room; unset = all of them from the start."""
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers: {self.workers}")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        return self.min_workers or self.workers
+
 
 class PhaseConfig(Section):
     """One phase of the curriculum."""
@@ -195,8 +217,10 @@ class EvaluationConfig(Section):
     scoring: Scoring = "letter"
     """`letter`: log-likelihood of each option's letter. `reason`: greedy reasoning up to the answer field, then that.
     `generate`: what the model writes, read as a letter or none. `option_text`: log-likelihood of each option's text."""
-    style: PlainStyle = "reasoning"
+    style: McqStyle = "reasoning"
     """`kormedmcqa`: the text of lm-evaluation-harness's task of that name, for numbers that compare."""
+    worked_example: SourceConfig | None = None
+    """Of style `reasoning_full`: every prompt shows the first question with a rationale of this source, solved."""
     few_shot: FewShot | None = None
     """Solved questions before every question; unset = 0-shot."""
     max_tokens: int = Field(256, ge=1)
@@ -214,12 +238,14 @@ class EvaluationConfig(Section):
     """Most tokens of a forward pass; unset = found on CUDA from free memory."""
     batch_size: int = Field(32, ge=1)
     """Questions handed to an actor at a time."""
-    placement: Placement | None = None
+    placement: ActorPlacement | None = None
 
     @model_validator(mode="after")
     def _check_scoring(self) -> Self:
-        if self.scoring == "reason" and self.style != "reasoning":
+        if self.scoring == "reason" and self.style not in ("reasoning", "reasoning_full"):
             raise ValueError(f"scoring: `reason` needs style: reasoning; {self.style!r} has no reasoning to write")
+        if (self.style == "reasoning_full") != (self.worked_example is not None):
+            raise ValueError("worked_example: style: reasoning_full needs one, and only that style shows it")
         if self.scoring != "generate" and (self.samples > 1 or self.temperature > 0):
             raise ValueError(f"samples, temperature: only scoring: generate samples, not {self.scoring!r}")
         if self.samples > 1 and self.temperature == 0:

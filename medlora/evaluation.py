@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 from pydantic import Field
 
 from medlora import prompts, runs
-from medlora.config import BaseModelConfig, EvaluationConfig, Name, Placement, Section, Storage
+from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, Name, Section, SourceConfig, Storage
 from medlora.config_file import load
 from medlora.errors import InputError
 from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
+from medlora.mixture import derive_seed
 from medlora.records import McqRecord, Prediction
 from medlora.sources import hash_records
 
@@ -27,7 +29,7 @@ Question = tuple[str, McqRecord]
 
 
 LEDGER, FINGERPRINT, REPORT, PREDICTIONS = "ledger.jsonl", "fingerprint.json", "report.json", "predictions.parquet"
-PAGE = "report.html"
+PAGE, SECONDS = "report.html", "seconds.parquet"
 """Files of an evaluation's folder; the ledger goes when the report is there."""
 
 
@@ -48,7 +50,7 @@ class EvaluateConfig(Section):
     stages: tuple[str | StageConfig, ...] = Field(min_length=1)
     """Each a mapping of name and adapters, or stages of a finished run: `runs/quickstart:base,00,01,02`."""
     evaluation: EvaluationConfig
-    placement: Placement = Placement()
+    placement: ActorPlacement = ActorPlacement()
     storage: Storage = Storage(folder="evaluations")
 
 
@@ -117,12 +119,63 @@ def _find_trained_styles(adapter: Path) -> set[str]:
     return {source["style"] for source in described.get("sources", []) if source["source"] in questions}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation asks: the questions of every test, and what every prompt shows solved before them."""
+
+    tests: dict[str, list[McqRecord]]
+    shots: tuple[McqRecord, ...] = ()
+    worked: McqRecord | None = None
+
+
+def read_asked(evaluation: EvaluationConfig, seed: int, key: str = "evaluation") -> Asked:
+    """Everything that prompts are made of; raises InputError naming the key of what cannot be asked or shown.
+
+    A solved question that a test asks too would give its answer away: refused.
+    """
+    tests = read_tests(evaluation, key)
+    shots: tuple[McqRecord, ...] = ()
+    worked = None
+    if few_shot := evaluation.few_shot:
+        questions = _read_questions(f"{key}.few_shot", few_shot)
+        if len(questions) < few_shot.k:
+            raise InputError(
+                f"{key}.few_shot: {few_shot.source} has {len(questions)} questions, k asks for {few_shot.k}"
+            )
+        first = few_shot.choose == "first"
+        drawn = random.Random(derive_seed(seed, "few_shot"))
+        shots = tuple(questions[: few_shot.k] if first else drawn.sample(questions, few_shot.k))
+        _refuse_leaks(f"{key}.few_shot", shots, tests)
+    if example := evaluation.worked_example:
+        worked = next(
+            (record for record in _read_questions(f"{key}.worked_example", example) if record.rationale), None
+        )
+        if worked is None:
+            raise InputError(f"{key}.worked_example: {example.source} has no question with a rationale to show")
+        _refuse_leaks(f"{key}.worked_example", (worked,), tests)
+    return Asked(tests, shots, worked)
+
+
+def _read_questions(key: str, source: SourceConfig) -> list[McqRecord]:
+    return [record for record in read_source(key, source) if isinstance(record, McqRecord)]
+
+
+def _refuse_leaks(key: str, shown: Sequence[McqRecord], tests: Mapping[str, Sequence[McqRecord]]) -> None:
+    texts = {record.question.strip(): record.id for record in shown}
+    for test, records in tests.items():
+        for record in records:
+            if (solved := texts.get(record.question.strip())) is not None:
+                raise InputError(
+                    f"{key}: question {solved} is shown with its answer, and test {test} asks it (as {record.id}); "
+                    "take solved questions from another split"
+                )
+
+
 def read_tests(evaluation: EvaluationConfig, key: str = "evaluation") -> dict[str, list[McqRecord]]:
     """The questions of every test; raises InputError for a test without any, or two tests of one name."""
     tests: dict[str, list[McqRecord]] = {}
     for i, test in enumerate(evaluation.tests):
-        records = read_source(f"{key}.tests.{i}", test)
-        questions = [record for record in records if isinstance(record, McqRecord)]
+        questions = _read_questions(f"{key}.tests.{i}", test)
         if not questions:
             raise InputError(f"{key}.tests.{i}.source: {test.source} holds no questions; a test is multiple choice")
         if test.name in tests:
@@ -136,20 +189,22 @@ def describe_evaluation(
     seed: int,
     evaluation: EvaluationConfig,
     stages: Stages,
-    tests: Mapping[str, Sequence[McqRecord]],
+    asked: Asked,
 ) -> dict[str, Any]:
     """What the answers depend on, as nested plain values: the evaluation's fingerprint."""
     folders = {link.folder for chain in stages.values() for link in chain}
     hashes = {folder: runs.hash_json(runs.hash_files(Path(folder))) for folder in folders}
     described = {
         "evaluation": evaluation.model_dump(mode="json", exclude={"placement", "tests"}),
-        "tests": {name: hash_records(records) for name, records in tests.items()},
+        "tests": {name: hash_records(records) for name, records in asked.tests.items()},
         "base": base.model_dump(mode="json", exclude={"extra_tokens"}),
         "base_files": identify_base(base),
         "stages": {name: [hashes[link.folder] for link in chain] for name, chain in stages.items()},
         "prompts": prompts.version(),
         "seed": seed,
     }
+    if shown := [*asked.shots, *([asked.worked] if asked.worked else [])]:
+        described["shown"] = hash_records(shown)
     plain: dict[str, Any] = runs.as_json(described)
     return plain
 
@@ -220,7 +275,7 @@ class EvaluationPlan:
     """An evaluation whose every part was found: what `jobs/evaluate_mcq.py` hands on."""
 
     stages: dict[str, tuple[Link, ...]]
-    tests: dict[str, list[McqRecord]]
+    asked: Asked
     fingerprint: dict[str, Any]
     notes: list[str]
     """Doubts that the user overruled with --force; every report made from this says them."""
@@ -229,15 +284,15 @@ class EvaluationPlan:
 def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
     """Find stages and tests and look for doubts; raises InputError for all that can be wrong before a model is loaded."""
     stages = find_stages(config)
-    tests = read_tests(config.evaluation)
+    asked = read_asked(config.evaluation, config.seed)
     doubts = find_doubts(config.base, stages, config.evaluation)
     if doubts and not force:
         shown = "\n  ".join(doubts)
         raise InputError(
             f"these numbers would mislead:\n  {shown}\nmend the config, or say --force; the report will say it too"
         )
-    fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, tests)
-    return EvaluationPlan(stages, tests, fingerprint, doubts)
+    fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, asked)
+    return EvaluationPlan(stages, asked, fingerprint, doubts)
 
 
 def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:

@@ -14,7 +14,18 @@ from medlora import plots
 from medlora.records import LETTERS, McqRecord, Prediction
 
 _TIMES = ("seconds", "seconds_to_first_answer", "questions_asked", "questions_per_s")
-_ABOUT = ("name", "created", "notes", "prompts", *_TIMES, "phase_seconds", "config", "versions", "hashes")
+_ABOUT = (
+    "name",
+    "created",
+    "notes",
+    "prompts",
+    *_TIMES,
+    "phase_seconds",
+    "stage_seconds",
+    "config",
+    "versions",
+    "hashes",
+)
 """What a report may hold beside what is computed."""
 _PAGE_BYTES = 2_500_000
 """What the questions listed on a page may add to it."""

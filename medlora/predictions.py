@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,13 +25,15 @@ def predict(
     """
     orders = [len(record.options) if rotations else 1 for record in records]
     asked = [rotate(record, by) for record, n in zip(records, orders, strict=True) for by in range(n)]
+    started = time.perf_counter()
     answered = iter(answerer.answer(asked))
+    each_s = (time.perf_counter() - started) / max(1, len(asked))
     predictions = []
     for test, record, n in zip(tests, records, orders, strict=True):
         answers = list(islice(answered, n))
         prediction = _describe(answerer, test, record, merge(record, answers) if rotations else answers[0], stage)
         rotated = "".join(answer.choice or "-" for answer in answers) if rotations else ""
-        predictions.append(replace(prediction, rotated=rotated))
+        predictions.append(replace(prediction, rotated=rotated, seconds=n * each_s))
     return predictions
 
 

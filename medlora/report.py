@@ -28,7 +28,7 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
 
     `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
     `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
-    `questions_asked`, `questions_per_s`, `phase_seconds`, `config`, `versions` and `hashes` (of any depth).
+    `questions_asked`, `questions_per_s`, `phase_seconds`, `stage_seconds`, `config`, `versions` and `hashes` (of any depth).
     Raises ValueError when `about` names something computed here, when there is nothing to score, or when two stages were asked different questions of one test.
     """
     stages = list(dict.fromkeys(p.stage for p in predictions))
@@ -120,7 +120,10 @@ def _compare(predictions: Sequence[Prediction], seed: int) -> list[dict[str, Any
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """A parquet file with one row a question and stage; its columns have the same types whatever was answered."""
+    """A parquet file with one row a question and stage; its columns have the same types whatever was answered.
+
+    Without `seconds`, so that the same answers are the same bytes.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -133,6 +136,26 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
         float | None: pyarrow.float64(),
         tuple[float, ...]: pyarrow.list_(pyarrow.float64()),
     }
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in get_type_hints(Prediction).items()])
+    schema = pyarrow.schema(
+        [(name, types[kind]) for name, kind in get_type_hints(Prediction).items() if name != "seconds"]
+    )
     rows = [asdict(prediction) for prediction in predictions]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+
+
+def write_seconds(path: Path, predictions: Sequence[Prediction]) -> None:
+    """A parquet file of what each answer took, beside `write_predictions`: stage, test, id, tokens written, seconds."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = ("stage", "test", "id", "tokens", "seconds")
+    columns = {name: [getattr(prediction, name) for prediction in predictions] for name in names}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def sum_seconds(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Seconds that the actors spent on each stage's answers, together."""
+    seconds: dict[str, float] = {}
+    for prediction in predictions:
+        seconds[prediction.stage] = seconds.get(prediction.stage, 0.0) + prediction.seconds
+    return {stage: round(of_stage, 2) for stage, of_stage in seconds.items()}

@@ -3,7 +3,7 @@
     runs/<name>/
       config.yaml run.json run.log lock
       phases/<phase>/  adapter/ metrics.jsonl validation.jsonl validation.log phase.log checkpoints/ manifest.json
-      evaluation/      report.json predictions.parquet manifest.json
+      evaluation/      report.json predictions.parquet seconds.parquet manifest.json
 
 A folder without a manifest is unfinished, always: the manifest is written last, by temp file and rename, and holds the
 sha256 of every other file.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,11 @@ import transformers
 
 from medlora.answering import McqAnswerer
 from medlora.chains import activate, load_chain
-from medlora.config import BaseModelConfig, EvaluationConfig, FewShot
-from medlora.errors import InputError
+from medlora.config import BaseModelConfig, EvaluationConfig
 from medlora.lineage import Link
-from medlora.mixture import derive_seed
 from medlora.models import load_base, load_tokenizer
 from medlora.predictions import predict
 from medlora.records import McqRecord, Prediction
-from medlora.sources import read
 
 
 def locate_base(base: BaseModelConfig, cache: str, seed: int, report: Any = None) -> BaseModelConfig:
@@ -38,22 +34,11 @@ def load_stage_tokenizer(base: BaseModelConfig, chain: Sequence[Link]) -> Any:
     return load_tokenizer(base)
 
 
-def choose_shots(few_shot: FewShot, seed: int) -> tuple[McqRecord, ...]:
-    """The first or a seeded k of the source's questions; raises InputError when it has fewer."""
-    questions = [record for record in read(few_shot) if isinstance(record, McqRecord)]
-    if len(questions) < few_shot.k:
-        raise InputError(
-            f"evaluation.few_shot: {few_shot.source} has {len(questions)} questions, k asks for {few_shot.k}"
-        )
-    if few_shot.choose == "first":
-        return tuple(questions[: few_shot.k])
-    return tuple(random.Random(derive_seed(seed, "few_shot")).sample(questions, few_shot.k))
-
-
 class StageModel:
     """One base holding every adapter of `stages` (name -> chain); a stage is switched to, not loaded.
 
-    Each stage answers with its own tokenizer, so that the plain base does not see words that a phase added.
+    Each stage answers with its own tokenizer, so that the plain base does not see words that a phase added. `shots` and
+    `worked` are solved questions that every prompt shows, see `medlora.evaluation.read_asked`.
     """
 
     def __init__(
@@ -63,6 +48,8 @@ class StageModel:
         config: EvaluationConfig,
         device: str = "cpu",
         seed: int = 0,
+        shots: Sequence[McqRecord] = (),
+        worked: McqRecord | None = None,
     ) -> None:
         transformers.logging.set_verbosity_error()
         self.rotations = config.rotations
@@ -71,13 +58,13 @@ class StageModel:
         links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
         model = load_base(base, max(tokenizers.values(), key=len), device)
         self.model = load_chain(model, list(links.items()))
-        shots = choose_shots(config.few_shot, seed) if config.few_shot else ()
         self.answerers = {
             name: McqAnswerer(
                 self.model,
                 tokenizer,
                 scoring=config.scoring,
                 style=config.style,
+                worked=worked,
                 shots=shots,
                 max_tokens=config.max_tokens,
                 token_budget=config.token_budget,

@@ -17,7 +17,7 @@ import pytest
 from fake_stages import FakeStages, die_while_loading
 
 from medlora import runs
-from medlora.config import EvaluationConfig, Placement
+from medlora.config import ActorPlacement, EvaluationConfig
 from medlora.evaluation import LEDGER, PREDICTIONS
 from medlora.records import McqRecord
 
@@ -52,7 +52,13 @@ def ask(n: int, special: dict[int, str] | None = None) -> list[McqRecord]:
 
 
 def score(
-    folder: Path, questions: list[McqRecord], cluster: Any, actors: int = 2, pause_s: float = 0.0, size: int = 4
+    folder: Path,
+    questions: list[McqRecord],
+    cluster: Any,
+    actors: int = 2,
+    pause_s: float = 0.0,
+    size: int = 4,
+    min_actors: int | None = None,
 ) -> dict[str, Any]:
     from medlora.on_ray.scoring import score_stages
 
@@ -67,7 +73,7 @@ def score(
         {"t": questions},
         config,
         build,
-        Placement(workers=actors),
+        ActorPlacement(workers=actors, min_workers=min_actors),
         cluster,
         lambda event: None,
         folder / "run.log",
@@ -106,6 +112,17 @@ def test_every_question_is_asked_once_and_answered_once(
 def test_the_bytes_do_not_depend_on_the_actors(ray_cluster: Any, tmp_path: Path, undisturbed: bytes) -> None:
     score(tmp_path / "e", ask(30), ray_cluster, actors=2)
     assert (tmp_path / "e" / PREDICTIONS).read_bytes() == undisturbed
+
+
+def test_a_pool_that_grows_loads_a_model_for_each_actor_and_gives_the_same_bytes(
+    ray_cluster: Any, tmp_path: Path, undisturbed: bytes
+) -> None:
+    score(tmp_path / "e", ask(30), ray_cluster, actors=2, pause_s=0.3, size=2, min_actors=1)
+    assert 1 <= len(journal(tmp_path / "e", "load")) <= 2
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(tmp_path / "e" / PREDICTIONS)
+    assert rows.equals(pyarrow.parquet.read_table(pyarrow.BufferReader(undisturbed)))
 
 
 def test_an_actor_killed_in_the_middle_changes_nothing(ray_cluster: Any, tmp_path: Path, undisturbed: bytes) -> None:
@@ -173,6 +190,6 @@ def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, 
     with pytest.raises(Exception, match="keep dying"):
         list(
             answer_on_ray(
-                batches, ["a"], die_while_loading, Placement(), ray_cluster, lambda event: None, tmp_path / "log"
+                batches, ["a"], die_while_loading, ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log"
             )
         )

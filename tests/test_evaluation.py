@@ -13,10 +13,12 @@ from medlora.config import BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
 from medlora.evaluation import (
     EvaluateConfig,
+    describe_evaluation,
     find_doubts,
     find_stages,
     pack_prediction,
     plan_batches,
+    read_asked,
     read_ledger,
     read_tests,
     refuse_other,
@@ -159,3 +161,93 @@ def test_a_folder_with_another_evaluation_is_refused(tmp_path: Path) -> None:
     refuse_other(tmp_path, {"evaluation": {"scoring": "letter"}})
     with pytest.raises(InputError, match='evaluation.scoring: was "letter", now "reason"'):
         refuse_other(tmp_path, {"evaluation": {"scoring": "reason"}})
+
+
+def write_questions(path: Path, rows: list[McqRecord]) -> str:
+    path.write_text(
+        "\n".join(
+            json.dumps(
+                {
+                    "id": r.id,
+                    "question": r.question,
+                    "options": r.options,
+                    "answer": r.answer,
+                    "rationale": r.rationale or None,
+                }
+            )
+            for r in rows
+        ),
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+def shown_by(tmp_path: Path, solved: list[McqRecord], **keys: Any) -> EvaluationConfig:
+    asked = [McqRecord(f"t{i}", f"asked {i}?", ("a", "b"), "A") for i in range(3)]
+    source = write_questions(tmp_path / "solved.jsonl", solved)
+    keys = {name: {**value, "source": source} if isinstance(value, dict) else value for name, value in keys.items()}
+    tests = [{"name": "t", "source": write_questions(tmp_path / "asked.jsonl", asked)}]
+    return EvaluationConfig.model_validate({"tests": tests, **keys})
+
+
+SOLVED = [McqRecord(f"s{i}", f"solved {i}?", ("a", "b"), "B") for i in range(6)]
+REASONED = McqRecord("r", "why?", ("a", "b"), "B", rationale={"facts": "b is so"})
+
+
+def test_shots_are_the_first_or_drawn_with_the_seed(tmp_path: Path) -> None:
+    first = read_asked(shown_by(tmp_path, SOLVED, few_shot={"k": 2}), seed=0)
+    assert [record.id for record in first.shots] == ["s0", "s1"] and first.worked is None
+    seeded = shown_by(tmp_path, SOLVED, few_shot={"k": 3, "choose": "seeded"})
+    drawn = [tuple(record.id for record in read_asked(seeded, seed).shots) for seed in range(8)]
+    assert drawn[3] == tuple(record.id for record in read_asked(seeded, 3).shots) and len(set(drawn)) > 1
+
+
+def test_the_worked_example_is_the_first_with_a_rationale(tmp_path: Path) -> None:
+    config = shown_by(tmp_path, [SOLVED[0], REASONED], style="reasoning_full", worked_example={})
+    assert read_asked(config, 0).worked == REASONED
+
+
+@pytest.mark.parametrize(
+    ("solved", "keys", "said"),
+    [
+        (SOLVED[:1], {"few_shot": {"k": 2}}, "evaluation.few_shot: .* has 1 questions, k asks for 2"),
+        (
+            [McqRecord("s", " asked 1? ", ("c", "d"), "A")],
+            {"few_shot": {"k": 1}},
+            r"question s is shown with its answer, and test t asks it \(as t1\)",
+        ),
+        (SOLVED, {"style": "reasoning_full", "worked_example": {}}, "evaluation.worked_example: .* no question with a"),
+        (
+            [McqRecord("s", "asked 2?", ("a", "b"), "A", rationale={"facts": "so"})],
+            {"style": "reasoning_full", "worked_example": {}},
+            r"evaluation.worked_example: question s is shown .* \(as t2\)",
+        ),
+    ],
+)
+def test_what_prompts_cannot_show_is_refused(
+    tmp_path: Path, solved: list[McqRecord], keys: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        read_asked(shown_by(tmp_path, solved, **keys), 0)
+
+
+def test_other_shots_are_another_evaluation(tmp_path: Path) -> None:
+    base = BaseModelConfig(model="miniature")
+    described = []
+    for solved in (SOLVED, SOLVED[1:]):
+        config = shown_by(tmp_path, solved, few_shot={"k": 2})
+        described.append(describe_evaluation(base, 0, config, {"base": ()}, read_asked(config, 0)))
+    assert [name for name in described[0] if described[0][name] != described[1][name]] == ["shown"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"style": "reasoning_full"}, "reasoning_full needs one"),
+        ({"worked_example": {"source": "x.jsonl"}}, "only that style shows it"),
+        ({"placement": {"workers": 2, "min_workers": 3}}, "min_workers: 3 is more than workers: 2"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "t.jsonl"}], **keys})

@@ -90,16 +90,17 @@ def count_gpus(placement: Placement, cluster: Cluster) -> float:
 
 def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
     """Raise InputError when the cluster can never hold the placement, saying what it has."""
-    gpus = placement.workers * count_gpus(placement, cluster)
+    workers = placement.least_workers
+    gpus = workers * count_gpus(placement, cluster)
     if gpus > cluster.gpus:
         raise InputError(
-            f"{key}: {placement.workers} workers x {count_gpus(placement, cluster):g} GPUs = {gpus:g} GPUs asked; the cluster has {cluster}; "
+            f"{key}: {workers} workers x {count_gpus(placement, cluster):g} GPUs = {gpus:g} GPUs asked; the cluster has {cluster}; "
             f"lower {key}.workers or {key}.gpus_per_worker, or add nodes"
         )
-    cpus = placement.workers * placement.cpus_per_worker
+    cpus = workers * placement.cpus_per_worker
     if cpus > cluster.cpus:
         raise InputError(
-            f"{key}: {placement.workers} workers x {placement.cpus_per_worker} CPUs = {cpus} CPUs asked; the cluster has {cluster}; "
+            f"{key}: {workers} workers x {placement.cpus_per_worker} CPUs = {cpus} CPUs asked; the cluster has {cluster}; "
             f"lower {key}.cpus_per_worker"
         )
     if placement.accelerator_type and placement.accelerator_type not in cluster.accelerators:

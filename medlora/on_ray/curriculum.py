@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from medlora import runs
-from medlora.config import PhaseConfig, RunConfig
+from medlora.config import ActorPlacement, PhaseConfig, RunConfig
 from medlora.errors import InputError
-from medlora.evaluation import FINGERPRINT, Stages, describe_evaluation, find_report, read_tests
+from medlora.evaluation import FINGERPRINT, Asked, Stages, describe_evaluation, find_report, read_asked
 from medlora.lineage import (
     Link,
     extend_chain,
@@ -20,7 +20,6 @@ from medlora.lineage import (
     refuse,
     start_chain,
 )
-from medlora.records import McqRecord
 
 log = logging.getLogger("medlora.run")
 
@@ -151,13 +150,11 @@ def _describe_run(config: RunConfig, run: runs.RunFolder) -> None:
     )
 
 
-def _describe_evaluation(
-    config: RunConfig, stages: Stages
-) -> tuple[dict[str, Any], dict[str, list[McqRecord]]] | tuple[None, None]:
+def _describe_evaluation(config: RunConfig, stages: Stages) -> tuple[dict[str, Any], Asked] | tuple[None, None]:
     if config.evaluation is None:
         return None, None
-    tests = read_tests(config.evaluation)
-    return describe_evaluation(config.base, config.seed, config.evaluation, stages, tests), tests
+    asked = read_asked(config.evaluation, config.seed)
+    return describe_evaluation(config.base, config.seed, config.evaluation, stages, asked), asked
 
 
 def _find_report(config: RunConfig, run: runs.RunFolder, stages: Stages) -> dict[str, Any] | None:
@@ -178,19 +175,19 @@ def _evaluate(
     from medlora.on_ray.evaluate import make_builder
     from medlora.on_ray.scoring import score_stages
 
-    fingerprint, tests = _describe_evaluation(config, stages)
-    if config.evaluation is None or fingerprint is None or tests is None:
+    fingerprint, asked = _describe_evaluation(config, stages)
+    if config.evaluation is None or fingerprint is None or asked is None:
         return None
-    placement = config.evaluation.placement or config.placement
+    placement = config.evaluation.placement or ActorPlacement.model_validate(config.placement.model_dump())
     check_placement(placement, cluster, "evaluation.placement" if config.evaluation.placement else "placement")
     if runs.find_differences(runs.read_json(run.evaluation / FINGERPRINT), fingerprint) or runs.read_manifest(
         run.evaluation
     ):
         runs.set_aside(run.evaluation)
-    questions = sum(map(len, tests.values()))
+    questions = sum(map(len, asked.tests.values()))
     on_event({"event": "phase", "phase": "evaluation", "device": f"{len(stages)} stages x {questions} questions"})
     job = make_job(config, config.phases[-1], ())
-    build = make_builder(config.base, job.cache, job.seed, stages, config.evaluation, placement, cluster)
+    build = make_builder(config.base, job.cache, job.seed, stages, config.evaluation, asked, placement, cluster)
     about = {
         "name": config.name,
         "config": config.model_dump(mode="json"),
@@ -201,7 +198,7 @@ def _evaluate(
         run.evaluation,
         fingerprint,
         stages,
-        tests,
+        asked.tests,
         config.evaluation,
         build,
         placement,

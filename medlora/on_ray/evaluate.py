@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from medlora.config import BaseModelConfig, EvaluationConfig, Placement
+from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
-from medlora.evaluation import Question, Stages, name_batch, pack_prediction, unpack_prediction
+from medlora.evaluation import Asked, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link
 from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen, ray
 from medlora.records import McqRecord, Prediction
@@ -41,11 +41,13 @@ def build_stages(
     seed: int,
     stages: dict[str, list[dict[str, str]]],
     config: dict[str, Any],
+    shots: Sequence[McqRecord],
+    worked: McqRecord | None,
     threads: int,
     device: str,
     cwd: str,
 ) -> AnswersQuestions:
-    """The model of an actor, from plain values."""
+    """The model of an actor, from what can travel to it."""
     if Path(cwd).is_dir():
         os.chdir(cwd)
     import torch
@@ -55,7 +57,7 @@ def build_stages(
     torch.set_num_threads(threads)
     chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
     located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
-    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed)
+    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed, shots, worked)
 
 
 def make_builder(
@@ -64,7 +66,8 @@ def make_builder(
     seed: int,
     stages: Stages,
     config: EvaluationConfig,
-    placement: Placement,
+    asked: Asked,
+    placement: ActorPlacement,
     cluster: Cluster,
 ) -> Callable[[], AnswersQuestions]:
     """`build_stages` with its arguments, ready to travel into an actor."""
@@ -75,6 +78,8 @@ def make_builder(
         seed=seed,
         stages={name: [link.model_dump() for link in chain] for name, chain in stages.items()},
         config=config.model_dump(mode="json"),
+        shots=asked.shots,
+        worked=asked.worked,
         threads=placement.cpus_per_worker,
         device="cuda" if count_gpus(placement, cluster) else "cpu",
         cwd=os.getcwd(),
@@ -85,7 +90,7 @@ def answer_on_ray(
     batches: Sequence[Sequence[Question]],
     stages: Sequence[str],
     build: Callable[[], AnswersQuestions],
-    placement: Placement,
+    placement: ActorPlacement,
     cluster: Cluster,
     on_event: OnEvent,
     log_file: Path,
@@ -104,7 +109,8 @@ def answer_on_ray(
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     gpus = count_gpus(placement, cluster)
-    actors = min(placement.workers, len(batches))
+    most = min(placement.workers, len(batches))
+    least = min(placement.least_workers, most)
     refusals: list[str] = []
 
     def hear(event: dict[str, Any]) -> None:
@@ -113,7 +119,7 @@ def answer_on_ray(
         else:
             on_event(event)
 
-    attempts = ray.remote(num_cpus=0)(Attempts).remote(actors, placement.retries)
+    attempts = ray.remote(num_cpus=0)(Attempts).remote(most, placement.retries)
     rows = [{"batch": json.dumps([[test, asdict(record)] for test, record in batch])} for batch in batches]
     failure: Exception | None = None
     with listen(hear) as inbox, _stderr_to(log_file), warnings.catch_warnings():
@@ -129,7 +135,7 @@ def answer_on_ray(
                 "inbox": inbox,
             },
             batch_size=1,
-            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=placement.cpus_per_worker,
             num_gpus=gpus or None,
             accelerator_type=placement.accelerator_type,
@@ -152,31 +158,33 @@ def answer_on_ray(
 
 
 class Attempts:
-    """Counts what was begun and not ended, outside of the actors that may die at it: how often each key killed one."""
+    """Counts what was begun and not ended, outside of the actors that may die at it: how often each key killed one.
+
+    A model loaded whole gives its load back: a pool that grows, or an actor that comes back after a death at a question
+    (which counts there), may load as often as it has to; a model that never loads is tried so often and no more.
+    """
 
     def __init__(self, actors: int, retries: int) -> None:
         self.unended: Counter[str] = Counter()
-        self.deaths_unseen = 0
         self.loads_left = actors + retries
 
     def begin(self, key: str) -> int:
         """How many actors have died at `key` so far."""
         self.unended[key] += 1
-        self.deaths_unseen += 1
         return self.unended[key] - 1
 
     def end(self, key: str) -> None:
         """What was begun has ended, well or with an exception."""
         self.unended[key] -= 1
-        self.deaths_unseen -= 1
 
-    def may_load(self) -> bool:
-        """Whether one more actor may load the model: the first ones, one for each death at a question, a few to spare."""
-        if self.deaths_unseen > 0:
-            self.deaths_unseen -= 1
-            return True
+    def begin_load(self) -> bool:
+        """Whether one more actor may load the model."""
         self.loads_left -= 1
         return self.loads_left >= 0
+
+    def end_load(self) -> None:
+        """The model is loaded."""
+        self.loads_left += 1
 
 
 class BatchAnswerer:
@@ -186,13 +194,14 @@ class BatchAnswerer:
         self, build: Callable[[], AnswersQuestions], stages: list[str], attempts: Any, retries: int, inbox: Any
     ) -> None:
         self.stages, self.attempts, self.retries, self.inbox = stages, attempts, retries, inbox
-        if not ray.get(attempts.may_load.remote()):
+        if not ray.get(attempts.begin_load.remote()):
             raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
         try:
             self.model = build()
         except InputError as error:
             inbox.put({"event": "refused", "text": str(error)})
             raise
+        ray.get(attempts.end_load.remote())
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
         """One batch as JSON -> its predictions as JSON."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from medlora import prompts, runs
-from medlora.config import EvaluationConfig, Placement
+from medlora.config import ActorPlacement, EvaluationConfig
 from medlora.evaluation import (
     FINGERPRINT,
     LEDGER,
     PAGE,
     PREDICTIONS,
     REPORT,
+    SECONDS,
     EvaluateConfig,
     EvaluationPlan,
     Stages,
@@ -27,7 +28,7 @@ from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect
 from medlora.on_ray.evaluate import AnswersQuestions, answer_on_ray, make_builder
 from medlora.page import write_page
 from medlora.records import McqRecord
-from medlora.report import build_report, write_predictions
+from medlora.report import build_report, sum_seconds, write_predictions, write_seconds
 
 
 def score_stages(
@@ -37,7 +38,7 @@ def score_stages(
     tests: Mapping[str, Sequence[McqRecord]],
     config: EvaluationConfig,
     build: Callable[[], AnswersQuestions],
-    placement: Placement,
+    placement: ActorPlacement,
     cluster: Cluster,
     on_event: OnEvent,
     log_file: Path,
@@ -72,6 +73,7 @@ def score_stages(
             "seconds": round(seconds, 2),
             "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
             "questions_asked": left,
+            "stage_seconds": sum_seconds(ordered),
             "questions_per_s": round(left / running_s, 2) if left and len(batches) > 1 and running_s > 0 else None,
             "versions": runs.get_versions(),
             "prompts": prompts.version(),
@@ -80,6 +82,7 @@ def score_stages(
         seed,
     )
     write_predictions(folder / PREDICTIONS, ordered)
+    write_seconds(folder / SECONDS, ordered)
     runs.write_json(folder / REPORT, report)
     write_page(folder / PAGE, report, ordered, tests)
     runs.commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, passing=(ledger,))
@@ -97,13 +100,15 @@ def run_evaluation(
         on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": seconds})
         check_placement(config.placement, cluster, "placement")
         cache = str(Path(config.storage.cache or "~/.cache/medlora").expanduser())
-        build = make_builder(config.base, cache, config.seed, plan.stages, config.evaluation, config.placement, cluster)
+        build = make_builder(
+            config.base, cache, config.seed, plan.stages, config.evaluation, plan.asked, config.placement, cluster
+        )
         about = {"name": config.name, "config": config.model_dump(mode="json"), "notes": plan.notes}
         return score_stages(
             out.root,
             plan.fingerprint,
             plan.stages,
-            plan.tests,
+            plan.asked.tests,
             config.evaluation,
             build,
             config.placement,
