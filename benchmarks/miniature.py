@@ -62,7 +62,7 @@ def identify(config: RunConfig) -> str:
     assert config.evaluation is not None
     tests = {test.name: hash_records(read(test)) for test in config.evaluation.tests}
     phases = [make_job(config, phase, ()).fingerprint for phase in config.phases]
-    return runs.hash_json(runs.as_json([phases, tests, config.evaluation.model_dump(mode="json")]))
+    return runs.hash_json(runs.as_json([phases, tests, config.evaluation.model_dump(mode="json", exclude={"tests"})]))
 
 
 def measure(config: RunConfig, folder: Path, tell: Callable[[str], None]) -> Result:

@@ -117,7 +117,7 @@ class McqAnswerer:
             if self.scoring == "option_text":
                 return self._score_options(records, prompts, prefix)
             if self.style not in _REASONING_STYLES:
-                lead = self._split_off_space()
+                lead = _split_off_space(self.tokenizer, self.style)
                 return self._score_letters(records, [prompt + lead for prompt in prompts], prefix)
             written = [Generated("", 0)] * len(records)
             if self.scoring == "reason":
@@ -211,7 +211,7 @@ class McqAnswerer:
         self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None
     ) -> list[Answer]:
         contexts = self._lead_on(prompts, [""] * len(prompts)) if self.style in _REASONING_STYLES else prompts
-        before, space = self._where_the_letter_stands()
+        before, space = _locate_letter(self.style)
         head = len(encode_texts(self.tokenizer, [before])[0]) if before else 0
         options = [
             [
@@ -233,23 +233,30 @@ class McqAnswerer:
             answers.append(_choose(record.letters, [s / n for s, n in zip(sums, lengths, strict=True)], sums))
         return answers
 
-    def _where_the_letter_stands(self) -> tuple[str, str]:
-        """What the context ends with, as far as it can change the letter's token, and what stands before the letter."""
-        if self.style == "kormedmcqa":
-            return KORMEDMCQA_FIELD, " "
-        return (ANSWER_FIELD if self.style in _REASONING_STYLES else ""), ""
-
-    def _split_off_space(self) -> list[int]:
-        """The tokens of the space before a letter where the tokenizer keeps it apart; none where ` A` is one token."""
-        before, space = self._where_the_letter_stands()
-        plain, spaced, whole = encode_texts(self.tokenizer, [before, before + space, f"{before}{space}A"])
-        return spaced[len(plain) :] if whole[:-1] == spaced else []
-
     def _letter_ids(self, letters: str) -> list[int]:
-        before, space = self._where_the_letter_stands()
-        if self._split_off_space():
-            before, space = before + space, ""
-        return letter_token_ids(self.tokenizer, [space + letter for letter in letters], before)
+        return find_letter_ids(self.tokenizer, self.style, letters)
+
+
+def find_letter_ids(tokenizer: Any, style: McqStyle, letters: str) -> list[int]:
+    """The token of each letter where a prompt of that style is answered; raises InputError when one has none."""
+    before, space = _locate_letter(style)
+    if _split_off_space(tokenizer, style):
+        before, space = before + space, ""
+    return letter_token_ids(tokenizer, [space + letter for letter in letters], before)
+
+
+def _locate_letter(style: McqStyle) -> tuple[str, str]:
+    """What the context ends with, as far as it can change the letter's token, and what stands before the letter."""
+    if style == "kormedmcqa":
+        return KORMEDMCQA_FIELD, " "
+    return (ANSWER_FIELD if style in _REASONING_STYLES else ""), ""
+
+
+def _split_off_space(tokenizer: Any, style: McqStyle) -> list[int]:
+    """The tokens of the space before a letter where the tokenizer keeps it apart; none where ` A` is one token."""
+    before, space = _locate_letter(style)
+    plain, spaced, whole = encode_texts(tokenizer, [before, before + space, f"{before}{space}A"])
+    return spaced[len(plain) :] if whole[:-1] == spaced else []
 
 
 def _choose(letters: str, scores: Sequence[float], log_likelihoods: Sequence[float]) -> Answer:

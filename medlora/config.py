@@ -199,6 +199,8 @@ class TestConfig(SourceConfig):
     """A test that the finished stages are scored on and that nothing else ever reads."""
 
     name: Name
+    subject: str | None = None
+    """Column that names the subject of a question; unset = `subject` where there is one."""
 
 
 class FewShot(SourceConfig):

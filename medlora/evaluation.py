@@ -127,6 +127,11 @@ class Asked:
     shots: tuple[McqRecord, ...] = ()
     worked: McqRecord | None = None
 
+    @property
+    def letters(self) -> str:
+        """Every letter that a question can be answered with."""
+        return max((record.letters for records in self.tests.values() for record in records), key=len, default="")
+
 
 def read_asked(evaluation: EvaluationConfig, seed: int, key: str = "evaluation") -> Asked:
     """Everything that prompts are made of; raises InputError naming the key of what cannot be asked or shown.

@@ -74,5 +74,6 @@ def _describe(answerer: McqAnswerer, test: str, record: McqRecord, answer: Answe
         answer.text,
         options=len(record.options),
         tokens=answer.tokens,
+        margin=answer.margin,
         format_score=score_format(answer.text, fields, record.letters).score if writes else None,
     )

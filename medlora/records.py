@@ -96,7 +96,8 @@ class Prediction:
     wrong. `probabilities` are over the question's letters in order and sum to 1 where the scoring gives them, else ().
     `options` is how many options the question has, 0 where that is not known; `tokens` how many the model wrote.
     `format_score` is in [0, 1], None where no format was asked for. `rotated` holds the letters chosen when the options
-    were moved 0, 1, 2, ... places to the front ("-": unparsed), empty where only one order was asked. `seconds` is the
+    were moved 0, 1, 2, ... places to the front ("-": unparsed), empty where only one order was asked. `margin` is
+    the best probability minus the next. `seconds` is the
     question's share of its batch's wall time; it differs from run to run, so it is no part of equality.
     """
 
@@ -113,6 +114,7 @@ class Prediction:
     tokens: int = 0
     format_score: float | None = None
     rotated: str = ""
+    margin: float | None = None
     seconds: float = field(default=0.0, compare=False)
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from medlora.config import SourceConfig
+from medlora.config import SourceConfig, TestConfig
 from medlora.errors import InputError
 from medlora.records import FIELDS, LETTERS, McqRecord, Record, RecordError, TextRecord, TranslationRecord
 
@@ -37,11 +37,12 @@ def read(source: SourceConfig) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
     seen: dict[str, str] = {}
+    subject = source.subject if isinstance(source, TestConfig) else None
     for where, row in _read_rows(source):
         if source.limit is not None and len(records) == source.limit:
             break
         try:
-            record = row if isinstance(row, Record) else to_record(row, source.kind, _name_row(where))
+            record = row if isinstance(row, Record) else to_record(row, source.kind, _name_row(where), subject)
         except RecordError as error:
             problems.append(f"{where}: {error}")
             continue
@@ -219,15 +220,18 @@ def _read_hub(name: str) -> Iterator[Row]:
     yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
 
 
-def to_record(row: Any, kind: str = "auto", default_id: str = "1") -> Record:
-    """A row as the record that its columns make; raises RecordError with the reason when they make none."""
+def to_record(row: Any, kind: str = "auto", default_id: str = "1", subject: str | None = None) -> Record:
+    """A row as the record that its columns make; raises RecordError with the reason when they make none.
+
+    `subject` names the column of a question's subject.
+    """
     if not isinstance(row, Mapping):
         raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}")
     identity = row.get("id")
     identity = default_id if identity is None or identity == "" else str(identity)
     pair = next((pair for pair in _PAIR_COLUMNS if all(column in row for column in pair)), None)
     if kind in ("auto", "mcq") and ("question" in row or kind == "mcq"):
-        return _to_mcq(row, identity)
+        return _to_mcq(row, identity, subject)
     if pair and kind in ("auto", "translation"):
         return TranslationRecord(identity, row[pair[0]], row[pair[1]])
     if "text" in row and kind in ("auto", "text"):
@@ -238,7 +242,7 @@ def to_record(row: Any, kind: str = "auto", default_id: str = "1") -> Record:
     )
 
 
-def _to_mcq(row: Mapping[str, Any], identity: str) -> McqRecord:
+def _to_mcq(row: Mapping[str, Any], identity: str, subject: str | None = None) -> McqRecord:
     if "question" not in row:
         raise RecordError(f"no `question` column; found {', '.join(map(str, row))}")
     options = _get_options(row)
@@ -247,7 +251,10 @@ def _to_mcq(row: Mapping[str, Any], identity: str) -> McqRecord:
     if "answer" not in row:
         raise RecordError(f"no `answer` column; found {', '.join(map(str, row))}")
     answer = _to_letter(row["answer"], options)
-    return McqRecord(identity, row["question"], options, answer, str(row.get("subject") or ""), _get_rationale(row))
+    if subject is not None and subject not in row:
+        raise RecordError(f"no column {subject!r} for the subject; found {', '.join(map(str, row))}")
+    of_subject = str(row.get(subject or "subject") or "")
+    return McqRecord(identity, row["question"], options, answer, of_subject, _get_rationale(row))
 
 
 def _get_options(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from medlora.answering import McqAnswerer
+from medlora.answering import McqAnswerer, find_letter_ids
 from medlora.chains import activate, load_chain
 from medlora.config import BaseModelConfig, EvaluationConfig
 from medlora.lineage import Link
@@ -38,7 +38,8 @@ class StageModel:
     """One base holding every adapter of `stages` (name -> chain); a stage is switched to, not loaded.
 
     Each stage answers with its own tokenizer, so that the plain base does not see words that a phase added. `shots` and
-    `worked` are solved questions that every prompt shows, see `medlora.evaluation.read_asked`.
+    `worked` are solved questions that every prompt shows, see `medlora.evaluation.read_asked`. Raises InputError, before
+    the model is loaded, when a tokenizer cannot answer with one of `letters`.
     """
 
     def __init__(
@@ -50,11 +51,15 @@ class StageModel:
         seed: int = 0,
         shots: Sequence[McqRecord] = (),
         worked: McqRecord | None = None,
+        letters: str = "",
     ) -> None:
         transformers.logging.set_verbosity_error()
         self.rotations = config.rotations
         self.chains = {name: list(chain) for name, chain in stages.items()}
         tokenizers = {name: load_stage_tokenizer(base, chain) for name, chain in self.chains.items()}
+        if config.scoring in ("letter", "reason"):
+            for tokenizer in tokenizers.values():
+                find_letter_ids(tokenizer, config.style, letters)
         links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
         model = load_base(base, max(tokenizers.values(), key=len), device)
         self.model = load_chain(model, list(links.items()))

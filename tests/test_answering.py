@@ -375,3 +375,18 @@ def test_no_questions_no_answers(gemma: Any) -> None:
 def test_no_letter_is_chosen_among_numbers_that_are_none() -> None:
     with pytest.raises(FloatingPointError, match="log-likelihoods of AB are \\[-1.0, nan\\]"):
         answering._choose("AB", [-1.0, float("nan")], [])
+
+
+def test_letters_that_the_tokenizer_lacks_are_refused_before_the_model_is_loaded(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medlora import stages
+    from medlora.config import EvaluationConfig
+
+    def load(*arguments: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(stages, "load_base", load)
+    config = EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "t.jsonl"}]})
+    with pytest.raises(InputError, match="the tokenizer cannot answer '가'"):
+        stages.StageModel(BaseModelConfig(model=bases["gemma"]), {"base": ()}, config, letters="A가")

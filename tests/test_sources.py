@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from medlora import config
 from medlora.config import SourceConfig
 from medlora.errors import InputError
 from medlora.records import McqRecord, RecordError, TextRecord, TranslationRecord
@@ -204,3 +205,13 @@ def test_real_files_are_read_whole(real_data: Path) -> None:
     sizes = {name: len(read_from(real_data / "kormedmcqa" / f"{name}.jsonl")) for name in ("train", "dev", "test")}
     assert sizes == {"train": 909, "dev": 300, "test": 295}
     assert len(read_from(f"{real_data / 'covid19_cdc.en'}|{real_data / 'covid19_cdc.ko'}")) == 258
+
+
+def test_a_test_names_the_column_of_its_subjects(tmp_path: Path) -> None:
+    row = {"question": "q?", "A": "x", "B": "y", "answer": "A", "field": "cardiology", "subject": "other"}
+    path = str(write_rows(tmp_path, row, name="t.jsonl"))
+    (named,) = read(config.TestConfig(name="t", source=path, subject="field"))
+    (plain,) = read(config.TestConfig(name="t", source=path))
+    assert (named.subject, plain.subject) == ("cardiology", "other")
+    with pytest.raises(InputError, match=r"t.jsonl:1: no column 'topic' for the subject; found question, A"):
+        read(config.TestConfig(name="t", source=path, subject="topic"))

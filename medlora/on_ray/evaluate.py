@@ -43,6 +43,7 @@ def build_stages(
     config: dict[str, Any],
     shots: Sequence[McqRecord],
     worked: McqRecord | None,
+    letters: str,
     threads: int,
     device: str,
     cwd: str,
@@ -57,7 +58,7 @@ def build_stages(
     torch.set_num_threads(threads)
     chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
     located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
-    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed, shots, worked)
+    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed, shots, worked, letters)
 
 
 def make_builder(
@@ -80,6 +81,7 @@ def make_builder(
         config=config.model_dump(mode="json"),
         shots=asked.shots,
         worked=asked.worked,
+        letters=asked.letters,
         threads=placement.cpus_per_worker,
         device="cuda" if count_gpus(placement, cluster) else "cpu",
         cwd=os.getcwd(),
