@@ -160,13 +160,13 @@ class Bench:
         print(f"{who}, {mode}, {shots}-shot ...", end=" ", file=sys.stderr, flush=True)
         spent: list[tuple[float, float]] = []
 
-        def clock(timed: Callable[..., Any]) -> Callable[..., Any]:
+        def clock(timed: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 wall, cpu = time.perf_counter(), time.process_time()
                 made = timed(*args, **kwargs)
                 if self.cuda:
                     torch.cuda.synchronize()
-                spent.append((time.perf_counter() - wall, time.process_time() - cpu))
+                spent.append((sign * (time.perf_counter() - wall), sign * (time.process_time() - cpu)))
                 return made
 
             return run
@@ -187,8 +187,11 @@ class Bench:
         """All rows of one number of shots: likelihood against likelihood, generation against generation."""
         few, shown = len(self.few), self.shots[:shots]
 
+        # A search from 64 down takes a quarter of an hour on one thread, to find that memory bears a few.
+        most = 64 if self.cuda else 8
+
         def harness(task: str, size: int | str) -> Any:
-            return lambda clock: ask(self.tasks, self.model, self.tokenizer, task, shots, size, max_length, clock)
+            return lambda clock: ask(self.tasks, self.model, self.tokenizer, task, shots, size, max_length, clock, most)
 
         def ours(records: Sequence[McqRecord], scoring: Any) -> Any:
             # A new answerer each time: the prefix is computed within what is measured.
@@ -198,7 +201,7 @@ class Bench:
                 ).answer
             )(records)
 
-        ours(self.many[:2], "letter")(lambda work: work)  # what is compiled or allocated once
+        ours(self.many[:2], "letter")(lambda work, sign=1: work)  # what is compiled or allocated once
         letters = self.measure("medlora", "letter", shots, len(self.many), ours(self.many, "letter"))
         by_id = {record.id: answer.choice for record, answer in zip(self.many, letters, strict=True)}
         for size in batch_sizes:

@@ -74,16 +74,25 @@ def ask(
     shots: int,
     batch_size: int | str,
     max_length: int = 8192,
-    clock: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda work: work,
+    clock: Callable[..., Callable[..., Any]] = lambda work, sign=1: work,
+    max_batch_size: int = 64,
 ) -> list[dict[str, Any]]:
     """What `lm_eval.simple_evaluate` logs of each question, in their order.
 
     `clock` wraps the methods that answer requests, so that what is timed is the model and not the reading of the task.
+    What the search for `auto` takes, from `max_batch_size` down, is taken off again: a long run pays it once.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    backend = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        max_batch_size=max_batch_size,
+    )
+    backend._detect_batch_size = clock(backend._detect_batch_size, sign=-1)
     for name in ("loglikelihood", "generate_until"):
         setattr(backend, name, clock(getattr(backend, name)))
     result = simple_evaluate(
