@@ -151,7 +151,7 @@ _NOT_MEANT = re.compile(
     rf"{_GLOSS}\s*(?:번|선택지|보기)?\s*(?:[은는](?![가-힣])|[이가]?\s*아[니닌님닙닐]|일 (?:수(?!밖)|"
     r"리)|이?라면|이?라고 (?:가정|하면|착각|생각했|[볼할] 수(?:는|도)? 없|보기)"
     r"|\s*(?:또는|혹은|와|과|이?나|및|,|\b(?:or|and))\s*\Z"  # cut off before another option
-    r"|이?라고 생각하기 쉽|[일인] 경우|[일인]지|일까|인가|같[지으기]|처럼|[로으]+ 보이[지나]|"
+    r"|이?라고 생각하기 쉽|(?:이?라고|으로|로)\s*(?:생각|오인|오해|혼동)[할될] 수(?:도|는)? 있(?:지만|으나)|[일인] 경우|[일인]지|일까|인가|같[지으기]|처럼|[로으]+ 보이[지나]|"
     r"일 가능성[은이도] (?:있|낮|적)"
     r"|\s(?:is|was) (?:not|wrong|incorrect|false)|\s(?:cannot|can't|isn't)|[^.\n\ue000-\ue400]{0,12}\?)",
     re.I,
@@ -167,7 +167,8 @@ _SHARED = re.compile(
 )
 _SHARED_TEXT = re.compile(rf"\.?[^.\n\ue000-\ue400]{{0,40}}?(?:또는|혹은|아니면|\bor)\s*(?:option\s*|선택지\s*)?{ANY}")
 _IF = re.compile(
-    r"(?:만약|만일|\b(?:if|whether|suppose|unless|assuming)\b)[^.,\n]{0,40}\Z|\b(?:not|n't|wrong|"
+    r"(?:만약|만일|\b(?:one|you|some|they|people|many)\s+(?:might|could|may|would)\s+(?:think|assume|argue|guess|suspect)\b|"
+    r"\b(?:if|whether|suppose|unless|assuming)\b)[^.,\n]{0,40}\Z|\b(?:not|n't|wrong|"
     r"incorrect|other|why)\s+(?:the\s+)?[\w-]*\s*\Z",
     re.I,
 )

@@ -617,3 +617,17 @@ def test_format_score_by_hand(output: str, score: float, kept: tuple[str, ...], 
 def test_total_weighs_the_format_one_third() -> None:
     totals = [score_total(kept, right) for kept, right in ((1, True), (1, False), (0, True), (0.5, False))]
     assert totals == pytest.approx([1, 1 / 3, 2 / 3, 1 / 6])
+
+
+@pytest.mark.parametrize(
+    ("output", "letter"),
+    [
+        ("One might think the answer is A, but it is C.", "C"),
+        ("You might assume the answer is B. Actually, the answer is D.", "D"),
+        ("I would guess the answer is B", "B"),
+        ("정답을 B로 오인할 수 있으나 정답은 E이다.", "E"),
+        ("정답은 A라고 생각할 수 있지만 그렇지 않다.", None),
+    ],
+)
+def test_what_others_might_think_is_no_verdict(output: str, letter: str | None) -> None:
+    assert parse(output, "ABCDE") == letter
