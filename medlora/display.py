@@ -145,5 +145,6 @@ def print_report(report: Mapping[str, Any] | None, worked: bool) -> None:
         console.print(f"{failed} answers failed and count as wrong; see predictions.parquet, column error")
     for note in report.get("notes", []):
         console.print(f"beware: {note}", markup=False)
-    rate = f", {report['questions_per_s']:.1f} questions/s once running" if report["questions_per_s"] else ""
-    console.print(f"evaluation: {report['seconds']:.0f} s{rate}")
+    rate = f", {report['questions_per_s']:.1f} questions/s once running" if report.get("questions_per_s") else ""
+    if "seconds" in report:
+        console.print(f"evaluation: {report['seconds']:.0f} s{rate}")

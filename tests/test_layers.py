@@ -31,7 +31,7 @@ LAYERS = {
         WORDS,
     ),
     1: (
-        {"prompts", "sources", "lineage", "report", "page", "plots", "evaluation", "display", "miniature"},
+        {"prompts", "sources", "lineage", "report", "page", "plots", "evaluation", "display", "compare", "miniature"},
         {"torch", "transformers", "ray", "peft"},
     ),
     2: (

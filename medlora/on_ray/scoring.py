@@ -70,6 +70,7 @@ def score_stages(
         ordered,
         {
             **about,
+            "created": time.strftime("%Y-%m-%d %H:%M:%S%z"),
             "seconds": round(seconds, 2),
             "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
             "questions_asked": left,
