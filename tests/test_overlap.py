@@ -1,0 +1,118 @@
+"""Test questions planted into training data are found, and real questions that are none are left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medlora.config import SourceConfig
+from medlora.overlap import Overlap, TestIndex, find_duplicates
+from medlora.records import McqRecord, Record, TextRecord, TranslationRecord
+from medlora.sources import read
+
+STEM = "A 54-year-old farmer has had fever and a dry cough for nine days since he cleaned an old barn full of bats. What is most likely the cause?"
+QUESTION = McqRecord("q", STEM, ("Histoplasma", "Legionella", "Influenza virus", "Coxiella"), "A")
+SHORT = McqRecord(
+    "s", "다음 중 옳은 것은?", ("와파린은 비타민 K 를 막는다", "헤파린은 먹는 약이다", "철분은 우유와 먹는다"), "A"
+)
+MISSPELT = STEM.replace("has", "haz").replace("dry", "drie").replace("barn", "barnn").replace("likely", "likly")
+INDEX = TestIndex({"t": [QUESTION, SHORT]})
+
+
+def find(record: Record) -> list[tuple[str, str]]:
+    return [(hit.question, hit.kind) for hit in INDEX.find(record)]
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        (McqRecord("r", STEM, QUESTION.options, "A"), [("q", "exact")]),
+        (
+            McqRecord("r", STEM.upper().replace(" ", "  ").replace("?", " !"), QUESTION.options[::-1], "B"),
+            [("q", "exact")],
+        ),
+        (McqRecord("r", STEM, ("something", "else"), "A"), [("q", "exact")]),  # the stem alone is telling
+        (McqRecord("r", STEM.replace("farmer", "teacher"), QUESTION.options, "A"), [("q", "ngram")]),
+        (McqRecord("r", SHORT.question, SHORT.options[::-1], "C"), [("s", "exact")]),
+        (McqRecord("r", SHORT.question, (*SHORT.options[:2], "철분은 물과 먹는다"), "C"), [("s", "ngram")]),
+        (McqRecord("r", SHORT.question, ("간은 왼쪽에 있다", "폐는 하나이다", "신장은 둘이다"), "C"), []),
+        (McqRecord("r", MISSPELT, QUESTION.options, "A"), [("q", "near")]),
+        (TextRecord("r", f"Bats live long. {STEM} Nobody knows. " * 3), [("q", "ngram")]),
+        (TranslationRecord("r", STEM, "쉰네 살 농부가 아흐레 동안 열이 났다."), [("q", "ngram")]),
+        (TextRecord("r", "A 54-year-old farmer has had fever and a dry cough. He was healthy before."), []),
+    ],
+)
+def test_what_holds_a_question_is_found(record: Record, found: list[tuple[str, str]]) -> None:
+    assert find(record) == found
+
+
+def test_a_hit_names_both_sides() -> None:
+    (hit,) = INDEX.find(McqRecord("r", STEM, QUESTION.options, "A"), "train.jsonl")
+    assert hit == Overlap("train.jsonl", "r", "t", "q", "exact", 1.0)
+
+
+def test_duplicates_name_the_first() -> None:
+    records = [TextRecord("a", "Iron  deficiency."), TextRecord("b", "other"), TextRecord("c", "iron deficiency")]
+    assert list(find_duplicates([*records, TextRecord("d", "OTHER!")])) == [("c", "a"), ("d", "b")]
+
+
+def edit_word(text: str, draw: random.Random) -> str:
+    words = text.split()
+    words[draw.randrange(len(words))] = "바뀐말" if words[0] >= "가" else "changed"
+    return " ".join(words)
+
+
+def plant(question: McqRecord, kind: str, lines: list[str], draw: random.Random) -> Record:
+    """The question as training data would hold it."""
+    options = list(question.options)
+    if kind == "exact":
+        return question
+    if kind == "spelling":
+        stem = question.question.swapcase().replace(" ", "  ").replace("?", "").replace(",", " ;")
+        return McqRecord("p", stem, tuple(f"{option.swapcase()}." for option in options), "A")
+    if kind == "shuffled":
+        draw.shuffle(options)
+        return McqRecord("p", question.question, tuple(options), "A")
+    if kind == "edited":
+        return McqRecord("p", edit_word(question.question, draw), tuple(options), "A")
+    around = draw.sample(lines, 20)
+    asked = f"{question.question} " + " ".join(f"{x}. {o}" for x, o in zip("ABCDE", options, strict=False))
+    around.insert(draw.randrange(20), asked)
+    return TextRecord("p", " ".join(around))
+
+
+def read_medqa(path: Path) -> list[McqRecord]:
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        McqRecord(f"m{i}", row["question"], tuple(row["options"].values()), row["answer_idx"])
+        for i, row in enumerate(rows)
+    ]
+
+
+def test_200_planted_questions_among_1000_real_ones(real_data: Path) -> None:
+    """Recall of every kind, and false hits: what is left after the pairs that a reader calls one case."""
+    draw = random.Random(0)
+    korean = {
+        name: read(SourceConfig(source=str(real_data / f"kormedmcqa/{name}.jsonl"))) for name in ("train", "test")
+    }
+    medqa = read_medqa(real_data / "medqa_us_test.jsonl")
+    draw.shuffle(medqa)
+    tests = {"kormedmcqa": [r for r in korean["test"] if isinstance(r, McqRecord)], "medqa": medqa[:300]}
+    index = TestIndex(tests)
+    lines = {
+        name: (real_data / f"covid19_cdc.{name}").read_text(encoding="utf-8").splitlines() for name in ("ko", "en")
+    }
+    found: Counter[str] = Counter()
+    for i, question in enumerate(draw.sample([q for records in tests.values() for q in records], 200)):
+        kind = ("exact", "spelling", "shuffled", "edited", "buried")[i % 5]
+        planted = plant(question, kind, lines["en" if question.id.startswith("m") else "ko"], draw)
+        found[kind] += any(hit.question == question.id for hit in index.find(planted))
+    assert found["exact"] == found["spelling"] == found["shuffled"] == 40
+    assert found["edited"] >= 38 and found["buried"] >= 38
+    clean = [*draw.sample(korean["train"], 500), *draw.sample(medqa[300:], 500)]
+    assert sum(bool(index.find(record)) for record in clean) <= 5
