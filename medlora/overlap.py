@@ -20,7 +20,7 @@ GRAMS = (13, 8)
 LEAST_CONTAINED = {13: 0.3, 8: 0.6}
 """Share of a question's n-grams that a text must hold. One alone is no leak: exam questions begin alike ("A 45-year-old
 man comes to the physician because of ...")."""
-LEAST_SIMILAR = 0.7
+LEAST_SIMILAR = 0.72
 """Jaccard similarity of SHINGLE characters in a row, of question and options, from which on two questions are one."""
 SHINGLE, PERMUTATIONS = 5, 64
 _TELLING = 24
