@@ -255,6 +255,18 @@ class EvaluationConfig(Section):
         return self
 
 
+class DataConfig(Section):
+    """What training data may hold."""
+
+    overlap: Literal["stop", "drop", "allow"] = "stop"
+    """Training records that hold questions of a test or of dev: `stop` before training, `drop` them, or `allow` them,
+    which every report made from the run says."""
+    dedupe: bool = False
+    """Leave out what says the same as an earlier record of its source; such records are counted anyway."""
+    max_personal: int = Field(0, ge=0)
+    """Most places that may look like personal data: resident registration, phone and record numbers, e-mail addresses."""
+
+
 class Storage(Section):
     """Where things are kept."""
 
@@ -275,6 +287,7 @@ class RunConfig(Section):
     """Folders of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     evaluation: EvaluationConfig | None = None
+    data: DataConfig = DataConfig()
     placement: Placement = Placement()
     storage: Storage = Storage()
 

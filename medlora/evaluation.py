@@ -15,6 +15,7 @@ from pydantic import Field
 from medlora import prompts, runs
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, Name, Section, SourceConfig, Storage
 from medlora.config_file import load
+from medlora.data_card import describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.mixture import derive_seed
@@ -92,6 +93,13 @@ def _find_link(name: str, folder: str, key: str) -> Link:
         return Link(name=name, folder=str(find_adapter(Path(folder).expanduser().absolute())))
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+
+
+def find_notes(config: EvaluateConfig) -> list[str]:
+    """What the data cards of the runs have to say that the stages were taken from."""
+    folders = {stage.rpartition(":")[0] for stage in config.stages if isinstance(stage, str)}
+    cards = [(name, runs.read_json(runs.RunFolder(Path(name).expanduser()).data) or {}) for name in sorted(folders)]
+    return [f"{name}: {note}" for name, card in cards for note in describe_overlap(card)]
 
 
 def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationConfig) -> list[str]:
@@ -283,7 +291,7 @@ class EvaluationPlan:
     asked: Asked
     fingerprint: dict[str, Any]
     notes: list[str]
-    """Doubts that the user overruled with --force; every report made from this says them."""
+    """Doubts that the user overruled with --force, and what the runs' data cards say; the report says them."""
 
 
 def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
@@ -297,7 +305,7 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
             f"these numbers would mislead:\n  {shown}\nmend the config, or say --force; the report will say it too"
         )
     fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, asked)
-    return EvaluationPlan(stages, asked, fingerprint, doubts)
+    return EvaluationPlan(stages, asked, fingerprint, [*doubts, *find_notes(config)])
 
 
 def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from medlora.config import (
     TrainSource,
 )
 from medlora.config_file import load
+from medlora.data_card import find_dropped, read_kept
 from medlora.errors import InputError
 from medlora.records import McqRecord, Record
 from medlora.sources import go_offline_without_hub, hash_records, read
@@ -55,6 +56,8 @@ class PhaseJob(Section):
     parent: tuple[Link, ...]
     seed: int
     threads: int
+    dropped: dict[str, tuple[str, ...]] = {}
+    """Ids of the training records that are left out, by source."""
     fingerprint: dict[str, Any]
 
 
@@ -238,6 +241,7 @@ def make_job(config: RunConfig, phase: PhaseConfig, parent: Sequence[Link]) -> P
         parent=tuple(parent),
         seed=config.seed,
         threads=placement.cpus_per_worker,
+        dropped=find_dropped(config),
         fingerprint={},
     )
     return job.model_copy(update={"fingerprint": _describe(job)})
@@ -253,7 +257,7 @@ def _describe(job: PhaseJob) -> dict[str, Any]:
         "base": job.base.model_dump(mode="json"),
         "base_files": identify_base(job.base),
         "lora": job.lora.model_dump(mode="json"),
-        "data": {key: hash_records(read(source)) for key, source in sources.items()},
+        "data": {key: hash_records(read_kept(source, job.dropped)) for key, source in sources.items()},
         "prompts": prompts.version(),
         "seed": job.seed,
         "parent": [

@@ -7,10 +7,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
-from datasketch import MinHash, MinHashLSH
 
 from medlora.records import McqRecord, Record, TextRecord
 
@@ -57,6 +56,8 @@ class TestIndex:
         self._exact: dict[bytes, list[int]] = {}
         self._grams: dict[int, dict[int, list[int]]] = {n: {} for n in GRAMS}
         self._counts: dict[int, list[int]] = {n: [] for n in GRAMS}
+        from datasketch import MinHashLSH
+
         self._near = MinHashLSH(threshold=0.5, num_perm=PERMUTATIONS)
         for test, records in tests.items():
             for record in records:
@@ -169,7 +170,9 @@ def _hash_shingles(text: str) -> numpy.ndarray:
     return hashed
 
 
-def _sketch(shingles: numpy.ndarray) -> MinHash:
+def _sketch(shingles: numpy.ndarray) -> Any:
+    from datasketch import MinHash
+
     sketch = MinHash(num_perm=PERMUTATIONS, hashfunc=int, seed=1)
     sketch.update_batch(shingles.tolist())
     return sketch

@@ -19,6 +19,7 @@ from medlora import runs
 from medlora.callbacks import Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle, TrainSource
+from medlora.data_card import read_kept
 from medlora.encoding import Collator, Lengths, Row, encode
 from medlora.errors import InputError
 from medlora.lineage import PhaseJob, extend_chain
@@ -91,7 +92,7 @@ def _run(
     base_s = time.monotonic() - started
 
     tokenizer = _load_phase_tokenizer(job, base)
-    records = {f"{i}:{source.source}": read(source) for i, source in enumerate(phase.sources)}
+    records = {f"{i}:{source.source}": read_kept(source, job.dropped) for i, source in enumerate(phase.sources)}
     _check_letters(tokenizer, [record for part in records.values() for record in part])
     worked = _choose_worked_example(records.values(), seed) if phase.full_prompt else None
     batch = phase.batch_size * phase.accumulation * world
@@ -207,7 +208,7 @@ def _prepare(
         prepared[key] = _prepare_part(job, tokenizer, key, part, source, share, seed, worked)
     for replay in phase.replay:
         sources = job.replayed[replay.phase]
-        read_again = [read(source) for source in sources]
+        read_again = [read_kept(source, job.dropped) for source in sources]
         total = sum(source.weight or len(part) for source, part in zip(sources, read_again, strict=True))
         for i, (source, part) in enumerate(zip(sources, read_again, strict=True)):
             key = f"{replay.phase}.{i}:{source.source}"

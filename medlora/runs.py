@@ -1,7 +1,7 @@
 """The run folder: where everything stands, manifests written last, fingerprints, locks, lineage.
 
     runs/<name>/
-      config.yaml run.json run.log lock
+      config.yaml run.json data.json run.log lock
       phases/<phase>/  adapter/ metrics.jsonl validation.jsonl validation.log phase.log checkpoints/ manifest.json
       evaluation/      report.json predictions.parquet seconds.parquet manifest.json
 
@@ -109,6 +109,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved config."""
         return self.root / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        """The data card: sources, hashes, counts, what was found in them."""
+        return self.root / "data.json"
 
     @property
     def about(self) -> Path:

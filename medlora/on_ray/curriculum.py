@@ -10,6 +10,7 @@ from typing import Any
 
 from medlora import runs
 from medlora.config import ActorPlacement, PhaseConfig, RunConfig
+from medlora.data_card import check_data, describe_findings, describe_overlap
 from medlora.errors import InputError
 from medlora.evaluation import FINGERPRINT, Asked, Stages, describe_evaluation, find_report, read_asked
 from medlora.lineage import (
@@ -54,7 +55,11 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
     The caller holds the run's lock. Raises InputError for what only the user can mend.
     """
     check_run(config, run, redo)
+    card = check_data(config, runs.read_json(run.data))
     _describe_run(config, run)
+    runs.write_json(run.data, card)
+    for text in describe_findings(card):
+        on_event({"event": "note", "phase": "data", "text": text})
     if redo is not None:
         run_phase_folder = run.phase(redo).root
         if (moved := runs.set_aside(run_phase_folder)) is not None:
@@ -191,6 +196,7 @@ def _evaluate(
     about = {
         "name": config.name,
         "config": config.model_dump(mode="json"),
+        "notes": describe_overlap(runs.read_json(run.data) or {}),
         "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in done.items()},
     }
     began = time.monotonic()
