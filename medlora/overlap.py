@@ -112,7 +112,8 @@ def find_duplicates(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
     """The id of each record that says the same as an earlier one, and the id of the first; 16 bytes a record are kept."""
     seen: dict[bytes, str] = {}
     for record in records:
-        text = _squeeze(_join_question(record) if isinstance(record, McqRecord) else _join_text(record))
+        # Another order of the options is another exercise, another answer a contradiction: neither is a duplicate.
+        text = _squeeze(_join_text(record)) + (record.answer if isinstance(record, McqRecord) else "")
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if key in seen:
             yield record.id, seen[key]

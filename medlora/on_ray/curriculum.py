@@ -55,10 +55,11 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
     The caller holds the run's lock. Raises InputError for what only the user can mend.
     """
     check_run(config, run, redo)
-    card = check_data(config, runs.read_json(run.data))
+    known = runs.read_json(run.data)
+    card = check_data(config, known)
     _describe_run(config, run)
     runs.write_json(run.data, card)
-    for text in describe_findings(card):
+    for text in describe_findings(card) if card != known else ():
         on_event({"event": "note", "phase": "data", "text": text})
     if redo is not None:
         run_phase_folder = run.phase(redo).root
