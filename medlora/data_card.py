@@ -129,9 +129,9 @@ def describe_findings(card: Mapping[str, Any]) -> list[str]:
         if overlap["records"]
         else []
     )
-    said += [f"{source}: {n} records say the same as an earlier one" for source, n in card["duplicates"].items()]
-    said += [f"{source}: {n} records are left out" for source, n in card["dropped"].items()]
-    said += [f"{n} places look like a {kind}" for kind, n in card["personal"].items()]
+    said += [f"duplicates in {source}: {n}" for source, n in card["duplicates"].items()]
+    said += [f"left out of {source}: {n}" for source, n in card["dropped"].items()]
+    said += [f"places that look like a {kind}: {n}" for kind, n in card["personal"].items()]
     return said
 
 
