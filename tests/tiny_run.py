@@ -76,6 +76,7 @@ def configure(base: str, data: Path, **changes: Any) -> RunConfig:
             "base": {"model": base, "extra_tokens": ["고혈압증", "당뇨병성"]},
             "lora": lora,
             "phases": phases,
+            "data": {"overlap": "allow"},  # so few words make questions alike
         }
     )
 
