@@ -56,11 +56,15 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
     """
     check_run(config, run, redo)
     known = runs.read_json(run.data)
-    card = check_data(config, known)
+
+    def tell(text: str) -> None:
+        on_event({"event": "note", "phase": "data", "text": text})
+
+    card = check_data(config, known, tell)
     _describe_run(config, run)
     runs.write_json(run.data, card)
     for text in describe_findings(card) if card != known else ():
-        on_event({"event": "note", "phase": "data", "text": text})
+        tell(text)
     if redo is not None:
         run_phase_folder = run.phase(redo).root
         if (moved := runs.set_aside(run_phase_folder)) is not None:
