@@ -22,7 +22,8 @@ import torch
 import transformers
 from evaluation import CPU_SHAPE, VOCABULARY, build_model, build_tokenizer, choose_evenly, describe_hardware
 
-from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, SourceConfig
+from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
+from medlora.config_sources import SourceConfig
 from medlora.evaluation import Asked, plan_batches
 from medlora.on_ray.cluster import Cluster, connect
 from medlora.on_ray.evaluate import answer_on_ray, make_builder

@@ -34,7 +34,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from medlora.answering import McqAnswerer
-from medlora.config import BaseModelConfig, SourceConfig
+from medlora.config import BaseModelConfig
+from medlora.config_sources import SourceConfig
 from medlora.encoding import encode_prompts
 from medlora.models import load_base
 from medlora.prompts import render_mcq

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-"""Names become folder and adapter names: letters, digits, `_` and `-`, so that none can leave its folder."""
+from medlora.config_sources import DataConfig, FewShot, Name, PlainStyle, Section, SourceConfig, TestConfig, TrainSource
 
 Scoring = Literal["letter", "generate", "reason", "option_text"]
 Normalisation = Literal["sum", "token", "character"]
 McqStyle = Literal["reasoning", "reasoning_full", "answer", "kormedmcqa"]
-PlainStyle = Literal["reasoning", "answer", "kormedmcqa"]
-"""Styles without a worked example, which a phase's `full_prompt` adds by itself."""
-
-
-class Section(BaseModel):
-    """A part of the config: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class BaseModelConfig(Section):
@@ -52,28 +43,6 @@ class LoraSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "all-linear"
     """`attention` (q, k, v, o), `all-linear`, or names of linear layers; always in the language model alone."""
-
-
-class SourceConfig(Section):
-    """Where records come from."""
-
-    source: str
-    """File (.jsonl .json .csv .parquet .txt), folder, `hf:owner/name/config:split@revision`, `miniature:NAME`, or two
-    aligned text files as `ENGLISH|KOREAN`."""
-    kind: Literal["auto", "text", "translation", "mcq"] = "auto"
-    """What the rows are; `auto` looks at the columns."""
-    limit: int | None = Field(None, ge=1)
-    """Use the first so many records."""
-
-
-class TrainSource(SourceConfig):
-    """A source to train on."""
-
-    weight: float | None = Field(None, gt=0)
-    """Share of the examples relative to the other weighted sources; without weights every example is seen once an
-    epoch."""
-    style: PlainStyle = "reasoning"
-    """Prompt style of MCQs."""
 
 
 class Replay(Section):
@@ -159,6 +128,8 @@ class PhaseConfig(Section):
     """`new`: an adapter on the base alone. `continue`: train the last adapter on. `stack`: freeze what is there, which
     stays active, and train one more adapter."""
     sources: tuple[TrainSource, ...] = Field(min_length=1)
+    weights: Literal["records", "tokens"] = "records"
+    """What the weights of sources and the shares of replay count."""
     replay: tuple[Replay, ...] = ()
     validation: Validation | None = None
     full_prompt: FullPrompt | None = None
@@ -193,23 +164,6 @@ class PhaseConfig(Section):
     checkpoint_every_steps: int = Field(100, ge=1)
     placement: Placement | None = None
     """Where this phase runs when not where the run says."""
-
-
-class TestConfig(SourceConfig):
-    """A test that the finished stages are scored on and that nothing else ever reads."""
-
-    name: Name
-    subject: str | None = None
-    """Column that names the subject of a question; unset = `subject` where there is one."""
-
-
-class FewShot(SourceConfig):
-    """Solved questions that every prompt shows first; never the test itself."""
-
-    k: int = Field(5, ge=1)
-    """How many."""
-    choose: Literal["first", "seeded"] = "first"
-    """The source's first k, as lm-evaluation-harness does, or k drawn with the run's seed."""
 
 
 class EvaluationConfig(Section):
@@ -253,18 +207,6 @@ class EvaluationConfig(Section):
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples: more than 1 need a temperature above 0; greedy samples are all the same")
         return self
-
-
-class DataConfig(Section):
-    """What training data may hold."""
-
-    overlap: Literal["stop", "drop", "allow"] = "stop"
-    """Training records that hold questions of a test or of dev: `stop` before training, `drop` them, or `allow` them,
-    which every report made from the run says."""
-    dedupe: bool = False
-    """Leave out what says the same as an earlier record of its source; such records are counted anyway."""
-    max_personal: int = Field(0, ge=0)
-    """Most places that may look like personal data: resident registration, phone and record numbers, e-mail addresses."""
 
 
 class Storage(Section):

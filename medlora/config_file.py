@@ -12,7 +12,8 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from medlora.config import RunConfig, Section
+from medlora.config import RunConfig
+from medlora.config_sources import Section
 from medlora.errors import InputError
 
 Config = TypeVar("Config", bound=Section)

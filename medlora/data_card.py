@@ -1,18 +1,21 @@
-"""What a run's data is: hashes, counts, test questions found in training, duplicates, personal data. Once, before training."""
+"""What a run's data is: hashes, counts, bad rows, test questions found in training, duplicates, personal data."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from medlora.config import DataConfig, RunConfig, SourceConfig
+from medlora.config import EvaluationConfig, RunConfig
+from medlora.config_sources import DataConfig, SourceConfig
 from medlora.errors import InputError
 from medlora.records import McqRecord, Record, TextRecord
-from medlora.runs import as_json, hash_json
-from medlora.sources import hash_records, read
+from medlora.runs import as_json, hash_json, write_bytes
+from medlora.sources import BadRow, scan, stream
 
 _SHOWN = 10
 """Pairs that a message or a card names."""
@@ -30,7 +33,7 @@ def list_training(config: RunConfig) -> dict[str, SourceConfig]:
     found: dict[str, SourceConfig] = {}
     for i, phase in enumerate(config.phases):
         for j, source in enumerate(phase.sources):
-            plain = SourceConfig(source=source.source, kind=source.kind, limit=source.limit)
+            plain = SourceConfig.model_validate(source.model_dump(include=set(SourceConfig.model_fields)))
             if plain not in found.values():
                 found[f"phases.{i}.sources.{j}"] = plain
     return found
@@ -62,15 +65,48 @@ def find_dropped(config: RunConfig) -> dict[str, tuple[str, ...]]:
     return {source: tuple(ids) for source, ids in dropped.items()}
 
 
-def read_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> list[Record]:
+def stream_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> Iterator[Record]:
     """The records of a training source without those that were dropped; raises InputError when none is left."""
     out = set(dropped.get(source.source, ()))
-    kept = [record for record in read(source) if record.id not in out]
-    if not kept:
+    left = False
+    for record in stream(source):
+        if record.id not in out:
+            left = True
+            yield record
+    if not left:
         raise InputError(
             f"{source.source}: every record was dropped by data.overlap or data.dedupe; name another source"
         )
-    return kept
+
+
+def check_rows(config: RunConfig, quarantine: Path) -> None:
+    """Write every bad row of every source to `quarantine`; raises InputError, with the dotted key, where they are too many."""
+    sources = {**list_training(config), **list_held_out(config)}
+    write_quarantine(quarantine, sources)
+    for key, source in sources.items():
+        try:
+            scan(source).check(config.data.max_bad_fraction)
+        except InputError as error:
+            where = f"\nall of them: {quarantine}" if quarantine.exists() else ""
+            raise InputError(f"{key}.source: {error}{where}") from None
+
+
+def write_quarantine(path: Path, sources: Mapping[str, SourceConfig]) -> None:
+    """One JSON line a bad row (source, where, kind, reason, row); no file where no source has any."""
+    lines: list[bytes] = []
+    for source in {source.source: source for source in sources.values()}.values():
+        bad: list[BadRow] = []
+        if scan(source).bad:
+            scan(source, bad.append)
+        rows = [{"source": source.source, **asdict(each)} for each in bad]
+        lines += [
+            (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
+            for row in rows
+        ]
+    if lines:
+        write_bytes(path, b"".join(lines))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_data(
@@ -126,6 +162,20 @@ def describe_overlap(card: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def describe_quarantine(evaluation: EvaluationConfig) -> list[str]:
+    """What a report has to say of the rows of its tests that could not be asked; nothing where all could."""
+    said = []
+    for test in evaluation.tests:
+        found = scan(test)
+        if bad := found.bad.total():
+            counts = ", ".join(f"{kind} {n}" for kind, n in found.bad.items())
+            said.append(
+                f"test {test.name}: {bad} of {found.rows} rows are no valid questions ({counts}); they are not asked and "
+                f"not in the denominator, which is {found.records}"
+            )
+    return said
+
+
 def describe_findings(card: Mapping[str, Any]) -> list[str]:
     """What was found and let pass, a sentence each, for the terminal and the log."""
     overlap = card["overlap"]
@@ -134,29 +184,44 @@ def describe_findings(card: Mapping[str, Any]) -> list[str]:
         if overlap["records"]
         else []
     )
+    for part in [*card["training"].values(), *card["held_out"].values()]:
+        if bad := sum(part["quarantine"].values()):
+            counts = ", ".join(f"{kind} {n}" for kind, n in part["quarantine"].items())
+            said.append(f"{part['source']}: {bad} of {part['rows']} rows are no valid records and left out ({counts})")
+        said += [f"{part['source']}: {kind}: {n}" for kind, n in part["odd"].items()]
     said += [f"duplicates in {source}: {n}" for source, n in card["duplicates"].items()]
     said += [f"left out of {source}: {n}" for source, n in card["dropped"].items()]
     said += [f"places that look like a {kind}: {n}" for kind, n in card["personal"].items()]
     return said
 
 
-_RULES = 1
+_RULES = 2
 """Counts up when overlaps, duplicates or personal data are looked for in another way."""
 
 
 def _describe(source: SourceConfig) -> dict[str, Any]:
-    records = read(source)
-    return {"source": source.source, "records": len(records), "hash": hash_records(records)}
+    found = scan(source)
+    return {
+        "source": source.source,
+        "licence": source.licence,
+        "schema": found.schema,
+        "first_option": found.base,
+        "rows": found.rows,
+        "records": found.records,
+        "hash": found.hash,
+        "quarantine": dict(found.bad),
+        "odd": dict(found.flags),
+    }
 
 
 @lru_cache(maxsize=2)
 def _survey(config_json: str) -> _Survey:
-    from medlora.overlap import TestIndex, find_duplicates
+    from medlora.overlap import Duplicates, TestIndex
     from medlora.personal import find_personal
 
     config = RunConfig.model_validate_json(config_json)
     questions = {
-        key: [record for record in read(source) if isinstance(record, McqRecord)]
+        key: [record for record in stream(source) if isinstance(record, McqRecord)]
         for key, source in list_held_out(config).items()
     }
     index = TestIndex(questions)
@@ -164,15 +229,16 @@ def _survey(config_json: str) -> _Survey:
     personal: list[tuple[str, str, Any]] = []
     duplicates: dict[str, tuple[str, ...]] = {}
     for source in list_training(config).values():
-        records = read(source)
-        twice = tuple(id for id, _ in find_duplicates(records))
-        if twice:
-            duplicates[source.source] = twice
-        for record in records:
+        seen, twice = Duplicates(), []
+        for record in stream(source):
+            if seen.find(record) is not None:
+                twice.append(record.id)
             overlaps += index.find(record, source.source)
             personal += [
                 (source.source, record.id, found) for text in _list_texts(record) for found in find_personal(text)
             ]
+        if twice:
+            duplicates[source.source] = tuple(twice)
     return _Survey(tuple(overlaps), duplicates, tuple(personal))
 
 

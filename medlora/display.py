@@ -61,6 +61,8 @@ class Display:
             self._advance(label, event["step"], event["steps"], figures)
         elif kind == "build":
             self._advance(event["what"], event["step"], event["total"], f"loss {event['loss']:.3f}")
+        elif kind == "preparing":
+            self._advance(phase, event["done"], event["total"], "records")
         elif kind == "evaluating":
             self._begin("evaluation")
             self.total, self.answered, self.rates = event["total"], event["known"], deque(maxlen=16)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 from medlora.prompts import Example
@@ -27,6 +28,16 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """An example as ids: prompt, completion, end token. The first `prompt` ids carry no loss; plain text's is its BOS,
+    which begins every further piece of the document, too."""
+
+    ids: Sequence[int]
+    prompt: int
+    is_text: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Lengths:
     """What became of a phase's examples at its sequence length; said before training starts."""
 
@@ -40,6 +51,10 @@ class Lengths:
     supervised_tokens: int
     longest: int
     """Tokens of the longest example before anything was done to it."""
+    p50: int = 0
+    p90: int = 0
+    p99: int = 0
+    """Percentiles of the examples' tokens."""
 
 
 def needs_bos(tokenizer: Any) -> bool:
@@ -88,54 +103,117 @@ def find_end_token(tokenizer: Any, example: Example) -> int:
     return tokenizer.eos_token_id
 
 
-def encode(tokenizer: Any, examples: Sequence[Example], max_tokens: int, packing: bool) -> tuple[list[Row], Lengths]:
-    """Rows of at most `max_tokens` tokens, in the order of the examples, and what became of the examples.
+def tokenise(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
+    """Each example as ids, of whatever length."""
+    prompts = encode_prompts(tokenizer, examples)
+    completions = encode_texts(tokenizer, [example.completion for example in examples])
+    return [
+        Tokens([*prompt, *completion, find_end_token(tokenizer, example)], len(prompt), not example.prompt)
+        for example, prompt, completion in zip(examples, prompts, completions, strict=True)
+    ]
 
+
+class Rows(Sequence[Row]):
+    """Tokens of examples as training rows, put together when they are asked for.
+
+    `lengths`, `prompts` and `texts` are arrays over all of `tokens`; `order` says which of them, and in which order.
     Prompted examples: loss on completion and end token; one that is too long is dropped whole and counted. Plain text:
     loss on every token but a document's first; a document that is too long goes on in further rows. With `packing`
     documents share rows, filled one after another.
     """
-    prompts = encode_prompts(tokenizer, examples)
-    completions = encode_texts(tokenizer, [example.completion for example in examples])
-    rows: list[Row] = []
-    open_row: Row | None = None
-    dropped = split = longest = 0
-    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
-        ids = [*prompt, *completion, find_end_token(tokenizer, example)]
-        longest = max(longest, len(ids))
-        if example.prompt:
-            if len(ids) > max_tokens:
-                dropped += 1
+
+    def __init__(
+        self,
+        tokens: Sequence[Tokens],
+        lengths: numpy.ndarray,
+        prompts: numpy.ndarray,
+        texts: numpy.ndarray,
+        order: Sequence[int],
+        max_tokens: int,
+        packing: bool,
+    ) -> None:
+        self.tokens = tokens
+        starts: list[int] = []
+        pieces: list[tuple[int, int, int]] = []
+        dropped = split = filled = 0
+        for i in order:
+            n, head = int(lengths[i]), int(prompts[i])
+            if not texts[i]:
+                if n > max_tokens:
+                    dropped += 1
+                    continue
+                starts.append(len(pieces))
+                pieces.append((i, 0, n))
+                filled = 0
                 continue
-            labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-            rows.append(Row(ids, _hide_first(labels), list(range(len(ids)))))
-            continue
-        pieces = list(_split(ids, max_tokens, prompt))
-        split += len(pieces) > 1
-        for piece in pieces:
-            document = Row(piece, _hide_first(piece), list(range(len(piece))))
-            if packing and open_row and len(open_row.input_ids) + len(piece) <= max_tokens:
-                for name in Row.__slots__:
-                    getattr(open_row, name).extend(getattr(document, name))
-            else:
-                rows.append(document)
-                open_row = document
-    tokens = sum(len(row.input_ids) for row in rows)
-    supervised = sum(label != IGNORED for row in rows for label in row.labels)
-    return rows, Lengths(len(examples), len(rows), dropped, split, tokens, supervised, longest)
+            split += n > max_tokens
+            for start, stop in _split(n, max_tokens, head):
+                size = stop - start + (head if start else 0)
+                if not (packing and filled and filled + size <= max_tokens):
+                    starts.append(len(pieces))
+                    filled = 0
+                filled += size
+                pieces.append((i, start, stop))
+        self.starts = numpy.array([*starts, len(pieces)], dtype=numpy.int64)
+        self.pieces = numpy.array(pieces, dtype=numpy.int64).reshape(-1, 3)
+        chosen = numpy.asarray(order, dtype=numpy.int64)
+        self.sizes, supervised = self._count(prompts, texts)
+        of = lengths[chosen] if len(chosen) else numpy.zeros(1, dtype=numpy.int64)
+        p50, p90, p99 = (int(value) for value in numpy.percentile(of, (50, 90, 99), method="higher"))
+        counts = (len(order), len(self), dropped, split, int(self.sizes.sum()), supervised, int(of.max()))
+        self.lengths = Lengths(*counts, p50, p90, p99)
+
+    def _count(self, prompts: numpy.ndarray, texts: numpy.ndarray) -> tuple[numpy.ndarray, int]:
+        """Tokens of each row, and how many of all carry a loss."""
+        if not len(self.pieces):
+            return numpy.zeros(0, dtype=numpy.int64), 0
+        example, start, stop = self.pieces.T
+        head, is_text = prompts[example].astype(numpy.int64), texts[example]
+        sizes = stop - start + numpy.where(start > 0, head, 0)
+        supervised = sizes - numpy.where(is_text, 1, numpy.maximum(head, 1))
+        return numpy.add.reduceat(sizes, self.starts[:-1]), int(supervised.sum())
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = Row([], [], [])
+        for i, start, stop in self.pieces[self.starts[index] : self.starts[index + 1]].tolist():
+            example = self.tokens[i]
+            ids = list(example.ids[start:stop])
+            if start:
+                ids = [*example.ids[: example.prompt], *ids]
+            hidden = (
+                1 if example.is_text else max(example.prompt, 1)
+            )  # nothing in its document predicts the first token
+            row.input_ids.extend(ids)
+            row.labels.extend([IGNORED] * hidden + ids[hidden:])
+            row.position_ids.extend(range(len(ids)))
+        return row
 
 
-def _hide_first(labels: list[int]) -> list[int]:
-    """Without a label on the first token: nothing before it in its document predicts it."""
-    return [IGNORED, *labels[1:]]
+def _split(n: int, max_tokens: int, head: int) -> Iterator[tuple[int, int]]:
+    """Where the pieces of a document of `n` tokens begin and end, each with room for the `head` that is repeated."""
+    yield 0, min(n, max_tokens)
+    step = max_tokens - head
+    for start in range(max_tokens, n, step):
+        yield start, min(n, start + step)
 
 
-def _split(ids: list[int], max_tokens: int, bos: list[int]) -> Iterable[list[int]]:
-    """A document in pieces of at most `max_tokens`, each beginning with BOS where the tokenizer has one."""
-    yield ids[:max_tokens]
-    step = max_tokens - len(bos)
-    for start in range(max_tokens, len(ids), step):
-        yield bos + ids[start : start + step]
+def arrange(tokens: Sequence[Tokens], max_tokens: int, packing: bool, order: Sequence[int] | None = None) -> Rows:
+    """Tokens that are held in memory as rows of at most `max_tokens`; see `Rows`."""
+    lengths = numpy.array([len(each.ids) for each in tokens], dtype=numpy.int64)
+    prompts = numpy.array([each.prompt for each in tokens], dtype=numpy.int64)
+    texts = numpy.array([each.is_text for each in tokens], dtype=bool)
+    return Rows(tokens, lengths, prompts, texts, range(len(tokens)) if order is None else order, max_tokens, packing)
+
+
+def encode(tokenizer: Any, examples: Sequence[Example], max_tokens: int, packing: bool) -> tuple[list[Row], Lengths]:
+    """Rows of at most `max_tokens` tokens, in the order of the examples, and what became of the examples."""
+    rows = arrange(tokenise(tokenizer, examples), max_tokens, packing)
+    return list(rows), rows.lengths
 
 
 @dataclass(frozen=True)

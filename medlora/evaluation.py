@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import Field
 
 from medlora import prompts, runs
-from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, Name, Section, SourceConfig, Storage
+from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, Storage
 from medlora.config_file import load
-from medlora.data_card import describe_overlap
+from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
+from medlora.data_card import describe_overlap, describe_quarantine
 from medlora.errors import InputError
 from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.mixture import derive_seed
@@ -51,6 +52,7 @@ class EvaluateConfig(Section):
     stages: tuple[str | StageConfig, ...] = Field(min_length=1)
     """Each a mapping of name and adapters, or stages of a finished run: `runs/quickstart:base,00,01,02`."""
     evaluation: EvaluationConfig
+    data: ReadingConfig = ReadingConfig()
     placement: ActorPlacement = ActorPlacement()
     storage: Storage = Storage(folder="evaluations")
 
@@ -141,16 +143,17 @@ class Asked:
         return max((record.letters for records in self.tests.values() for record in records), key=len, default="")
 
 
-def read_asked(evaluation: EvaluationConfig, seed: int, key: str = "evaluation") -> Asked:
+def read_asked(evaluation: EvaluationConfig, seed: int, max_bad_fraction: float = 0.0) -> Asked:
     """Everything that prompts are made of; raises InputError naming the key of what cannot be asked or shown.
 
     A solved question that a test asks too would give its answer away: refused.
     """
-    tests = read_tests(evaluation, key)
+    key = "evaluation"
+    tests = read_tests(evaluation, max_bad_fraction)
     shots: tuple[McqRecord, ...] = ()
     worked = None
     if few_shot := evaluation.few_shot:
-        questions = _read_questions(f"{key}.few_shot", few_shot)
+        questions = _read_questions(f"{key}.few_shot", few_shot, max_bad_fraction)
         if len(questions) < few_shot.k:
             raise InputError(
                 f"{key}.few_shot: {few_shot.source} has {len(questions)} questions, k asks for {few_shot.k}"
@@ -160,17 +163,16 @@ def read_asked(evaluation: EvaluationConfig, seed: int, key: str = "evaluation")
         shots = tuple(questions[: few_shot.k] if first else drawn.sample(questions, few_shot.k))
         _refuse_leaks(f"{key}.few_shot", shots, tests)
     if example := evaluation.worked_example:
-        worked = next(
-            (record for record in _read_questions(f"{key}.worked_example", example) if record.rationale), None
-        )
+        solved = _read_questions(f"{key}.worked_example", example, max_bad_fraction)
+        worked = next((record for record in solved if record.rationale), None)
         if worked is None:
             raise InputError(f"{key}.worked_example: {example.source} has no question with a rationale to show")
         _refuse_leaks(f"{key}.worked_example", (worked,), tests)
     return Asked(tests, shots, worked)
 
 
-def _read_questions(key: str, source: SourceConfig) -> list[McqRecord]:
-    return [record for record in read_source(key, source) if isinstance(record, McqRecord)]
+def _read_questions(key: str, source: SourceConfig, max_bad_fraction: float) -> list[McqRecord]:
+    return [record for record in read_source(key, source, max_bad_fraction) if isinstance(record, McqRecord)]
 
 
 def _refuse_leaks(key: str, shown: Sequence[McqRecord], tests: Mapping[str, Sequence[McqRecord]]) -> None:
@@ -184,15 +186,17 @@ def _refuse_leaks(key: str, shown: Sequence[McqRecord], tests: Mapping[str, Sequ
                 )
 
 
-def read_tests(evaluation: EvaluationConfig, key: str = "evaluation") -> dict[str, list[McqRecord]]:
+def read_tests(evaluation: EvaluationConfig, max_bad_fraction: float = 0.0) -> dict[str, list[McqRecord]]:
     """The questions of every test; raises InputError for a test without any, or two tests of one name."""
     tests: dict[str, list[McqRecord]] = {}
     for i, test in enumerate(evaluation.tests):
-        questions = _read_questions(f"{key}.tests.{i}", test)
+        questions = _read_questions(f"evaluation.tests.{i}", test, max_bad_fraction)
         if not questions:
-            raise InputError(f"{key}.tests.{i}.source: {test.source} holds no questions; a test is multiple choice")
+            raise InputError(
+                f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice"
+            )
         if test.name in tests:
-            raise InputError(f"{key}.tests.{i}.name: there is a test {test.name!r} already; names must differ")
+            raise InputError(f"evaluation.tests.{i}.name: there is a test {test.name!r} already; names must differ")
         tests[test.name] = questions
     return tests
 
@@ -297,7 +301,7 @@ class EvaluationPlan:
 def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
     """Find stages and tests and look for doubts; raises InputError for all that can be wrong before a model is loaded."""
     stages = find_stages(config)
-    asked = read_asked(config.evaluation, config.seed)
+    asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
     doubts = find_doubts(config.base, stages, config.evaluation)
     if doubts and not force:
         shown = "\n  ".join(doubts)
@@ -305,7 +309,9 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
             f"these numbers would mislead:\n  {shown}\nmend the config, or say --force; the report will say it too"
         )
     fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, asked)
-    return EvaluationPlan(stages, asked, fingerprint, [*doubts, *find_notes(config)])
+    return EvaluationPlan(
+        stages, asked, fingerprint, [*doubts, *find_notes(config), *describe_quarantine(config.evaluation)]
+    )
 
 
 def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:

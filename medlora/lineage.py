@@ -5,25 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medlora import miniature, prompts, runs
-from medlora.config import (
-    BaseModelConfig,
-    LoraSettings,
-    PhaseConfig,
-    RunConfig,
-    Section,
-    SourceConfig,
-    TrainSource,
-)
+from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig
 from medlora.config_file import load
-from medlora.data_card import find_dropped, read_kept
+from medlora.config_sources import Section, SourceConfig, TrainSource
+from medlora.data_card import find_dropped, stream_kept
 from medlora.errors import InputError
-from medlora.records import McqRecord, Record
-from medlora.sources import go_offline_without_hub, hash_records, read
+from medlora.readers import go_offline_without_hub
+from medlora.records import Record
+from medlora.sources import Scan, hash_records, pack_scan, read, scan
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps"}
@@ -58,6 +52,8 @@ class PhaseJob(Section):
     threads: int
     dropped: dict[str, tuple[str, ...]] = {}
     """Ids of the training records that are left out, by source."""
+    scans: tuple[dict[str, Any], ...] = ()
+    """What `sources.scan` found in each source, so that a worker need not look again."""
     fingerprint: dict[str, Any]
 
 
@@ -204,20 +200,28 @@ def check_inputs(config: RunConfig) -> None:
     read_extra_tokens(config.base)
     for i, phase in enumerate(config.phases):
         for j, source in enumerate(phase.sources):
-            read_source(f"phases.{i}.sources.{j}", source)
+            scan_source(f"phases.{i}.sources.{j}", source)
         for j, dev in enumerate(phase.validation.sources if phase.validation else ()):
-            read_source(f"phases.{i}.validation.sources.{j}", dev)
+            scan_source(f"phases.{i}.validation.sources.{j}", dev)
     for i, test in enumerate(config.evaluation.tests if config.evaluation else ()):
-        if not isinstance(read_source(f"evaluation.tests.{i}", test)[0], McqRecord):
+        if scan_source(f"evaluation.tests.{i}", test).kind not in ("mcq", ""):
             raise InputError(
                 f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice"
             )
 
 
-def read_source(key: str, source: SourceConfig) -> list[Record]:
+def scan_source(key: str, source: SourceConfig) -> Scan:
+    """What a source is, its errors led by the key in the config; raises InputError."""
+    try:
+        return scan(source)
+    except InputError as error:
+        raise InputError(f"{key}.source: {error}") from None
+
+
+def read_source(key: str, source: SourceConfig, max_bad_fraction: float = 0.0) -> list[Record]:
     """The records of a source, its errors led by the key in the config; raises InputError."""
     try:
-        return read(source)
+        return read(source, max_bad_fraction)
     except InputError as error:
         raise InputError(f"{key}.source: {error}") from None
 
@@ -242,6 +246,7 @@ def make_job(config: RunConfig, phase: PhaseConfig, parent: Sequence[Link]) -> P
         seed=config.seed,
         threads=placement.cpus_per_worker,
         dropped=find_dropped(config),
+        scans=tuple(pack_scan(source) for sources in (phase.sources, *replayed.values()) for source in sources),
         fingerprint={},
     )
     return job.model_copy(update={"fingerprint": _describe(job)})
@@ -253,11 +258,11 @@ def _describe(job: PhaseJob) -> dict[str, Any]:
     for name, replayed in job.replayed.items():
         sources |= {f"{name}.{i}:{source.source}": source for i, source in enumerate(replayed)}
     return {
-        f"phases.{job.phase.name}": job.phase.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT),
+        f"phases.{job.phase.name}": _dump_phase(job.phase),
         "base": job.base.model_dump(mode="json"),
         "base_files": identify_base(job.base),
         "lora": job.lora.model_dump(mode="json"),
-        "data": {key: hash_records(read_kept(source, job.dropped)) for key, source in sources.items()},
+        "data": {key: _hash_kept(source, job.dropped) for key, source in sources.items()},
         "prompts": prompts.version(),
         "seed": job.seed,
         "parent": [
@@ -266,6 +271,20 @@ def _describe(job: PhaseJob) -> dict[str, Any]:
             for link in job.parent
         ],
     }
+
+
+def _dump_phase(phase: PhaseConfig) -> dict[str, Any]:
+    """What of a phase's config its result depends on; keys that came later are left out while they say nothing."""
+    dumped = phase.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    if dumped["weights"] == "records":
+        del dumped["weights"]
+    for source in dumped["sources"]:
+        source.pop("licence", None)
+    return dumped
+
+
+def _hash_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> str:
+    return hash_records(stream_kept(source, dropped)) if dropped.get(source.source) else scan(source).hash
 
 
 def find_obstacle(job: PhaseJob, folder: runs.PhaseFolder, with_parent: bool = True) -> list[str]:

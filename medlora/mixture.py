@@ -41,6 +41,19 @@ def compute_shares(parts: Mapping[str, Part]) -> dict[str, float]:
     }
 
 
+def share_tokens(parts: Mapping[str, Part], mean_tokens: Mapping[str, float]) -> dict[str, Part]:
+    """The parts with shares of draws such that their shares hold of tokens, given the mean tokens of an example of each."""
+    filled = {name: part for name, part in parts.items() if part.size}
+    wanted = compute_shares(
+        {name: Part(round(part.size * mean_tokens[name]), part.share) for name, part in filled.items()}
+    )
+    draws = {name: share / mean_tokens[name] for name, share in wanted.items()}
+    return {
+        name: Part(part.size, draws[name] / sum(draws.values()) if name in draws else part.share)
+        for name, part in parts.items()
+    }
+
+
 def interleave(parts: Mapping[str, Part], total: int, seed: int) -> list[tuple[str, int]]:
     """`total` draws of (part name, index in it), a function of the arguments alone.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,17 +108,19 @@ class TestIndex:
         ]
 
 
-def find_duplicates(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
-    """The id of each record that says the same as an earlier one, and the id of the first; 16 bytes a record are kept."""
-    seen: dict[bytes, str] = {}
-    for record in records:
+class Duplicates:
+    """Finds records that say the same as an earlier one; keeps 16 bytes and the id of each different one."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, str] = {}
+
+    def find(self, record: Record) -> str | None:
+        """The id of the first record that says the same, None for the first itself."""
         # Another order of the options is another exercise, another answer a contradiction: neither is a duplicate.
         text = _squeeze(_join_text(record)) + (record.answer if isinstance(record, McqRecord) else "")
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if key in seen:
-            yield record.id, seen[key]
-        else:
-            seen[key] = record.id
+        first = self._seen.setdefault(key, record.id)
+        return None if first == record.id else first
 
 
 def _name_exactly(record: McqRecord) -> Iterator[bytes]:

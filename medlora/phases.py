@@ -7,10 +7,11 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 import transformers
@@ -18,16 +19,18 @@ import transformers
 from medlora import runs
 from medlora.callbacks import Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
-from medlora.config import BaseModelConfig, McqStyle, TrainSource
-from medlora.data_card import read_kept
-from medlora.encoding import Collator, Lengths, Row, encode
+from medlora.config import BaseModelConfig, McqStyle
+from medlora.config_sources import TrainSource
+from medlora.data_card import stream_kept
+from medlora.encoding import Collator, Row, Rows, arrange, tokenise
 from medlora.errors import InputError
 from medlora.lineage import PhaseJob, extend_chain
-from medlora.mixture import Part, derive_seed, interleave
+from medlora.mixture import Part, derive_seed, interleave, share_tokens
 from medlora.models import added_token_ids, clear_memory, describe_device, letter_token_ids, load_base, load_tokenizer
+from medlora.preparation import FIRST, plan_preparation, prepare
 from medlora.prompts import render
-from medlora.records import FIELDS, McqRecord, Record
-from medlora.sources import read
+from medlora.records import FIELDS, McqRecord
+from medlora.sources import remember, scan, stream
 from medlora.stages import load_stage_tokenizer, locate_base
 from medlora.training import train
 from medlora.validation import Validator
@@ -39,9 +42,36 @@ log = logging.getLogger("medlora.phase")
 class PreparedPart:
     """One source of a phase as rows, with its place in the mixture."""
 
-    rows: list[Row]
+    rows: Rows
     part: Part
-    lengths: Lengths
+    records: int
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a row."""
+        return self.rows.lengths.tokens / max(1, len(self.rows))
+
+
+class Drawn(Sequence[Row]):
+    """The rows of a segment in training order, each put together when it is asked for."""
+
+    def __init__(self, prepared: dict[str, PreparedPart], draws: Sequence[tuple[str, int]]) -> None:
+        self.prepared, self.draws = prepared, draws
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.prepared[key].rows[i] for key, i in self.draws[index]]
+        key, i = self.draws[index]
+        return self.prepared[key].rows[i]
+
+    def measure_padding(self, batch_size: int) -> float:
+        """Share of the positions of all batches that hold nothing; a batch is as long as its longest row."""
+        sizes = numpy.array([self.prepared[key].rows.sizes[i] for key, i in self.draws])
+        batches = [sizes[i : i + batch_size] for i in range(0, len(sizes), batch_size)]
+        return 1 - sizes.sum() / max(1, sum(int(batch.max()) * len(batch) for batch in batches))
 
 
 def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str = "cpu") -> dict[str, Any]:
@@ -91,30 +121,39 @@ def _run(
     )
     base_s = time.monotonic() - started
 
-    tokenizer = _load_phase_tokenizer(job, base)
-    records = {f"{i}:{source.source}": read_kept(source, job.dropped) for i, source in enumerate(phase.sources)}
-    _check_letters(tokenizer, [record for part in records.values() for record in part])
-    worked = _choose_worked_example(records.values(), seed) if phase.full_prompt else None
+    for packed in job.scans:
+        remember(packed)
+    tokenizer = load_phase_tokenizer(job, base)
+    found = [scan(source) for source in phase.sources]
+    letter_token_ids(tokenizer, max((each.letters for each in found), key=len))
+    worked = _choose_worked_example(job, seed) if phase.full_prompt else None
     batch = phase.batch_size * phase.accumulation * world
-    parts = _prepare(job, tokenizer, records, seed)
-    segments = [("normal", "reasoning", parts)]
+    segments = [("normal", "reasoning", _prepare(job, tokenizer, seed, report))]
     if phase.full_prompt:
-        segments.insert(0, ("full", "reasoning_full", _prepare(job, tokenizer, records, seed, worked)))
-    counts = {name: {key: asdict(part.lengths) for key, part in prepared.items()} for name, _, prepared in segments}
+        segments.insert(0, ("full", "reasoning_full", _prepare(job, tokenizer, seed, report, worked)))
+    counts = {
+        name: {key: asdict(part.rows.lengths) for key, part in prepared.items()} for name, _, prepared in segments
+    }
     _report_lengths(counts, phase.name, phase.max_tokens, report)
 
     model = load_base(base, tokenizer, device)
     model = _attach(job, base, model, tokenizer, seed)
     prepared_s = time.monotonic() - started - base_s
     collator = Collator(tokenizer.pad_token_id, token_type_ids=model.config.model_type == "gemma3")
-    validator = _make_validator(job, tokenizer, collator, records, seed)
+    shown = {name for each in found for name in each.rationale}
+    validator = _make_validator(job, tokenizer, collator, [name for name in FIELDS if name in shown], seed)
     done = []
     for name, style, prepared in segments:
         steps, epoch_steps = _count_steps(job, name, sum(part.part.size for part in prepared.values()), batch)
-        draws = interleave({key: part.part for key, part in prepared.items()}, steps * batch, seed)
+        sized = {key: part.part for key, part in prepared.items()}
+        if phase.weights == "tokens":
+            sized = share_tokens(sized, {key: part.mean_tokens for key, part in prepared.items()})
+        rows = Drawn(prepared, interleave(sized, steps * batch, seed))
+        padding = rows.measure_padding(phase.batch_size)
+        report({"event": "note", "phase": phase.name, "text": f"{name}: {padding:.1%} of the batches is padding"})
         segment = Segment(
             name=name,
-            rows=[prepared[key].rows[i] for key, i in draws],
+            rows=rows,
             steps=steps,
             epoch_steps=epoch_steps,
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
@@ -143,7 +182,7 @@ def _run(
         return {}
     extended = len(tokenizer) != len(load_tokenizer(base))
     save_adapter(model, phase.name, folder.adapter, tokenizer if extended else None, job.base.model)
-    asked = [key.partition(":")[2] for key, part in records.items() if isinstance(part[0], McqRecord)]
+    asked = [source.source for source, each in zip(phase.sources, found, strict=True) if each.kind == "mcq"]
     return _finish(
         job,
         folder,
@@ -156,7 +195,8 @@ def _run(
     )
 
 
-def _load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
+def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
+    """The tokenizer that a phase renders and trains with; raises InputError where its chain has no added tokens to train."""
     if job.phase.chain == "new":
         return load_tokenizer(base, extra_tokens=job.base.extra_tokens if job.phase.train_extra_tokens else ())
     tokenizer = load_stage_tokenizer(base, job.parent)
@@ -165,11 +205,6 @@ def _load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
             f"phases.{job.phase.name}.train_extra_tokens: the chain below has no added tokens; a vocabulary is extended by a `new` phase"
         )
     return tokenizer
-
-
-def _check_letters(tokenizer: Any, records: Sequence[Record]) -> None:
-    longest = max((record.letters for record in records if isinstance(record, McqRecord)), key=len, default="")
-    letter_token_ids(tokenizer, longest)
 
 
 def _attach(job: PhaseJob, base: BaseModelConfig, model: Any, tokenizer: Any, seed: int) -> Any:
@@ -184,9 +219,15 @@ def _attach(job: PhaseJob, base: BaseModelConfig, model: Any, tokenizer: Any, se
     return add_adapter(model, phase.name, job.lora, rows, derive_seed(seed, "adapter"))
 
 
-def _choose_worked_example(parts: Any, seed: int) -> McqRecord:
+def _choose_worked_example(job: PhaseJob, seed: int) -> McqRecord:
     """The solved question that full prompts show: with a rationale where the data has any, never an invented one."""
-    questions = [record for part in parts for record in part if isinstance(record, McqRecord)]
+    questions = [
+        record
+        for source in job.phase.sources
+        if scan(source).kind == "mcq"
+        for record in stream_kept(source, job.dropped)
+        if isinstance(record, McqRecord)
+    ]
     if not questions:
         raise InputError(
             "full_prompt: the phase has no multiple-choice source to take a worked example from; remove the key"
@@ -196,26 +237,32 @@ def _choose_worked_example(parts: Any, seed: int) -> McqRecord:
 
 
 def _prepare(
-    job: PhaseJob, tokenizer: Any, records: dict[str, list[Record]], seed: int, worked: McqRecord | None = None
+    job: PhaseJob, tokenizer: Any, seed: int, report: Report, worked: McqRecord | None = None
 ) -> dict[str, PreparedPart]:
     """Every source of the phase and of what it replays as rows; with `worked`, questions in the full prompt mode."""
     phase = job.phase
     prepared = {}
     replay_share = sum(replay.share for replay in phase.replay)
     weights = sum(source.weight or 0 for source in phase.sources)
-    for (key, part), source in zip(records.items(), phase.sources, strict=True):
+    for i, source in enumerate(phase.sources):
+        key = f"{i}:{source.source}"
         share = (1 - replay_share) * source.weight / weights if source.weight else None
-        prepared[key] = _prepare_part(job, tokenizer, key, part, source, share, seed, worked)
+        if worked is not None and scan(source).kind == "mcq":
+            prepared[key] = _prepare_full(job, tokenizer, key, source, share, seed, worked)
+        else:
+            prepared[key] = _prepare_part(job, tokenizer, key, source, share, seed, report)
     for replay in phase.replay:
         sources = job.replayed[replay.phase]
-        read_again = [read_kept(source, job.dropped) for source in sources]
-        total = sum(source.weight or len(part) for source, part in zip(sources, read_again, strict=True))
-        for i, (source, part) in enumerate(zip(sources, read_again, strict=True)):
-            key = f"{replay.phase}.{i}:{source.source}"
-            share = replay.share * (source.weight or len(part)) / total
-            prepared[key] = _prepare_part(job, tokenizer, key, part, source, share, seed)
-    if not any(part.rows for part in prepared.values()):
-        longest = max(part.lengths.longest for part in prepared.values())
+        parts = [
+            _prepare_part(job, tokenizer, f"{replay.phase}.{i}:{source.source}", source, None, seed, report)
+            for i, source in enumerate(sources)
+        ]
+        sizes = [source.weight or part.records for source, part in zip(sources, parts, strict=True)]
+        for i, (source, part) in enumerate(zip(sources, parts, strict=True)):
+            share = replay.share * sizes[i] / sum(sizes)
+            prepared[f"{replay.phase}.{i}:{source.source}"] = replace(part, part=Part(len(part.rows), share))
+    if not any(len(part.rows) for part in prepared.values()):
+        longest = max(part.rows.lengths.longest for part in prepared.values())
         raise InputError(
             f"phases.{phase.name}.max_tokens: every example is longer than {phase.max_tokens} tokens (the longest has {longest}); raise it"
         )
@@ -223,36 +270,54 @@ def _prepare(
 
 
 def _prepare_part(
-    job: PhaseJob,
-    tokenizer: Any,
-    key: str,
-    records: Sequence[Record],
-    source: TrainSource,
-    share: float | None,
-    seed: int,
-    worked: McqRecord | None = None,
+    job: PhaseJob, tokenizer: Any, key: str, source: TrainSource, share: float | None, seed: int, report: Report
 ) -> PreparedPart:
-    shuffled = list(records)
-    random.Random(derive_seed(seed, key)).shuffle(shuffled)
-    style: McqStyle = source.style
-    if worked is not None and isinstance(shuffled[0], McqRecord) and job.phase.full_prompt:
-        style = "reasoning_full"
-        shuffled = [record for record in shuffled if record.id != worked.id][: job.phase.full_prompt.records]
-    examples = [example for record in shuffled for example in render(record, style, worked)]
-    rows, lengths = encode(tokenizer, examples, job.phase.max_tokens, job.phase.packing)
-    return PreparedPart(rows, Part(len(rows), share), lengths)
+    phase, began = job.phase, time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        if time.monotonic() - began > 1:
+            report({"event": "preparing", "phase": f"{phase.name} tokens", "done": done, "total": total})
+
+    plan = plan_preparation(source, source.style, tokenizer, Path(job.cache))
+    if not plan.done and (why := plan.explain()) != FIRST:
+        report({"event": "note", "phase": phase.name, "text": f"tokens of {source.source} are made {why}"})
+    store = prepare(plan, tokenizer, tell)
+    kept = store.find_kept(job.dropped.get(source.source, ()))
+    if not kept:
+        raise InputError(
+            f"{source.source}: every record was dropped by data.overlap or data.dedupe; name another source"
+        )
+    random.Random(derive_seed(seed, key)).shuffle(kept)
+    kept = kept[: source.sample]
+    order = store.order_examples(kept)
+    rows = Rows(store, store.lengths, store.prompts, store.texts, order, phase.max_tokens, phase.packing)
+    return PreparedPart(rows, Part(len(rows), share), len(kept))
+
+
+def _prepare_full(
+    job: PhaseJob, tokenizer: Any, key: str, source: TrainSource, share: float | None, seed: int, worked: McqRecord
+) -> PreparedPart:
+    """A few questions in the full prompt mode: they depend on the seed, so they are tokenised where they are used."""
+    assert job.phase.full_prompt is not None
+    records = list(stream_kept(source, job.dropped))
+    random.Random(derive_seed(seed, key)).shuffle(records)
+    chosen = [record for record in records if record.id != worked.id][: job.phase.full_prompt.records]
+    examples = [example for record in chosen for example in render(record, "reasoning_full", worked)]
+    rows = arrange(tokenise(tokenizer, examples), job.phase.max_tokens, job.phase.packing)
+    return PreparedPart(rows, Part(len(rows), share), len(chosen))
 
 
 def _report_lengths(counts: dict[str, dict[str, dict[str, int]]], phase: str, max_tokens: int, report: Report) -> None:
     for segment, parts in counts.items():
         for key, lengths in parts.items():
             log.info("%s %s: %s", segment, key, "  ".join(f"{name} {value}" for name, value in lengths.items()))
-            if lengths["dropped"] or lengths["split"]:
-                text = (
-                    f"{key.partition(':')[2]}: of {lengths['examples']} examples {lengths['dropped']} are longer than {max_tokens} tokens "
-                    f"and left out, {lengths['split']} documents go on in a further row"
-                )
-                report({"event": "note", "phase": phase, "text": text})
+            left = f", {lengths['dropped']} longer than {max_tokens} and left out" if lengths["dropped"] else ""
+            left += f", {lengths['split']} documents go on in a further row" if lengths["split"] else ""
+            text = (
+                f"{key.partition(':')[2]}: {lengths['examples']:,} examples in {lengths['rows']:,} rows; tokens of an example: "
+                f"median {lengths['p50']}, 90 % {lengths['p90']}, 99 % {lengths['p99']}, longest {lengths['longest']}{left}"
+            )
+            report({"event": "note", "phase": phase, "text": text})
 
 
 def _count_steps(job: PhaseJob, segment: str, rows: int, batch: int) -> tuple[int, int]:
@@ -264,22 +329,13 @@ def _count_steps(job: PhaseJob, segment: str, rows: int, batch: int) -> tuple[in
 
 
 def _make_validator(
-    job: PhaseJob, tokenizer: Any, collator: Collator, records: dict[str, list[Record]], seed: int
+    job: PhaseJob, tokenizer: Any, collator: Collator, required: Sequence[str], seed: int
 ) -> Validator | None:
     config = job.phase.validation
     if config is None:
         return None
-    shown = {
-        name
-        for part in records.values()
-        for record in part
-        if isinstance(record, McqRecord)
-        for name in record.rationale
-    }
-    required = [name for name in FIELDS if name in shown]
-    return Validator(
-        tokenizer, collator, config, [read(source) for source in config.sources], seed, required, job.phase.max_tokens
-    )
+    dev = [list(stream(source)) for source in config.sources]
+    return Validator(tokenizer, collator, config, dev, seed, required, job.phase.max_tokens)
 
 
 def _bind(validator: Validator, style: McqStyle | None, worked: McqRecord | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +13,39 @@ FIELDS = ("facts", "candidates", "criteria", "analysis", "evaluation")
 """The fields of a structured rationale, in the order in which a completion shows them."""
 
 
+MAX_FIELD_CHARS = 50_000
+"""Most characters of a question, an option or a side of a translation; more is a file read wrongly, not an exercise."""
+
+MAX_TEXT_CHARS = 20_000_000
+"""Most characters of a document of plain text."""
+
+_UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
+"""ASCII's control characters but for tab, line feed, form feed and carriage return; halves of surrogate pairs."""
+
+
 class RecordError(ValueError):
-    """A row that is no valid record; the message is the reason, ready to stand behind `file:line: `."""
+    """A row that is no valid record; the message is the reason, ready to stand behind `file:line: `.
+
+    `kind` is the class of the reason, a few words that do not change with the row: what rows are counted by.
+    """
+
+    def __init__(self, reason: str, kind: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
-def _check_text(value: Any, name: str) -> None:
+def _check_text(value: Any, name: str, most: int = MAX_FIELD_CHARS) -> None:
     if not isinstance(value, str):
-        raise RecordError(f"`{name}` must be text, found {type(value).__name__}")
+        raise RecordError(f"`{name}` must be text, found {type(value).__name__}", "wrong type")
     if not value.strip():
-        raise RecordError(f"`{name}` is empty")
+        raise RecordError(f"`{name}` is empty", "empty field")
+    if len(value) > most:
+        raise RecordError(f"`{name}` has {len(value):,} characters, more than {most:,}", "absurd length")
+    if found := _UNREADABLE.search(value):
+        code = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
+        if found[0] < "\ud800":
+            raise RecordError(f"`{name}` holds the control character {code}", "control character")
+        raise RecordError(f"`{name}` holds half of a surrogate pair, {code}", "lone surrogate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +57,7 @@ class TextRecord:
 
     def __post_init__(self) -> None:
         _check_text(self.id, "id")
-        _check_text(self.text, "text")
+        _check_text(self.text, "text", MAX_TEXT_CHARS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +94,19 @@ class McqRecord:
         _check_text(self.id, "id")
         _check_text(self.question, "question")
         if not 2 <= len(self.options) <= len(LETTERS):
-            raise RecordError(f"{len(self.options)} options; a question needs 2 to {len(LETTERS)}")
+            raise RecordError(
+                f"{len(self.options)} options; a question needs 2 to {len(LETTERS)}", "too few or too many options"
+            )
         for letter, option in zip(LETTERS, self.options, strict=False):
             _check_text(option, f"option {letter}")
         if self.answer not in self.letters or len(self.answer) != 1:
-            raise RecordError(f"answer {self.answer!r} is none of the options {', '.join(self.letters)}")
+            raise RecordError(
+                f"answer {self.answer!r} is none of the options {', '.join(self.letters)}", "answer is no option"
+            )
         for name, text in self.rationale.items():
             if name not in FIELDS:
-                raise RecordError(f"rationale field {name!r} is none of {', '.join(FIELDS)}")
-            _check_text(text, f"rationale.{name}")
+                raise RecordError(f"rationale field {name!r} is none of {', '.join(FIELDS)}", "rationale")
+            _check_text(text, f"rationale.{name}", MAX_TEXT_CHARS)
 
     @property
     def letters(self) -> str:

@@ -1,7 +1,7 @@
 """The run folder: where everything stands, manifests written last, fingerprints, locks, lineage.
 
     runs/<name>/
-      config.yaml run.json data.json run.log lock
+      config.yaml run.json data.json quarantine.jsonl run.log lock
       phases/<phase>/  adapter/ metrics.jsonl validation.jsonl validation.log phase.log checkpoints/ manifest.json
       evaluation/      report.json predictions.parquet seconds.parquet manifest.json
 
@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from medlora.errors import InputError
 
 MANIFEST = "manifest.json"
-_LIVING = ("lock", "lock.json", "run.log")
+_LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
 """Files at the top of a folder that go on changing; no manifest holds them."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SAFE_PATH = re.compile(r"[\w./~ +,@=:-]+")
@@ -114,6 +114,11 @@ class RunFolder:
     def data(self) -> Path:
         """The data card: sources, hashes, counts, what was found in them."""
         return self.root / "data.json"
+
+    @property
+    def quarantine(self) -> Path:
+        """Rows of the data that make no record, with the reasons: one JSON object a line."""
+        return self.root / "quarantine.jsonl"
 
     @property
     def about(self) -> Path:
@@ -269,7 +274,7 @@ def read_json(path: Path) -> Any:
     """The JSON at `path`, or None when it is absent or torn."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
 
 

@@ -1,301 +1,310 @@
-"""A named source (file, folder, hub id, miniature) -> records, by the columns that are found there."""
+"""A named source -> records, one by one; what makes no record is counted, shown and kept for the quarantine file."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import math
-import os
-import re
-import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from medlora.config import SourceConfig, TestConfig
+from medlora.config_sources import AnswerColumn, SourceConfig, TestConfig
 from medlora.errors import InputError
-from medlora.records import FIELDS, LETTERS, McqRecord, Record, RecordError, TextRecord, TranslationRecord
+from medlora.readers import Broken, list_files, read_file, sign_file
+from medlora.records import McqRecord, Record, RecordError, TextRecord, TranslationRecord
+from medlora.schemas import (
+    SCHEMAS,
+    Schema,
+    explain_no_schema,
+    find_base,
+    find_schema,
+    get_answer,
+    make_schema,
+    to_record,
+)
 
-KINDS: dict[str, type] = {"text": TextRecord, "translation": TranslationRecord, "mcq": McqRecord}
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_RATIONALE_COLUMNS = ("rationale", "reasoning", "explanation", "cot")
-_PAIR_COLUMNS = (("english", "korean"), ("en", "ko"))
-_MAX_SHOWN = 10
-
-Row = tuple[str, Any]
-"""Where a row stands (`file:line`) and what it holds."""
+KINDS: dict[type, str] = {TextRecord: "text", TranslationRecord: "translation", McqRecord: "mcq"}
+MAX_SHOWN = 10
+"""Bad rows that a message shows."""
+_LOOKED_AT = 100
+"""Rows by which a schema is found."""
 
 
-def read(source: SourceConfig) -> list[Record]:
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that makes no record: where it stands (`file:line`), the class of the reason, the reason, the row."""
+
+    where: str
+    kind: str
+    reason: str
+    row: Any
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass
+class Scan:
+    """What a source is, after one look through it: counts, schema, hash; a few rows, never all of them."""
+
+    source: str
+    schema: str = ""
+    base: int | None = None
+    """Number of the first option where the data decided it."""
+    files: list[tuple[str, int]] = field(default_factory=list)
+    """Each file with the number of its rows that were looked at, good or bad."""
+    records: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    """Rows that make no record, by class of reason."""
+    flags: Counter[str] = field(default_factory=Counter)
+    """What is odd about records that were kept."""
+    shown: list[BadRow] = field(default_factory=list)
+    skipped: set[tuple[str, int]] = field(default_factory=set)
+    """File and row (from 0) of every bad row."""
+    kind: str = ""
+    hash: str = ""
+    """As `hash_records` of the records."""
+    letters: str = ""
+    """The letters of the question with the most options."""
+    rationale: set[str] = field(default_factory=set)
+    """Rationale fields that any question has."""
+    subjects: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    options: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were looked at."""
+        return self.records + self.bad.total()
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Raise InputError with the first bad rows when there are too many of them, or when no record is left."""
+        bad = self.bad.total()
+        if bad > max_bad_fraction * self.rows:
+            shown = "\n  ".join(map(str, self.shown))
+            more = f"\n  ... and {bad - len(self.shown)} more" if bad > len(self.shown) else ""
+            counts = ", ".join(f"{kind} {n}" for kind, n in self.bad.most_common())
+            least = min(0.99, -(-bad * 1000 // self.rows) / 1000)
+            raise InputError(
+                f"{self.source}: {bad} of {self.rows} rows are no valid records ({counts}):\n  {shown}{more}\n"
+                f"mend them, or leave them out, counted and kept in quarantine.jsonl: --set data.max_bad_fraction={least:g}"
+            )
+        if not self.records:
+            raise InputError(f"{self.source}: holds no records; name a source with at least one")
+
+
+_SCANS: dict[str, Scan] = {}
+
+
+def scan(source: SourceConfig, on_bad: Callable[[BadRow], None] | None = None) -> Scan:
+    """Look through a source once: every row becomes a record or a bad row with its reason.
+
+    Remembered in this process while no file changes; `on_bad`, which is handed every bad row, makes it look again.
+    Raises InputError when the source is missing or fits no schema.
+    """
+    files = list_files(source.source, source.kind)
+    key = _sign(source, files)
+    if on_bad is not None or key not in _SCANS:
+        _SCANS[key] = _scan(source, files, on_bad or (lambda bad: None))
+    return _SCANS[key]
+
+
+def _sign(source: SourceConfig, files: Sequence[str]) -> str:
+    read_by = ("source", "kind", "adaptor", "columns", "limit", "unicode", "subject")
+    reading = {key: value for key, value in source.model_dump(mode="json").items() if key in read_by}
+    return json.dumps([{**reading, "subject": reading.get("subject")}, *map(sign_file, files)], sort_keys=True)
+
+
+def pack_scan(source: SourceConfig) -> dict[str, Any]:
+    """The scan of a source as plain values, for a process that shall not look again: `remember` takes it there."""
+    found = scan(source)
+    plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(found).items()}
+    plain |= {"skipped": sorted(found.skipped), "rationale": sorted(found.rationale), "shown": []}
+    plain["options"] = list(found.options.items())  # JSON has no numbers for keys
+    return {"key": _sign(source, [file for file, _ in found.files]), "scan": plain}
+
+
+def remember(packed: Mapping[str, Any]) -> None:
+    """Take a scan of another process for this one's; it counts only while the files look the same from here."""
+    plain = dict(packed["scan"])
+    for name, make in (
+        ("bad", Counter),
+        ("flags", Counter),
+        ("subjects", Counter),
+        ("answers", Counter),
+        ("rationale", set),
+    ):
+        plain[name] = make(plain[name])
+    plain["options"] = Counter(dict(plain["options"]))
+    plain["files"] = [(str(file), int(rows)) for file, rows in plain["files"]]
+    plain["skipped"] = {(str(file), int(row)) for file, row in plain["skipped"]}
+    _SCANS.setdefault(packed["key"], Scan(**plain))
+
+
+def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], None]) -> Scan:
+    schema = _choose_schema(source, files)
+    found = Scan(source.source, schema.name if schema else "records", kind="" if source.kind == "auto" else source.kind)
+    if schema is not None:
+        try:
+            found.base = _find_base(source, schema, files)
+        except RecordError as error:
+            raise InputError(f"{source.source}: {error}") from None
+    digest = hashlib.sha256()
+    ids: dict[str, str] = {}
+    questions: dict[bytes, tuple[str, str]] = {}
+    for file in files:
+        rows = 0
+        for number, (where, row) in enumerate(read_file(file)):
+            if source.limit is not None and found.records == source.limit:
+                break
+            rows = number + 1
+            try:
+                record, flags = _convert(row, schema, source, where, found.base, len(files) > 1)
+                _check_against_earlier(record, where, found, ids, questions)
+            except RecordError as error:
+                bad = BadRow(where, error.kind, str(error), row.content if isinstance(row, Broken) else row)
+                found.bad[bad.kind] += 1
+                found.skipped.add((file, number))
+                if len(found.shown) < MAX_SHOWN:
+                    found.shown.append(bad)
+                on_bad(bad)
+                continue
+            found.records += 1
+            found.flags.update(flags)
+            digest.update(_spell(record))
+            if isinstance(record, McqRecord):
+                found.letters = max(found.letters, record.letters, key=len)
+                found.rationale.update(record.rationale)
+                found.subjects[record.subject] += 1
+                found.answers[record.answer] += 1
+                found.options[len(record.options)] += 1
+        found.files.append((file, rows))
+    found.hash = digest.hexdigest()
+    return found
+
+
+def _choose_schema(source: SourceConfig, files: list[str]) -> Schema | None:
+    """None where rows are records already, or where there is none."""
+    if source.columns is not None or source.adaptor is not None:
+        return _get_schema(source, source.adaptor)
+    rows = [pair for file in files for pair in islice(read_file(file), _LOOKED_AT) if not isinstance(pair[1], Broken)]
+    if not rows or type(rows[0][1]) in KINDS:
+        return None
+    schema = find_schema((row for _, row in rows), source.kind)
+    if schema is None:
+        where, row = rows[0]
+        raise InputError(f"{where}: {explain_no_schema(row, source.kind)}")
+    return schema
+
+
+def _get_schema(source: SourceConfig, name: str | None) -> Schema:
+    if source.columns is not None:
+        return make_schema(source.columns)
+    named = next((schema for schema in SCHEMAS if schema.name == name), None)
+    if named is None:
+        known = ", ".join(schema.name for schema in SCHEMAS)
+        raise InputError(f"{source.source}: there is no adaptor {name!r}; known: {known}")
+    return named
+
+
+def _find_base(source: SourceConfig, schema: Schema, files: list[str]) -> int | None:
+    answer = schema.columns.answer
+    if answer is None or (isinstance(answer, AnswerColumn) and answer.base != "data"):
+        return None
+    rows = islice(((where, row) for file in files for where, row in read_file(file)), source.limit)
+    found = ((where, get_answer(row, schema)) for where, row in rows)
+    return find_base((where, *pair) for where, pair in found if pair)
+
+
+def _convert(
+    row: Any, schema: Schema | None, source: SourceConfig, where: str, base: int | None, by_file: bool
+) -> tuple[Record, list[str]]:
+    """The row's record and flags; `by_file`: a question without subject has its file's name for one (MMLU)."""
+    if isinstance(row, Broken):
+        raise RecordError(row.reason, row.kind)
+    if schema is None:
+        if type(row) not in KINDS:
+            raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}", "no mapping")
+        return row, []
+    subject = source.subject if isinstance(source, TestConfig) else None
+    # An id for a row that has none: its file's name and its line.
+    default_id = Path(where).name.replace(":", "-")
+    record, flags = to_record(row, schema, default_id, base, subject, source.unicode == "nfc")
+    if by_file and isinstance(record, McqRecord) and not record.subject:
+        record = replace(record, subject=Path(where).name.partition(".")[0])
+    return record, flags
+
+
+def _check_against_earlier(
+    record: Record, where: str, found: Scan, ids: dict[str, str], questions: dict[bytes, tuple[str, str]]
+) -> None:
+    """Raise RecordError for an id that is taken, a question answered otherwise before, a record of another kind."""
+    kind = KINDS[type(record)]
+    found.kind = found.kind or kind
+    if kind != found.kind:
+        raise RecordError(f"is {kind} in a source of {found.kind}; one source holds one kind", "mixed kinds")
+    if record.id in ids:
+        raise RecordError(f"id {record.id!r} stands at {ids[record.id]} already", "id twice")
+    if isinstance(record, McqRecord):
+        key = hashlib.blake2b(
+            repr((record.question, record.options)).encode("utf-8", "replace"), digest_size=16
+        ).digest()
+        before, answer = questions.setdefault(key, (where, record.answer))
+        if answer != record.answer:
+            raise RecordError(
+                f"the answer is {record.answer}, but {answer} to the same question with the same options at {before}; "
+                "one of them is wrong",
+                "contradiction",
+            )
+        if before != where:
+            found.flags["same question, options and answer again"] += 1
+    if record.id != Path(where).name.replace(":", "-"):
+        ids[record.id] = where
+
+
+def stream(source: SourceConfig, found: Scan | None = None) -> Iterator[Record]:
+    """The records of a source, in its order, one at a time; bad rows are passed over, as `scan` has counted them."""
+    found = found or scan(source)
+    for file, rows in found.files:
+        yield from stream_piece(source, found, file, 0, rows)
+
+
+def stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop: int) -> Iterator[Record]:
+    """The records of the rows `start` to `stop` (from 0, without `stop`) of one file of a source that was scanned."""
+    schema = None if found.schema == "records" else _get_schema(source, found.schema)
+    for number, (where, row) in enumerate(islice(read_file(file, start), stop - start), start):
+        if (file, number) not in found.skipped:
+            yield _convert(row, schema, source, where, found.base, len(found.files) > 1)[0]
+
+
+def read(source: SourceConfig, max_bad_fraction: float = 0.0) -> list[Record]:
     """All records of a source, in its order.
 
-    Raises InputError when the source is missing, empty or of an unknown schema, or when any row is no valid record: the
-    first ten with file, line and reason.
+    Raises InputError when the source is missing, empty or of no known schema, or when more than `max_bad_fraction` of
+    its rows are no valid records: the first ten with file, line and reason.
     """
-    records: list[Record] = []
-    problems: list[str] = []
-    seen: dict[str, str] = {}
-    subject = source.subject if isinstance(source, TestConfig) else None
-    for where, row in _read_rows(source):
-        if source.limit is not None and len(records) == source.limit:
-            break
-        try:
-            record = row if isinstance(row, Record) else to_record(row, source.kind, _name_row(where), subject)
-        except RecordError as error:
-            problems.append(f"{where}: {error}")
-            continue
-        if record.id in seen:
-            problems.append(f"{where}: id {record.id!r} stands at {seen[record.id]} already")
-            continue
-        seen[record.id] = where
-        records.append(record)
-    if problems:
-        more = f"\n  ... and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
-        shown = "\n  ".join(problems[:_MAX_SHOWN])
-        raise InputError(
-            f"{source.source}: {len(problems)} of {len(problems) + len(records)} rows are no valid records:\n  {shown}{more}"
-        )
-    if not records:
-        raise InputError(f"{source.source}: holds no records; name a source with at least one")
-    kinds = {type(record) for record in records}
-    if len(kinds) > 1 or (source.kind != "auto" and kinds != {KINDS[source.kind]}):
-        found = ", ".join(sorted(name for name, kind in KINDS.items() if kind in kinds))
-        raise InputError(
-            f"{source.source}: holds {found} records, but kind is {source.kind}; one source holds one kind"
-        )
-    return records
-
-
-def _name_row(where: str) -> str:
-    """An id for a row that has none: its file's name and its line."""
-    return Path(where).name.replace(":", "-")
+    found = scan(source)
+    found.check(max_bad_fraction)
+    return list(stream(source, found))
 
 
 def hash_records(records: Iterable[Record]) -> str:
     """sha256 of records in order: the data part of a phase's fingerprint."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(repr(record).encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(_spell(record))
     return digest.hexdigest()
 
 
-def _read_rows(source: SourceConfig) -> Iterator[Row]:
-    name = source.source
-    if name.startswith("miniature:"):
-        yield from _read_miniature(name.removeprefix("miniature:"))
-    elif name.startswith("hf:"):
-        yield from _read_hub(name)
-    elif "|" in name:
-        yield from _read_aligned(*name.split("|", 1))
-    else:
-        for path in _find_files(Path(name).expanduser(), source.kind):
-            yield from _read_file(path, source.kind)
+def _spell(record: Record) -> bytes:
+    return repr(record).encode("utf-8", "surrogatepass") + b"\n"
 
 
-def _find_files(path: Path, kind: str) -> list[Path]:
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-        return files
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file or folder; sources are read relative to {Path.cwd()}")
-    if path.suffix not in SUFFIXES and kind != "text":
-        raise InputError(
-            f"{path}: cannot tell what {path.suffix or 'a file without ending'} holds; known: {', '.join(SUFFIXES)}; lines of plain text need `kind: text`"
-        )
-    return [path]
+if __name__ == "__main__":
+    from medlora.inspection import main
 
-
-def _read_file(path: Path, kind: str) -> Iterator[Row]:
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: is no readable parquet file: {error}") from None
-        yield from ((f"{path}:{i}", row) for i, row in enumerate(table.to_pylist(), 1))
-        return
-    text = _read_text(path)
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-        try:
-            # The reader's line is the row's last one; cells may hold newlines.
-            yield from ((f"{path}:{reader.line_num}", row) for row in reader)
-        except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-    elif path.suffix == ".json" and text.lstrip().startswith("["):
-        yield from ((f"{path}:{i}", row) for i, row in enumerate(_parse_json(text, path, 1), 1))
-    elif path.suffix in (".json", ".jsonl"):
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{i}", _parse_json(line, path, i)
-    else:
-        yield from ((f"{path}:{i}", {"text": line}) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty")
-    return text
-
-
-def _parse_json(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{line + error.lineno - 1}:{error.colno}: not valid JSON: {error.msg}") from None
-
-
-def _read_aligned(english: str, korean: str) -> Iterator[Row]:
-    sides = [
-        _read_text(_find_files(Path(name.strip()).expanduser(), "text")[0]).rstrip("\n").split("\n")
-        for name in (english, korean)
-    ]
-    if len(sides[0]) != len(sides[1]):
-        raise InputError(
-            f"{english}|{korean}: {len(sides[0])} and {len(sides[1])} lines; aligned files have the same number"
-        )
-    for i, (en, ko) in enumerate(zip(*sides, strict=True), 1):
-        yield f"{english.strip()}:{i}", {"english": en, "korean": ko}
-
-
-def _read_miniature(name: str) -> Iterator[Row]:
-    from medlora.miniature import corpus
-
-    if name not in corpus.NAMES:
-        raise InputError(f"miniature:{name}: no such part; known: {', '.join(corpus.NAMES)}")
-    yield from ((f"miniature:{name}:{i}", record) for i, record in enumerate(corpus.load(name), 1))
-
-
-def parse_hub_id(name: str) -> tuple[str, str | None, str, str | None]:
-    """`hf:owner/name[/config]:split[@revision]` as (owner/name, config, split, revision); raises InputError."""
-    match = re.fullmatch(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?:([\w.\[\]%:+-]+?)(?:@([\w./-]+))?", name)
-    if not match:
-        raise InputError(
-            f"{name}: write hf:owner/name/config:split, e.g. hf:sean0042/KorMedMCQA/doctor:train, with @revision behind it to pin one"
-        )
-    path, config, split, revision = match.groups()
-    return path, config, split, revision
-
-
-def go_offline_without_hub() -> None:
-    """Tell the Hugging Face libraries to use their cache alone where the hub's name does not even resolve.
-
-    They would try for 24 seconds, with a line for each time. Works before they are imported.
-    """
-    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _read_hub(name: str) -> Iterator[Row]:
-    path, config, split, revision = parse_hub_id(name)
-    go_offline_without_hub()
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(path, config, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{name}: cannot be loaded ({reason}); without a hub, download the data and name its files instead"
-        ) from None
-    yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
-
-
-def to_record(row: Any, kind: str = "auto", default_id: str = "1", subject: str | None = None) -> Record:
-    """A row as the record that its columns make; raises RecordError with the reason when they make none.
-
-    `subject` names the column of a question's subject.
-    """
-    if not isinstance(row, Mapping):
-        raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}")
-    identity = row.get("id")
-    identity = default_id if identity is None or identity == "" else str(identity)
-    pair = next((pair for pair in _PAIR_COLUMNS if all(column in row for column in pair)), None)
-    if kind in ("auto", "mcq") and ("question" in row or kind == "mcq"):
-        return _to_mcq(row, identity, subject)
-    if pair and kind in ("auto", "translation"):
-        return TranslationRecord(identity, row[pair[0]], row[pair[1]])
-    if "text" in row and kind in ("auto", "text"):
-        return TextRecord(identity, row["text"])
-    columns = ", ".join(str(column) for column in row) or "none"
-    raise RecordError(
-        f"unknown schema (columns {columns}); known: text | english, korean | question, A, B, ..., answer"
-    )
-
-
-def _to_mcq(row: Mapping[str, Any], identity: str, subject: str | None = None) -> McqRecord:
-    if "question" not in row:
-        raise RecordError(f"no `question` column; found {', '.join(map(str, row))}")
-    options = _get_options(row)
-    if not 2 <= len(options) <= len(LETTERS):
-        raise RecordError(f"{len(options)} options; a question needs 2 to {len(LETTERS)}")
-    if "answer" not in row:
-        raise RecordError(f"no `answer` column; found {', '.join(map(str, row))}")
-    answer = _to_letter(row["answer"], options)
-    if subject is not None and subject not in row:
-        raise RecordError(f"no column {subject!r} for the subject; found {', '.join(map(str, row))}")
-    of_subject = str(row.get(subject or "subject") or "")
-    return McqRecord(identity, row["question"], options, answer, of_subject, _get_rationale(row))
-
-
-def _get_options(row: Mapping[str, Any]) -> tuple[str, ...]:
-    found = row.get("options")
-    if isinstance(found, Mapping):
-        row, found = found, None
-    if found is None:
-        # An option column left empty at the end (four options in a five-column file) is no option.
-        found = [row[letter] for letter in LETTERS if letter in row]
-        while found and found[-1] in (None, ""):
-            found.pop()
-    if isinstance(found, str) or not isinstance(found, Sequence):
-        raise RecordError(f"`options` must be a list or a mapping, found {type(found).__name__}")
-    return tuple(found)
-
-
-def _to_letter(answer: Any, options: tuple[str, ...]) -> str:
-    letters = LETTERS[: len(options)]
-    if isinstance(answer, bool) or answer is None:
-        raise RecordError(f"`answer` is {answer!r}; give a letter of {letters} or a number from 1")
-    if isinstance(answer, float) and not math.isnan(answer) and answer.is_integer():
-        answer = int(answer)
-    text = str(answer).strip()
-    if isinstance(answer, int) or re.fullmatch(r"[0-9]+", text):
-        if not 1 <= int(text) <= len(options):
-            raise RecordError(f"answer {answer!r} is outside 1..{len(options)}")
-        return letters[int(text) - 1]
-    if isinstance(answer, str) and len(text) == 1 and text.upper() in letters:
-        return text.upper()
-    raise RecordError(f"answer {answer!r} is none of the options {', '.join(letters)}")
-
-
-def _get_rationale(row: Mapping[str, Any]) -> dict[str, str]:
-    found = next((row[column] for column in _RATIONALE_COLUMNS if row.get(column)), None)
-    if found is None:
-        return {}
-    if isinstance(found, Mapping):
-        return {str(name): text for name, text in found.items() if text}
-    if not isinstance(found, str):
-        raise RecordError(f"a rationale is text or a mapping of {', '.join(FIELDS)}, found {type(found).__name__}")
-    parts = re.split(rf"^({'|'.join(FIELDS)}):[ \t]*", found.strip(), flags=re.MULTILINE)
-    if len(parts) > 1 and not parts[0].strip():
-        return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True) if text.strip()}
-    return {"analysis": found.strip()} if found.strip() else {}
+    sys.exit(main())

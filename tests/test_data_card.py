@@ -10,7 +10,7 @@ import pytest
 
 from medlora import data_card, overlap
 from medlora.config import RunConfig
-from medlora.data_card import check_data, describe_findings, describe_overlap, find_dropped, read_kept
+from medlora.data_card import check_data, describe_findings, describe_overlap, find_dropped, stream_kept
 from medlora.errors import InputError
 from medlora.lineage import make_job
 
@@ -81,7 +81,7 @@ def test_dropped_records_are_left_out_and_counted(tmp_path: Path) -> None:
     source = config.phases[0].sources[0]
     assert check_data(config)["dropped"] == {source.source: 2}
     job = make_job(config, config.phases[0], ())
-    assert {len(read_kept(source, job.dropped)), len(CLEAN)} == {20}
+    assert {len(list(stream_kept(source, job.dropped))), len(CLEAN)} == {20}
     alone = make_job(configure(tmp_path, CLEAN), config.phases[0], ())
     assert job.fingerprint["data"] == alone.fingerprint["data"]
 

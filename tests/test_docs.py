@@ -322,7 +322,7 @@ def write_their_data() -> None:
     pairs = [{"english": f"text about {TERMS[i % 6]}", "korean": f"{TERMS[i % 6]} 이다"} for i in range(8)]
     questions = [
         {
-            "question": f"{TERMS[i % 6]} 은?",
+            "question": f"{TERMS[i % 6]} 은 {i}?",
             **{letter: TERMS[(i + j) % 6] for j, letter in enumerate("ABCDE")},
             "answer": "ABCDE"[i % 5],
         }

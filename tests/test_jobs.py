@@ -30,7 +30,7 @@ def write_run(tmp_path: Path, rows: list[Any], **changes: Any) -> Path:
         "name": "bad",
         "base": {"model": "miniature"},
         "phases": [phase],
-        "storage": {"folder": str(tmp_path / "runs")},
+        "storage": {"folder": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")},
         **changes,
     }
     path = tmp_path / "c.yaml"
@@ -52,7 +52,7 @@ def test_help_is_light(job: str) -> None:
         ([QUESTION, {**QUESTION, "id": "q2", "answer": 3}], {}, "rows.jsonl:2: answer 3 is outside 1..2"),
         ([QUESTION, QUESTION], {}, "rows.jsonl:2: id 'q1' stands at"),
         ([{**QUESTION, "question": ""}], {}, "rows.jsonl:1: `question` is empty"),
-        ([{k: v for k, v in QUESTION.items() if k != "B"}], {}, "rows.jsonl:1: 1 options"),
+        ([{k: v for k, v in QUESTION.items() if k != "B"}], {}, "nearest: letters, without B"),
         ([], {}, "rows.jsonl: the file is empty"),
         ([{"stem": "x"}], {}, "rows.jsonl:1: unknown schema (columns stem)"),
         ([QUESTION], {"name": "../out"}, "name: String should match pattern"),
@@ -70,7 +70,13 @@ def test_bad_input_ends_with_code_2_and_one_message(
     done = run("curriculum", "--config", str(write_run(tmp_path, rows, **changes)))
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert done.stderr.startswith("medlora: ") and "Traceback" not in done.stderr
-    assert done.stdout == "HEAVY []\n" and not (tmp_path / "runs").exists()
+    assert done.stdout == "HEAVY []\n"
+    # Nothing stands in the run's folder but the rows that are wrong, for the user to look at.
+    left = {path.name for path in (tmp_path / "runs").glob("*/*")}
+    assert (
+        not left - {"lock", "lock.json", "run.log"} or left >= {"quarantine.jsonl"} and "all of them: " in done.stderr
+    )
+    assert "run.json" not in left
 
 
 def test_a_hub_model_without_a_hub_is_said(tmp_path: Path) -> None:

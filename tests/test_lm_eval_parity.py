@@ -14,7 +14,8 @@ import pytest
 
 from medlora.answering import McqAnswerer
 from medlora.answers import parse
-from medlora.config import BaseModelConfig, SourceConfig
+from medlora.config import BaseModelConfig
+from medlora.config_sources import SourceConfig
 from medlora.models import load_base, load_tokenizer
 from medlora.prompts import KORMEDMCQA_STOPS, render_mcq
 from medlora.records import McqRecord

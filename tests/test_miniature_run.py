@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from medlora import runs
-from medlora.config import SourceConfig
 from medlora.config_file import load
+from medlora.config_sources import SourceConfig
 from medlora.lineage import Link
 from medlora.records import McqRecord
 from medlora.sources import read

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from medlora.config import SourceConfig
-from medlora.overlap import Overlap, TestIndex, find_duplicates
+from medlora.config_sources import SourceConfig
+from medlora.overlap import Duplicates, Overlap, TestIndex
 from medlora.records import McqRecord, Record, TextRecord, TranslationRecord
 from medlora.sources import read
 
@@ -58,7 +58,8 @@ def test_a_hit_names_both_sides() -> None:
 
 def test_duplicates_name_the_first() -> None:
     records = [TextRecord("a", "Iron  deficiency."), TextRecord("b", "other"), TextRecord("c", "iron deficiency")]
-    assert list(find_duplicates([*records, TextRecord("d", "OTHER!")])) == [("c", "a"), ("d", "b")]
+    seen = Duplicates()
+    assert [seen.find(record) for record in [*records, TextRecord("d", "OTHER!")]] == [None, None, "a", "b"]
 
 
 def edit_word(text: str, draw: random.Random) -> str:

@@ -77,6 +77,7 @@ def configure(base: str, data: Path, **changes: Any) -> RunConfig:
             "lora": lora,
             "phases": phases,
             "data": {"overlap": "allow"},  # so few words make questions alike
+            "storage": {"cache": str(data / "cache")},
         }
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from medlora import runs
 from medlora.config import ActorPlacement, PhaseConfig, RunConfig
-from medlora.data_card import check_data, describe_findings, describe_overlap
+from medlora.data_card import check_data, check_rows, describe_findings, describe_overlap, describe_quarantine
 from medlora.errors import InputError
 from medlora.evaluation import FINGERPRINT, Asked, Stages, describe_evaluation, find_report, read_asked
 from medlora.lineage import (
@@ -54,6 +54,7 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
 
     The caller holds the run's lock. Raises InputError for what only the user can mend.
     """
+    check_rows(config, run.quarantine)
     check_run(config, run, redo)
     known = runs.read_json(run.data)
 
@@ -163,7 +164,7 @@ def _describe_run(config: RunConfig, run: runs.RunFolder) -> None:
 def _describe_evaluation(config: RunConfig, stages: Stages) -> tuple[dict[str, Any], Asked] | tuple[None, None]:
     if config.evaluation is None:
         return None, None
-    asked = read_asked(config.evaluation, config.seed)
+    asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
     return describe_evaluation(config.base, config.seed, config.evaluation, stages, asked), asked
 
 
@@ -201,7 +202,7 @@ def _evaluate(
     about = {
         "name": config.name,
         "config": config.model_dump(mode="json"),
-        "notes": describe_overlap(runs.read_json(run.data) or {}),
+        "notes": [*describe_overlap(runs.read_json(run.data) or {}), *describe_quarantine(config.evaluation)],
         "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in done.items()},
     }
     began = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any
 
 from medlora import prompts, runs
 from medlora.config import ActorPlacement, EvaluationConfig
+from medlora.data_card import write_quarantine
 from medlora.evaluation import (
     FINGERPRINT,
     LEDGER,
@@ -96,6 +97,7 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Connect to Ray and score the plan's stages into `out`; returns the report. The caller holds the folder's lock."""
     began = time.monotonic()
+    write_quarantine(out.quarantine, {test.name: test for test in config.evaluation.tests})
     with connect() as cluster:
         seconds = time.monotonic() - began
         on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": seconds})

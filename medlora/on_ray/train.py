@@ -13,6 +13,7 @@ from medlora.config import Placement
 from medlora.errors import InputError
 from medlora.lineage import PhaseJob
 from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen
+from medlora.on_ray.prepare import prepare_on_ray
 
 log = logging.getLogger("medlora.run")
 
@@ -31,6 +32,7 @@ def train_on_ray(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
 
+    prepare_on_ray(job, cluster, on_event)
     gpus = count_gpus(placement, cluster)
     folder = run.phase(job.phase.name)
     refusals: list[str] = []

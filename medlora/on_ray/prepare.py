@@ -1,0 +1,106 @@
+"""Large sources tokenised by every CPU of the cluster, with Ray Data, before a phase begins."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from medlora.config_sources import TrainSource
+from medlora.lineage import PhaseJob
+from medlora.on_ray.cluster import Cluster, OnEvent
+from medlora.preparation import Preparation, finish, new_folder
+from medlora.sources import Scan, scan
+
+LEAST_RECORDS = 5_000
+"""A smaller source is tokenised by the phase's own worker sooner than Ray has started."""
+_PIECES_PER_CPU = 4
+
+
+def prepare_on_ray(job: PhaseJob, cluster: Cluster, on_event: OnEvent) -> None:
+    """Make the tokens of the phase's large sources where they are not there yet.
+
+    They go to `job.cache`; a worker that does not see it makes its own.
+    """
+    sources = [*job.phase.sources, *(source for replayed in job.replayed.values() for source in replayed)]
+    large = [source for source in sources if scan(source).records >= LEAST_RECORDS]
+    if not large:
+        return
+    from medlora.preparation import plan_preparation
+
+    tokenizer = _load_tokenizer(job)
+    for source in large:
+        plan = plan_preparation(source, source.style, tokenizer, Path(job.cache))
+        if not plan.done:
+            _prepare(job, plan, source, cluster, on_event)
+
+
+def _load_tokenizer(job: PhaseJob) -> Any:
+    from medlora.phases import load_phase_tokenizer
+    from medlora.stages import locate_base
+
+    return load_phase_tokenizer(job, locate_base(job.base, job.cache, job.seed))
+
+
+def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Cluster, on_event: OnEvent) -> None:
+    import ray.data
+
+    found, started = scan(source), time.monotonic()
+    phase, label = job.phase.name, f"{job.phase.name} tokens"
+    text = f"tokens of {source.source} are made {plan.explain()}"
+    on_event({"event": "note", "phase": phase, "text": text})
+    quiet_ray_data()
+    with new_folder(plan) as folder:
+        common = {"job": job.model_dump_json(), "source": source.model_dump_json(), "cwd": os.getcwd()}
+        pieces = [
+            {**common, "file": file, "start": start, "stop": stop, "part": str(folder / f"part-{n:05}.arrow")}
+            for n, (file, start, stop) in enumerate(cut(found, int(cluster.cpus) * _PIECES_PER_CPU))
+        ]
+        rows = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map(_write_piece)
+        done = 0
+        for row in rows.iter_rows():
+            done += row["records"]
+            on_event({"event": "preparing", "phase": label, "done": done, "total": found.records})
+        finish(plan, folder)
+    seconds = time.monotonic() - started
+    rate = f"{found.records:,} records in {seconds:.1f} s, {found.records / seconds:,.0f} records/s"
+    on_event({"event": "note", "phase": phase, "text": f"tokens of {source.source}: {rate}"})
+
+
+def cut(found: Scan, pieces: int) -> list[tuple[str, int, int]]:
+    """A source in about so many pieces of whole rows: (file, first row, row behind the last), in order."""
+    size = max(1000, -(-found.rows // max(1, pieces)))
+    return [(file, start, min(start + size, rows)) for file, rows in found.files for start in range(0, rows, size)]
+
+
+def quiet_ray_data() -> None:
+    """No bars and warnings of Ray Data's own: our display shows how far it is."""
+    import logging
+
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+_TOKENIZERS: dict[str, Any] = {}
+
+
+def _write_piece(row: dict[str, Any]) -> dict[str, int]:
+    """What one Ray task does: its rows of one file, as tokens, into a part of its own."""
+    from medlora.preparation import write_part
+    from medlora.sources import remember, stream_piece
+
+    if Path(row["cwd"]).is_dir():
+        os.chdir(row["cwd"])
+    if row["job"] not in _TOKENIZERS:
+        job = PhaseJob.model_validate_json(row["job"])
+        for packed in job.scans:
+            remember(packed)
+        _TOKENIZERS[row["job"]] = _load_tokenizer(job)
+    source = TrainSource.model_validate_json(row["source"])
+    records = stream_piece(source, scan(source), row["file"], row["start"], row["stop"])
+    return {"records": write_part(Path(row["part"]), records, source.style, _TOKENIZERS[row["job"]])}
