@@ -67,7 +67,11 @@ def needs_bos(tokenizer: Any) -> bool:
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text without any special token of the tokenizer's own accord."""
-    return tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.padding or backend.truncation:
+        return tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+    # The same ids without the offsets of every piece, which nobody here asks for: a fifth of the time less.
+    return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:

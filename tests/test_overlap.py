@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -42,8 +40,9 @@ def find(record: Record) -> list[tuple[str, str]]:
         (McqRecord("r", SHORT.question, (*SHORT.options[:2], "철분은 물과 먹는다"), "C"), [("s", "ngram")]),
         (McqRecord("r", SHORT.question, ("간은 왼쪽에 있다", "폐는 하나이다", "신장은 둘이다"), "C"), []),
         (McqRecord("r", MISSPELT, QUESTION.options, "A"), [("q", "near")]),
-        (TextRecord("r", f"Bats live long. {STEM} Nobody knows. " * 3), [("q", "ngram")]),
-        (TranslationRecord("r", STEM, "쉰네 살 농부가 아흐레 동안 열이 났다."), [("q", "ngram")]),
+        (TextRecord("r", f"Bats live long. {STEM} Nobody knows. " * 3), [("q", "exact")]),
+        (TranslationRecord("r", STEM, "쉰네 살 농부가 아흐레 동안 열이 났다."), [("q", "exact")]),
+        (TextRecord("r", "So: " + STEM.replace("farmer", "teacher")), [("q", "ngram")]),
         (TextRecord("r", "A 54-year-old farmer has had fever and a dry cough. He was healthy before."), []),
     ],
 )
@@ -87,33 +86,45 @@ def plant(question: McqRecord, kind: str, lines: list[str], draw: random.Random)
     return TextRecord("p", " ".join(around))
 
 
-def read_medqa(path: Path) -> list[McqRecord]:
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [
-        McqRecord(f"m{i}", row["question"], tuple(row["options"].values()), row["answer_idx"])
-        for i, row in enumerate(rows)
-    ]
+TESTS = ("kormedmcqa/test.jsonl", "medqa_us_test.jsonl", "medmcqa_dev.json", "mmlu_medical", "frenchmedmcqa_dev.json")
 
 
-def test_200_planted_questions_among_1000_real_ones(real_data: Path) -> None:
-    """Recall of every kind, and false hits: what is left after the pairs that a reader calls one case."""
+def read_questions(folder: Path, name: str) -> list[McqRecord]:
+    # Half of the French ones have several right answers.
+    records = read(SourceConfig(source=str(folder / name)), max_bad_fraction=0.5)
+    return [record for record in records if isinstance(record, McqRecord)]
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_200_planted_questions_are_found(real_data: Path, name: str) -> None:
     draw = random.Random(0)
-    korean = {
-        name: read(SourceConfig(source=str(real_data / f"kormedmcqa/{name}.jsonl"))) for name in ("train", "test")
-    }
-    medqa = read_medqa(real_data / "medqa_us_test.jsonl")
-    draw.shuffle(medqa)
-    tests = {"kormedmcqa": [r for r in korean["test"] if isinstance(r, McqRecord)], "medqa": medqa[:300]}
-    index = TestIndex(tests)
-    lines = {
-        name: (real_data / f"covid19_cdc.{name}").read_text(encoding="utf-8").splitlines() for name in ("ko", "en")
-    }
+    questions = read_questions(real_data, name)
+    index = TestIndex({"t": questions})
+    language = "ko" if name.startswith("kor") else "en"
+    lines = (real_data / f"covid19_cdc.{language}").read_text(encoding="utf-8").splitlines()
     found: Counter[str] = Counter()
-    for i, question in enumerate(draw.sample([q for records in tests.values() for q in records], 200)):
+    for i, question in enumerate(draw.choices(questions, k=200)):
         kind = ("exact", "spelling", "shuffled", "edited", "buried")[i % 5]
-        planted = plant(question, kind, lines["en" if question.id.startswith("m") else "ko"], draw)
+        planted = plant(question, kind, lines, draw)
         found[kind] += any(hit.question == question.id for hit in index.find(planted))
     assert found["exact"] == found["spelling"] == found["shuffled"] == 40
     assert found["edited"] >= 38 and found["buried"] >= 38
-    clean = [*draw.sample(korean["train"], 500), *draw.sample(medqa[300:], 500)]
-    assert sum(bool(index.find(record)) for record in clean) <= 5
+
+
+def test_real_questions_and_texts_that_are_no_test_s_are_left_alone(real_data: Path) -> None:
+    """5,000 records that no test holds: each set against the others. What is left are two pairs on one case each."""
+    sets = {name: read_questions(real_data, name) for name in TESTS}
+    everything = TestIndex(sets)
+    train = [*read_questions(real_data, "kormedmcqa/train.jsonl"), *read_questions(real_data, "kormedmcqa/dev.jsonl")]
+    texts = [
+        TextRecord(f"{name}{i}", line)
+        for name in ("ko", "en")
+        for i, line in enumerate((real_data / f"covid19_cdc.{name}").read_text(encoding="utf-8").splitlines())
+        if line.strip()
+    ]
+    hits = [hit for record in [*train, *texts] for hit in everything.find(record)]
+    assert len(train) + len(texts) > 1700 and len(hits) == 2
+    assert all(hit.kind == "ngram" and hit.test == "kormedmcqa/test.jsonl" for hit in hits)
+    for name in sets:
+        others = TestIndex({other: records for other, records in sets.items() if other != name})
+        assert not [hit for record in sets[name][:1000] for hit in others.find(record)]
