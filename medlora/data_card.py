@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from medlora.config import EvaluationConfig, RunConfig
+from medlora.config import RunConfig
 from medlora.config_sources import DataConfig, SourceConfig
 from medlora.errors import InputError
 from medlora.records import McqRecord, Record, TextRecord
-from medlora.runs import as_json, hash_json, write_bytes
-from medlora.sources import BadRow, scan, stream
+from medlora.runs import as_json, hash_json
+from medlora.sources import scan, stream, stream_placed
 
-_SHOWN = 10
-"""Pairs that a message or a card names."""
+_SHOWN, _RECORDED = 10, 1000
+"""Most pairs that a message shows, and that the card holds."""
+_EXCERPT = 100
+"""Characters of a text that stand beside a pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
     overlaps: tuple[Any, ...]
+    excerpts: tuple[tuple[str, str, str], ...]
+    """Of the first pairs: where the training record stands, how it begins, how the question begins."""
     duplicates: dict[str, tuple[str, ...]]
-    personal: tuple[tuple[str, str, Any], ...]
+    personal: tuple[tuple[str, Any], ...]
+    """Where a record stands, and what was found in it."""
 
 
 def list_training(config: RunConfig) -> dict[str, SourceConfig]:
@@ -79,36 +82,6 @@ def stream_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> I
         )
 
 
-def check_rows(config: RunConfig, quarantine: Path) -> None:
-    """Write every bad row of every source to `quarantine`; raises InputError, with the dotted key, where they are too many."""
-    sources = {**list_training(config), **list_held_out(config)}
-    write_quarantine(quarantine, sources)
-    for key, source in sources.items():
-        try:
-            scan(source).check(config.data.max_bad_fraction)
-        except InputError as error:
-            where = f"\nall of them: {quarantine}" if quarantine.exists() else ""
-            raise InputError(f"{key}.source: {error}{where}") from None
-
-
-def write_quarantine(path: Path, sources: Mapping[str, SourceConfig]) -> None:
-    """One JSON line a bad row (source, where, kind, reason, row); no file where no source has any."""
-    lines: list[bytes] = []
-    for source in {source.source: source for source in sources.values()}.values():
-        bad: list[BadRow] = []
-        if scan(source).bad:
-            scan(source, bad.append)
-        rows = [{"source": source.source, **asdict(each)} for each in bad]
-        lines += [
-            (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
-            for row in rows
-        ]
-    if lines:
-        write_bytes(path, b"".join(lines))
-    else:
-        path.unlink(missing_ok=True)
-
-
 def check_data(
     config: RunConfig, known: Mapping[str, Any] | None = None, tell: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
@@ -141,11 +114,11 @@ def check_data(
                 "records": len(records),
                 "pairs": len(survey.overlaps),
                 "kinds": Counter(hit.kind for hit in survey.overlaps),
-                "shown": [asdict(hit) for hit in survey.overlaps[:_SHOWN]],
+                "shown": _describe_pairs(survey),
             },
             "duplicates": {source: len(ids) for source, ids in survey.duplicates.items()},
             "dropped": {source: len(ids) for source, ids in dropped.items()},
-            "personal": Counter(finding.kind for _, _, finding in survey.personal),
+            "personal": Counter(finding.kind for _, finding in survey.personal),
         }
     )
     return card
@@ -160,20 +133,6 @@ def describe_overlap(card: Mapping[str, Any]) -> list[str]:
         f"{found['records']} training records hold questions of the tests or of dev (data.overlap: allow); "
         "accuracy on them is memory, see data.json of the run"
     ]
-
-
-def describe_quarantine(evaluation: EvaluationConfig) -> list[str]:
-    """What a report has to say of the rows of its tests that could not be asked; nothing where all could."""
-    said = []
-    for test in evaluation.tests:
-        found = scan(test)
-        if bad := found.bad.total():
-            counts = ", ".join(f"{kind} {n}" for kind, n in found.bad.items())
-            said.append(
-                f"test {test.name}: {bad} of {found.rows} rows are no valid questions ({counts}); they are not asked and "
-                f"not in the denominator, which is {found.records}"
-            )
-    return said
 
 
 def describe_findings(card: Mapping[str, Any]) -> list[str]:
@@ -225,21 +184,35 @@ def _survey(config_json: str) -> _Survey:
         for key, source in list_held_out(config).items()
     }
     index = TestIndex(questions)
+    asked = {(key, record.id): record.question for key, records in questions.items() for record in records}
     overlaps: list[Any] = []
-    personal: list[tuple[str, str, Any]] = []
+    excerpts: list[tuple[str, str, str]] = []
+    personal: list[tuple[str, Any]] = []
     duplicates: dict[str, tuple[str, ...]] = {}
     for source in list_training(config).values():
         seen, twice = Duplicates(), []
-        for record in stream(source):
+        for where, record in stream_placed(source):
             if seen.find(record) is not None:
                 twice.append(record.id)
-            overlaps += index.find(record, source.source)
-            personal += [
-                (source.source, record.id, found) for text in _list_texts(record) for found in find_personal(text)
-            ]
+            texts = list(_list_texts(record))
+            for hit in index.find(record, source.source):
+                overlaps.append(hit)
+                if len(excerpts) < _RECORDED:
+                    excerpts.append((where, _excerpt(texts[0]), _excerpt(asked[hit.test, hit.question])))
+            personal += [(where, found) for text in texts for found in find_personal(text)]
         if twice:
             duplicates[source.source] = tuple(twice)
-    return _Survey(tuple(overlaps), duplicates, tuple(personal))
+    return _Survey(tuple(overlaps), tuple(excerpts), duplicates, tuple(personal))
+
+
+def _excerpt(text: str) -> str:
+    """How a text begins; personal data in it is named instead of shown."""
+    from medlora.personal import find_personal
+
+    for found in sorted(find_personal(text), key=lambda found: -found.start):
+        text = f"{text[: found.start]}[{found.kind}]{text[found.end :]}"
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _EXCERPT else f"{flat[:_EXCERPT]}..."
 
 
 def _list_texts(record: Record) -> Iterator[str]:
@@ -251,13 +224,21 @@ def _list_texts(record: Record) -> Iterator[str]:
         yield from (record.english, record.korean)
 
 
+def _describe_pairs(survey: _Survey) -> list[dict[str, Any]]:
+    return [
+        {**asdict(hit), "where": where, "training_text": training, "question_text": question}
+        for hit, (where, training, question) in zip(survey.overlaps, survey.excerpts, strict=False)
+    ]
+
+
 def _stop_at_overlaps(data: DataConfig, survey: _Survey) -> None:
     if data.overlap != "stop" or not survey.overlaps:
         return
     records = {(hit.source, hit.record) for hit in survey.overlaps}
     shown = "\n  ".join(
-        f"{hit.source} {hit.record}: {hit.question} of {hit.test} ({hit.kind}, {hit.score:.0%} of it)"
-        for hit in survey.overlaps[:_SHOWN]
+        f"{pair['where']} ({pair['record']}): {pair['question']} of {pair['test']} ({pair['kind']}, {pair['score']:.0%} of it)\n"
+        f"    training: {pair['training_text']}\n    question: {pair['question_text']}"
+        for pair in _describe_pairs(survey)[:_SHOWN]
     )
     more = f"\n  ... and {len(survey.overlaps) - _SHOWN} more pairs" if len(survey.overlaps) > _SHOWN else ""
     raise InputError(
@@ -271,7 +252,8 @@ def _stop_at_personal(data: DataConfig, survey: _Survey) -> None:
     if len(survey.personal) <= data.max_personal:
         return
     shown = "\n  ".join(
-        f"{source} {id}, line {found.line}: {found.kind}" for source, id, found in survey.personal[:_SHOWN]
+        f"{where}: {found.kind}" + (f", in line {found.line} of the text" if found.line > 1 else "")
+        for where, found in survey.personal[:_SHOWN]
     )
     more = f"\n  ... and {len(survey.personal) - _SHOWN} more" if len(survey.personal) > _SHOWN else ""
     raise InputError(

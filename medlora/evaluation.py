@@ -16,10 +16,11 @@ from medlora import prompts, runs
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, Storage
 from medlora.config_file import load
 from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
-from medlora.data_card import describe_overlap, describe_quarantine
+from medlora.data_card import describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.mixture import derive_seed
+from medlora.quarantine import describe_quarantine
 from medlora.records import McqRecord, Prediction
 from medlora.sources import hash_records
 

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         for source in sources:
             _print_source(console, source, tokenizer)
         if arguments.quarantine:
-            from medlora.data_card import write_quarantine
+            from medlora.quarantine import write_quarantine
 
             write_quarantine(arguments.quarantine, {source.source: source for source in sources})
         return 0

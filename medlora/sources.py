@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from medlora.config_sources import AnswerColumn, SourceConfig, TestConfig
+from medlora.conversion import find_base, get_answer, to_record
 from medlora.errors import InputError
-from medlora.readers import Broken, list_files, read_file, sign_file
+from medlora.readers import list_files, read_file, sign_file
 from medlora.records import McqRecord, Record, RecordError, TextRecord, TranslationRecord
-from medlora.schemas import (
-    SCHEMAS,
-    Schema,
-    explain_no_schema,
-    find_base,
-    find_schema,
-    get_answer,
-    make_schema,
-    to_record,
-)
+from medlora.row_formats import Broken
+from medlora.schemas import SCHEMAS, Schema, explain_no_schema, find_schema, make_schema
 
 KINDS: dict[type, str] = {TextRecord: "text", TranslationRecord: "translation", McqRecord: "mcq"}
 MAX_SHOWN = 10
@@ -268,17 +261,26 @@ def _check_against_earlier(
 
 def stream(source: SourceConfig, found: Scan | None = None) -> Iterator[Record]:
     """The records of a source, in its order, one at a time; bad rows are passed over, as `scan` has counted them."""
+    return (record for _, record in stream_placed(source, found))
+
+
+def stream_placed(source: SourceConfig, found: Scan | None = None) -> Iterator[tuple[str, Record]]:
+    """The records of a source and where each stands (`file:line`)."""
     found = found or scan(source)
     for file, rows in found.files:
-        yield from stream_piece(source, found, file, 0, rows)
+        yield from _stream_piece(source, found, file, 0, rows)
 
 
 def stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop: int) -> Iterator[Record]:
     """The records of the rows `start` to `stop` (from 0, without `stop`) of one file of a source that was scanned."""
+    return (record for _, record in _stream_piece(source, found, file, start, stop))
+
+
+def _stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
     schema = None if found.schema == "records" else _get_schema(source, found.schema)
     for number, (where, row) in enumerate(islice(read_file(file, start), stop - start), start):
         if (file, number) not in found.skipped:
-            yield _convert(row, schema, source, where, found.base, len(found.files) > 1)[0]
+            yield where, _convert(row, schema, source, where, found.base, len(found.files) > 1)[0]
 
 
 def read(source: SourceConfig, max_bad_fraction: float = 0.0) -> list[Record]:

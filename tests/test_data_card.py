@@ -13,6 +13,7 @@ from medlora.config import RunConfig
 from medlora.data_card import check_data, describe_findings, describe_overlap, find_dropped, stream_kept
 from medlora.errors import InputError
 from medlora.lineage import make_job
+from medlora.quarantine import check_rows, describe_quarantine
 
 WORDS = ["fever", "cough", "rash", "anaemia", "jaundice", "oedema", "dyspnoea", "syncope", "tremor", "ascites"]
 
@@ -72,8 +73,9 @@ def test_a_test_or_dev_question_in_training_stops_the_run(tmp_path: Path) -> Non
         check_data(configure(tmp_path, [*CLEAN, *LEAKS]))
     said = str(caught.value)
     assert "data.overlap: 2 training records hold questions" in said and "data.overlap=drop" in said
-    assert "train.jsonl leak-1: q103 of evaluation.tests.0 (exact, 100% of it)" in said
-    assert "train.jsonl leak-2: q202 of phases.0.validation.sources.0 (exact" in said
+    assert "train.jsonl:21 (leak-1): q103 of evaluation.tests.0 (exact, 100% of it)" in said
+    assert "train.jsonl:22 (leak-2): q202 of phases.0.validation.sources.0 (exact" in said
+    assert said.count(f": {ask(103)['question'][:50]}") == 2  # the pair to look at
 
 
 def test_dropped_records_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_personal_data_stops_the_run_and_is_not_shown(tmp_path: Path) -> None:
         check_data(configure(tmp_path, train))
     said = str(caught.value)
     assert "2 places in the training data look like personal data, allowed are 0" in said
-    assert "train.jsonl q30, line 2: phone number" in said and "1234" not in said and "a@b" not in said
+    assert "train.jsonl:21: phone number, in line 2 of the text" in said and "1234" not in said and "a@b" not in said
     card = check_data(configure(tmp_path, train, max_personal=2))
     assert card["personal"] == {"phone number": 1, "e-mail address": 1} and "1234" not in json.dumps(card)
 
@@ -132,3 +134,57 @@ def test_a_card_that_still_stands_is_not_made_again(tmp_path: Path, monkeypatch:
     assert check_data(configure(tmp_path, CLEAN), card) == card
     with pytest.raises(AssertionError, match="looked again"):
         check_data(configure(tmp_path, CLEAN[:-1]), card)
+
+
+def test_personal_data_is_not_shown_beside_a_leak_either(tmp_path: Path) -> None:
+    leak = {**ask(103), "id": "leak", "question": f"Call 010-1234-5678. {ask(103)['question']}"}
+    with pytest.raises(InputError) as caught:
+        check_data(configure(tmp_path, [*CLEAN, leak]))
+    said = str(caught.value)
+    assert "training: Call [phone number]. " in said and "1234" not in said
+
+
+def test_bad_rows_are_written_down_and_stop_the_run_or_are_counted(tmp_path: Path) -> None:
+    bad = {**ask(30), "answer": "Z"}
+    quarantine = tmp_path / "quarantine.jsonl"
+    with pytest.raises(InputError) as caught:
+        check_rows(configure(tmp_path, [*CLEAN, bad]), quarantine)
+    said = str(caught.value)
+    assert said.startswith("phases.0.sources.0.source: ") and "1 of 21 rows are no valid records" in said
+    assert "train.jsonl:21: answer 'Z' is none of the options" in said and f"all of them: {quarantine}" in said
+    (row,) = [json.loads(line) for line in quarantine.read_text(encoding="utf-8").splitlines()]
+    assert row["where"].endswith("train.jsonl:21") and row["row"] == bad
+
+    config = configure(tmp_path, [*CLEAN, bad], max_bad_fraction=0.05)
+    check_rows(config, quarantine)
+    card = check_data(config)
+    assert card["training"]["phases.0.sources.0"]["quarantine"] == {"answer is no option": 1}
+    assert "1 of 21 rows are no valid records and left out (answer is no option 1)" in describe_findings(card)[0]
+    job = make_job(config, config.phases[0], ())
+    alone = make_job(configure(tmp_path, CLEAN), config.phases[0], ())
+    assert job.fingerprint["data"] == alone.fingerprint["data"]
+    check_rows(configure(tmp_path, CLEAN), quarantine)
+    assert not quarantine.exists()
+
+
+def test_a_test_s_bad_rows_are_in_its_denominator_s_note(tmp_path: Path) -> None:
+    config = configure(tmp_path, CLEAN, max_bad_fraction=0.5)
+    path = tmp_path / "test.jsonl"
+    path.write_text(
+        path.read_text(encoding="utf-8") + json.dumps({**ask(300), "question": ""}) + "\n", encoding="utf-8"
+    )
+    assert config.evaluation is not None
+    (note,) = describe_quarantine(config.evaluation)
+    assert note.startswith(
+        "test t: 1 of 11 rows are no valid questions (empty field 1); they are not asked and not in the"
+    )
+    assert note.endswith("denominator, which is 10")
+
+
+def test_the_licence_stands_in_the_card_and_in_no_fingerprint(tmp_path: Path) -> None:
+    plain = configure(tmp_path, CLEAN)
+    dumped = plain.model_dump(mode="json")
+    dumped["phases"][0]["sources"][0]["licence"] = "CC BY-NC 2.0"
+    named = RunConfig.model_validate(dumped)
+    assert check_data(named)["training"]["phases.0.sources.0"]["licence"] == "CC BY-NC 2.0"
+    assert make_job(named, named.phases[0], ()).fingerprint == make_job(plain, plain.phases[0], ()).fingerprint

@@ -37,7 +37,10 @@ LAYERS = {
         {
             "prompts",
             "readers",
+            "row_formats",
             "schemas",
+            "conversion",
+            "quarantine",
             "sources",
             "lineage",
             "data_card",
@@ -74,7 +77,7 @@ LAYERS = {
         },
         {"ray"},
     ),
-    3: ({"phases"}, {"ray"}),
+    3: ({"phases", "phase_rows"}, {"ray"}),
     4: ({"on_ray"}, set()),
 }
 BUILDS_A_MODEL = {"build", "network", "pretraining", "tokenizer", "lessons"}

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from medlora.errors import InputError
-from medlora.readers import Broken, list_files, parse_hub_id, read_file
+from medlora.readers import list_files, parse_hub_id, read_file
+from medlora.row_formats import Broken
 
 ROW = {"id": "q1", "question": "Q,\nsecond line", "A": "가", "B": "b", "answer": "B"}
 

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from medlora.config_sources import Columns
+from medlora.conversion import find_base, to_record
 from medlora.records import McqRecord, Record, RecordError, TextRecord, TranslationRecord
-from medlora.schemas import explain_no_schema, find_base, find_schema, make_schema, to_record
+from medlora.schemas import explain_no_schema, find_schema, make_schema
 
 QUESTION = {"id": "q1", "question": "Q?", "A": "a", "B": "b", "C": "c", "answer": 2}
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from medlora.config_sources import SourceConfig, TestConfig
-from medlora.data_card import write_quarantine
 from medlora.errors import InputError
+from medlora.quarantine import write_quarantine
 from medlora.records import McqRecord, TextRecord, TranslationRecord
 from medlora.sources import Scan, hash_records, pack_scan, read, remember, scan, stream, stream_piece
 

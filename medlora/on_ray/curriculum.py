@@ -10,7 +10,7 @@ from typing import Any
 
 from medlora import runs
 from medlora.config import ActorPlacement, PhaseConfig, RunConfig
-from medlora.data_card import check_data, check_rows, describe_findings, describe_overlap, describe_quarantine
+from medlora.data_card import check_data, describe_findings, describe_overlap
 from medlora.errors import InputError
 from medlora.evaluation import FINGERPRINT, Asked, Stages, describe_evaluation, find_report, read_asked
 from medlora.lineage import (
@@ -21,6 +21,7 @@ from medlora.lineage import (
     refuse,
     start_chain,
 )
+from medlora.quarantine import check_rows, describe_quarantine
 
 log = logging.getLogger("medlora.run")
 

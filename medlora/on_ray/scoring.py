@@ -9,7 +9,6 @@ from typing import Any
 
 from medlora import prompts, runs
 from medlora.config import ActorPlacement, EvaluationConfig
-from medlora.data_card import write_quarantine
 from medlora.evaluation import (
     FINGERPRINT,
     LEDGER,
@@ -28,6 +27,7 @@ from medlora.evaluation import (
 from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect
 from medlora.on_ray.evaluate import AnswersQuestions, answer_on_ray, make_builder
 from medlora.page import write_page
+from medlora.quarantine import write_quarantine
 from medlora.records import McqRecord
 from medlora.report import build_report, sum_seconds, write_predictions, write_seconds
 
