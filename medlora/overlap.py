@@ -28,8 +28,9 @@ _TELLING = 40
 ("Which of the following is right?" does not)."""
 _ANCHOR = 12
 """First letters of a question by which it is looked up in running text before the whole of it is compared."""
-LEAST_SHARED = 0.6
-"""Share of the words of two questions that are the same, from which on they are one where their options are."""
+LEAST_SHARED = 0.7
+"""Share of the words of two questions that are the same, from which on they are one where their options are, and of their
+options where the words are."""
 _WORD = re.compile(r"[^\W_]+")
 
 
