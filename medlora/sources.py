@@ -276,6 +276,12 @@ def stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop:
     return (record for _, record in _stream_piece(source, found, file, start, stop))
 
 
+def cut_pieces(found: Scan, pieces: int) -> list[tuple[str, int, int]]:
+    """A scanned source in about so many pieces of whole rows, at least 1,000 each: (file, first row, row behind the last)."""
+    size = max(1000, -(-found.rows // max(1, pieces)))
+    return [(file, start, min(start + size, rows)) for file, rows in found.files for start in range(0, rows, size)]
+
+
 def _stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
     schema = None if found.schema == "records" else _get_schema(source, found.schema)
     for number, (where, row) in enumerate(islice(read_file(file, start), stop - start), start):

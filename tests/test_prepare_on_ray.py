@@ -7,9 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from medlora.on_ray.prepare import cut
-from medlora.sources import Scan
-
 CODE = """
 import json, sys
 from pathlib import Path
@@ -61,9 +58,3 @@ def test_ray_makes_the_tokens_that_one_process_makes_once(
     assert [event["done"] for event in events if event["event"] == "preparing"][-1] == 6000
     assert json.loads(second) == []
     assert last == "6 6000 5000"
-
-
-def test_pieces_are_whole_rows_in_order() -> None:
-    found = Scan("s", files=[("a", 2500), ("b", 10)], records=2510)
-    assert cut(found, 2) == [("a", 0, 1255), ("a", 1255, 2500), ("b", 0, 10)]
-    assert cut(found, 100) == [("a", 0, 1000), ("a", 1000, 2000), ("a", 2000, 2500), ("b", 0, 10)]

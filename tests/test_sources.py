@@ -13,7 +13,7 @@ from medlora.config_sources import SourceConfig, TestConfig
 from medlora.errors import InputError
 from medlora.quarantine import write_quarantine
 from medlora.records import McqRecord, TextRecord, TranslationRecord
-from medlora.sources import Scan, hash_records, pack_scan, read, remember, scan, stream, stream_piece
+from medlora.sources import Scan, cut_pieces, hash_records, pack_scan, read, remember, scan, stream, stream_piece
 
 QUESTION = {"id": "q1", "question": "Q?", "A": "a", "B": "b", "C": "c", "answer": 2}
 
@@ -150,6 +150,12 @@ def test_pieces_together_are_the_whole(tmp_path: Path) -> None:
     assert len(pieces) == 6
     whole = [record for piece in pieces for record in stream_piece(source, found, *piece)]
     assert whole == list(stream(source)) and len(whole) == 18
+
+
+def test_a_source_is_cut_into_whole_rows_in_order() -> None:
+    found = Scan("s", files=[("a", 2500), ("b", 10)], records=2510)
+    assert cut_pieces(found, 2) == [("a", 0, 1255), ("a", 1255, 2500), ("b", 0, 10)]
+    assert cut_pieces(found, 100) == [("a", 0, 1000), ("a", 1000, 2000), ("a", 2000, 2500), ("b", 0, 10)]
 
 
 def test_a_scan_is_remembered_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

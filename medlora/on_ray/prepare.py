@@ -11,7 +11,7 @@ from medlora.config_sources import TrainSource
 from medlora.lineage import PhaseJob
 from medlora.on_ray.cluster import Cluster, OnEvent
 from medlora.preparation import Preparation, finish, new_folder
-from medlora.sources import Scan, scan
+from medlora.sources import cut_pieces, scan
 
 LEAST_RECORDS = 5_000
 """A smaller source is tokenised by the phase's own worker sooner than Ray has started."""
@@ -55,7 +55,7 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
         common = {"job": job.model_dump_json(), "source": source.model_dump_json(), "cwd": os.getcwd()}
         pieces = [
             {**common, "file": file, "start": start, "stop": stop, "part": str(folder / f"part-{n:05}.arrow")}
-            for n, (file, start, stop) in enumerate(cut(found, int(cluster.cpus) * _PIECES_PER_CPU))
+            for n, (file, start, stop) in enumerate(cut_pieces(found, int(cluster.cpus) * _PIECES_PER_CPU))
         ]
         rows = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map(_write_piece)
         done = 0
@@ -66,12 +66,6 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
     seconds = time.monotonic() - started
     rate = f"{found.records:,} records in {seconds:.1f} s, {found.records / seconds:,.0f} records/s"
     on_event({"event": "note", "phase": phase, "text": f"tokens of {source.source}: {rate}"})
-
-
-def cut(found: Scan, pieces: int) -> list[tuple[str, int, int]]:
-    """A source in about so many pieces of whole rows: (file, first row, row behind the last), in order."""
-    size = max(1000, -(-found.rows // max(1, pieces)))
-    return [(file, start, min(start + size, rows)) for file, rows in found.files for start in range(0, rows, size)]
 
 
 def quiet_ray_data() -> None:
