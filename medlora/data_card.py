@@ -147,6 +147,8 @@ def describe_findings(card: Mapping[str, Any]) -> list[str]:
         if bad := sum(part["quarantine"].values()):
             counts = ", ".join(f"{kind} {n}" for kind, n in part["quarantine"].items())
             said.append(f"{part['source']}: {bad} of {part['rows']} rows are no valid records and left out ({counts})")
+        if part["first_option"] is not None:
+            said.append(f"{part['source']}: by the data, answers number the first option {part['first_option']}")
         said += [f"{part['source']}: {kind}: {n}" for kind, n in part["odd"].items()]
     said += [f"duplicates in {source}: {n}" for source, n in card["duplicates"].items()]
     said += [f"left out of {source}: {n}" for source, n in card["dropped"].items()]

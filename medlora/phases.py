@@ -106,7 +106,7 @@ def _run(
         steps, epoch_steps = _count_steps(job, name, sum(part.part.size for part in prepared.values()), batch)
         rows = draw_rows(prepared, steps * batch, phase.weights == "tokens", seed)
         padding = rows.measure_padding(phase.batch_size)
-        report({"event": "note", "phase": phase.name, "text": f"{name}: {padding:.1%} of the batches is padding"})
+        report({"event": "note", "phase": phase.name, "text": f"{padding:.1%} of the batches is padding"})
         segment = Segment(
             name=name,
             rows=rows,
@@ -116,7 +116,7 @@ def _run(
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
         result = train(model, phase.name, segment, phase, collator, folder, derive_seed(seed, name), report)
-        done.append(result)
+        done.append({**result, "padding": round(padding, 4)})
         if name == "full":
             why = "the format score reached its threshold" if result["stopped_early"] else "the step budget is spent"
             report(

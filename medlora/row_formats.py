@@ -13,6 +13,8 @@ from typing import IO, Any
 from medlora.errors import InputError
 from medlora.records import MAX_TEXT_CHARS
 
+HEADERS = {"question", "answer", "text", "id", "english", "korean", "stem", "options", "subject"}
+"""A first row that holds one of these is a header, though its last cell may be a letter, too."""
 _MAX_ARRAY_BYTES = 256 * 2**20
 
 Row = tuple[str, Any]
@@ -52,8 +54,15 @@ def read_lines(name: str, file: IO[bytes], start: int, is_json: bool) -> Iterato
         text = decode_line(line)
         if isinstance(text, Broken):
             yield f"{name}:{number}", text
+        elif not is_json:
+            yield f"{name}:{number}", {"text": text}
         else:
-            yield f"{name}:{number}", _parse_json(text) if is_json else {"text": text}
+            parsed = _parse_json(text)
+            if row == 1 and isinstance(parsed, Broken) and text.strip() == "{":
+                raise InputError(
+                    f"{name}: is one JSON object over many lines; rows are lines of JSON or the items of one array"
+                )
+            yield f"{name}:{number}", parsed
 
 
 def _parse_json(text: str) -> Any:
@@ -166,6 +175,7 @@ def _name_columns(cells: list[str]) -> list[str]:
     Without a header the last cell is the answer's letter.
     """
     letters = "ABCDEFGHIJ"[: len(cells) - 2]
-    if len(letters) >= 2 and len(cells[-1].strip()) == 1 and cells[-1].strip() in letters:
+    names = {cell.strip().lower() for cell in cells}
+    if not names & HEADERS and len(letters) >= 2 and len(cells[-1].strip()) == 1 and cells[-1].strip() in letters:
         return ["question", *letters, "answer"]
     return [cell.strip() for cell in cells]

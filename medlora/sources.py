@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,9 +46,10 @@ class Scan:
     """What a source is, after one look through it: counts, schema, hash; a few rows, never all of them."""
 
     source: str
-    schema: str = ""
-    base: int | None = None
-    """Number of the first option where the data decided it."""
+    schemas: dict[str, str] = field(default_factory=dict)
+    """The schema of each file."""
+    bases: dict[str, int | None] = field(default_factory=dict)
+    """By schema: the number of the first option where the data decided it."""
     files: list[tuple[str, int]] = field(default_factory=list)
     """Each file with the number of its rows that were looked at, good or bad."""
     records: int = 0
@@ -68,6 +70,16 @@ class Scan:
     subjects: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     options: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def schema(self) -> str:
+        """The names of all schemas, in the order of the files."""
+        return ", ".join(dict.fromkeys(self.schemas.values()))
+
+    @property
+    def base(self) -> int | None:
+        """The number of the first option where the data decided it; of several schemas, the first that says."""
+        return next((base for base in self.bases.values() if base is not None), None)
 
     @property
     def rows(self) -> int:
@@ -139,11 +151,14 @@ def remember(packed: Mapping[str, Any]) -> None:
 
 
 def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], None]) -> Scan:
-    schema = _choose_schema(source, files)
-    found = Scan(source.source, schema.name if schema else "records", kind="" if source.kind == "auto" else source.kind)
-    if schema is not None:
+    found = Scan(source.source, kind="" if source.kind == "auto" else source.kind)
+    chosen = {file: _choose_schema(source, file) for file in files}
+    found.schemas = {file: schema.name if schema else "records" for file, schema in chosen.items()}
+    for schema in {schema.name: schema for schema in chosen.values() if schema}.values():
         try:
-            found.base = _find_base(source, schema, files)
+            found.bases[schema.name] = _find_base(
+                source, schema, [file for file in files if found.schemas[file] == schema.name]
+            )
         except RecordError as error:
             raise InputError(f"{source.source}: {error}") from None
     digest = hashlib.sha256()
@@ -156,8 +171,8 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
                 break
             rows = number + 1
             try:
-                record, flags = _convert(row, schema, source, where, found.base, len(files) > 1)
-                _check_against_earlier(record, where, found, ids, questions)
+                record, flags = _convert(row, chosen[file], source, where, found, files)
+                _check_against_earlier(record, where, _name_row(where, files), found, ids, questions)
             except RecordError as error:
                 bad = BadRow(where, error.kind, str(error), row.content if isinstance(row, Broken) else row)
                 found.bad[bad.kind] += 1
@@ -180,11 +195,11 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
     return found
 
 
-def _choose_schema(source: SourceConfig, files: list[str]) -> Schema | None:
+def _choose_schema(source: SourceConfig, file: str) -> Schema | None:
     """None where rows are records already, or where there is none."""
     if source.columns is not None or source.adaptor is not None:
         return _get_schema(source, source.adaptor)
-    rows = [pair for file in files for pair in islice(read_file(file), _LOOKED_AT) if not isinstance(pair[1], Broken)]
+    rows = [pair for pair in islice(read_file(file), _LOOKED_AT) if not isinstance(pair[1], Broken)]
     if not rows or type(rows[0][1]) in KINDS:
         return None
     schema = find_schema((row for _, row in rows), source.kind)
@@ -214,9 +229,9 @@ def _find_base(source: SourceConfig, schema: Schema, files: list[str]) -> int | 
 
 
 def _convert(
-    row: Any, schema: Schema | None, source: SourceConfig, where: str, base: int | None, by_file: bool
+    row: Any, schema: Schema | None, source: SourceConfig, where: str, found: Scan, files: Sequence[str]
 ) -> tuple[Record, list[str]]:
-    """The row's record and flags; `by_file`: a question without subject has its file's name for one (MMLU)."""
+    """The row's record and flags; a question without subject has its file's name for one, of several files (MMLU)."""
     if isinstance(row, Broken):
         raise RecordError(row.reason, row.kind)
     if schema is None:
@@ -224,16 +239,28 @@ def _convert(
             raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}", "no mapping")
         return row, []
     subject = source.subject if isinstance(source, TestConfig) else None
-    # An id for a row that has none: its file's name and its line.
-    default_id = Path(where).name.replace(":", "-")
-    record, flags = to_record(row, schema, default_id, base, subject, source.unicode == "nfc")
-    if by_file and isinstance(record, McqRecord) and not record.subject:
+    default_id = _name_row(where, files)
+    record, flags = to_record(row, schema, default_id, found.bases.get(schema.name), subject, source.unicode == "nfc")
+    if len(files) > 1 and isinstance(record, McqRecord) and not record.subject:
         record = replace(record, subject=Path(where).name.partition(".")[0])
     return record, flags
 
 
+def _name_row(where: str, files: Sequence[str]) -> str:
+    """An id for a row that has none: its file's name and its line; the path, too, where files of one name are read."""
+    name = Path(where).name
+    if len(files) > 1 and len({Path(file).name for file in files}) < len(files):
+        name = os.path.relpath(where, os.path.commonpath([os.path.dirname(file) for file in files]))
+    return name.replace(":", "-")
+
+
 def _check_against_earlier(
-    record: Record, where: str, found: Scan, ids: dict[str, str], questions: dict[bytes, tuple[str, str]]
+    record: Record,
+    where: str,
+    default_id: str,
+    found: Scan,
+    ids: dict[str, str],
+    questions: dict[bytes, tuple[str, str]],
 ) -> None:
     """Raise RecordError for an id that is taken, a question answered otherwise before, a record of another kind."""
     kind = KINDS[type(record)]
@@ -255,7 +282,7 @@ def _check_against_earlier(
             )
         if before != where:
             found.flags["same question, options and answer again"] += 1
-    if record.id != Path(where).name.replace(":", "-"):
+    if record.id != default_id:
         ids[record.id] = where
 
 
@@ -283,10 +310,11 @@ def cut_pieces(found: Scan, pieces: int) -> list[tuple[str, int, int]]:
 
 
 def _stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
-    schema = None if found.schema == "records" else _get_schema(source, found.schema)
+    name, files = found.schemas[file], [each for each, _ in found.files]
+    schema = None if name == "records" else _get_schema(source, name)
     for number, (where, row) in enumerate(islice(read_file(file, start), stop - start), start):
         if (file, number) not in found.skipped:
-            yield where, _convert(row, schema, source, where, found.base, len(found.files) > 1)[0]
+            yield where, _convert(row, schema, source, where, found, files)[0]
 
 
 def read(source: SourceConfig, max_bad_fraction: float = 0.0) -> list[Record]:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from medlora.mixture import Part, compute_shares, derive_seed, interleave
+from medlora.mixture import Part, compute_shares, derive_seed, interleave, share_tokens
 
 
 def test_shares_hold_in_every_stretch() -> None:
@@ -48,3 +48,20 @@ def test_shares_that_leave_nothing_are_refused() -> None:
 def test_seeds_of_different_names_differ() -> None:
     assert len({derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(1, "a"), derive_seed(0, "a", "b")}) == 4
     assert 0 <= derive_seed(0, "a") < 2**31
+
+
+def test_shares_may_count_tokens() -> None:
+    parts = {"short": Part(100, 0.5), "long": Part(10, 0.3), "rest": Part(40), "none": Part(0)}
+    mean = {"short": 10.0, "long": 200.0, "rest": 50.0, "none": 0.0}
+    counted = share_tokens(parts, mean)
+    tokens = Counter[str]()
+    for name, _ in interleave(counted, 20_000, seed=0):
+        tokens[name] += int(mean[name])
+    total = tokens.total()
+    assert {name: round(n / total, 2) for name, n in tokens.items()} == {"short": 0.5, "long": 0.3, "rest": 0.2}
+
+
+def test_without_shares_an_epoch_is_an_epoch_whatever_is_counted() -> None:
+    parts = {"a": Part(3), "b": Part(5)}
+    draws = interleave(share_tokens(parts, {"a": 7.0, "b": 300.0}), 8, seed=0)
+    assert len(set(draws)) == 8

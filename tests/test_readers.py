@@ -85,6 +85,11 @@ def test_a_csv_without_header_is_question_options_answer(tmp_path: Path) -> None
     ]
 
 
+def test_a_header_may_end_with_a_letter(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer,A,B\nQ,B,x,y\n", encoding="utf-8")
+    assert read_all(tmp_path / "a.csv") == [{"question": "Q", "answer": "B", "A": "x", "B": "y"}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "kind", "place"),
     [
@@ -122,6 +127,7 @@ def test_a_row_that_cannot_be_taken_apart_is_broken_where_it_stands(
         ("a.json", b'[{"a": 1}, {"a" 2}]', ":1:17: not valid JSON"),
         ("a.json", b'[{"a": 1} {"a": 2}]', "Expecting ',' or ']'"),
         ("a.json", b'[{"a": 1}] []', "Extra data behind the array"),
+        ("a.json", b'{\n "data": []\n}', "is one JSON object over many lines; rows are lines of JSON or the items"),
         ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', ":2: is not UTF-8"),
         ("a.json", b'[{"a": 1, "a": 2}]', "the key 'a' stands twice"),
         ("a.csv", b"a,b,a\n1,2,3\n", "the column 'a' stands twice"),

@@ -127,6 +127,31 @@ def test_limit_takes_the_first_and_does_not_look_further(tmp_path: Path) -> None
     assert [record.id for record in read_from(path, limit=2)] == ["q1", "q2"]
 
 
+def test_each_file_of_a_folder_has_a_schema_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    (folder / "deep").mkdir(parents=True)
+    write_rows(folder, {**QUESTION, "id": "q1"}, name="a.jsonl")
+    plain = {"question": "Q2", "opa": "w", "opb": "x", "opc": "y", "opd": "z"}
+    write_rows(folder, {**plain, "cop": 1}, name="b.jsonl")
+    write_rows(folder / "deep", {**plain, "question": "Q3", "cop": 4}, name="b.jsonl")
+    found = scan(SourceConfig(source=str(folder)))
+    assert found.schema == "letters, medmcqa" and found.base == 1
+    assert [(r.id, r.answer) for r in read_from(folder)] == [("q1", "B"), ("b.jsonl-1", "A"), ("deep/b.jsonl-1", "D")]
+    write_rows(folder, {"text": "a"}, name="c.jsonl")
+    assert "is text in a source of mcq; one source holds one kind" in refusal(folder)
+
+
+def test_the_base_is_decided_over_all_files(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    folder.mkdir()
+    row = {"stem": "Q", "a": "w", "b": "x", "c": "y"}
+    write_rows(folder, {**row, "key": 1}, name="1.jsonl")
+    write_rows(folder, {**row, "stem": "Q2", "key": 0}, name="2.jsonl")
+    write_rows(folder, {**row, "stem": "Q3", "key": 2}, name="3.jsonl")
+    columns = {"question": "stem", "options": ["a", "b", "c"], "answer": "key"}
+    assert [record.answer for record in read_from(folder, columns=columns)] == ["B", "A", "C"]
+
+
 def test_a_change_of_the_file_is_seen(tmp_path: Path) -> None:
     path = write_rows(tmp_path, QUESTION)
     assert len(read_from(path)) == 1
@@ -147,7 +172,7 @@ def test_pieces_together_are_the_whole(tmp_path: Path) -> None:
     source = SourceConfig(source=str(folder))
     found = scan(source)
     pieces = [(file, start, min(start + 4, rows)) for file, rows in found.files for start in range(0, rows, 4)]
-    assert len(pieces) == 6
+    assert len(pieces) == 6 and found.rows == 20
     whole = [record for piece in pieces for record in stream_piece(source, found, *piece)]
     assert whole == list(stream(source)) and len(whole) == 18
 
