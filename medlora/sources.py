@@ -50,6 +50,8 @@ class Scan:
     """The schema of each file."""
     bases: dict[str, int | None] = field(default_factory=dict)
     """By schema: the number of the first option where the data decided it."""
+    root: str = ""
+    """The folder from which rows without id are named, where several files have one name."""
     files: list[tuple[str, int]] = field(default_factory=list)
     """Each file with the number of its rows that were looked at, good or bad."""
     records: int = 0
@@ -154,6 +156,8 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
     found = Scan(source.source, kind="" if source.kind == "auto" else source.kind)
     chosen = {file: _choose_schema(source, file) for file in files}
     found.schemas = {file: schema.name if schema else "records" for file, schema in chosen.items()}
+    if len({Path(file).name for file in files}) < len(files):
+        found.root = os.path.commonpath([os.path.dirname(file) for file in files])
     for schema in {schema.name: schema for schema in chosen.values() if schema}.values():
         try:
             found.bases[schema.name] = _find_base(
@@ -171,8 +175,8 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
                 break
             rows = number + 1
             try:
-                record, flags = _convert(row, chosen[file], source, where, found, files)
-                _check_against_earlier(record, where, _name_row(where, files), found, ids, questions)
+                record, flags = _convert(row, chosen[file], source, where, found)
+                _check_against_earlier(record, where, found, ids, questions)
             except RecordError as error:
                 bad = BadRow(where, error.kind, str(error), row.content if isinstance(row, Broken) else row)
                 found.bad[bad.kind] += 1
@@ -229,7 +233,7 @@ def _find_base(source: SourceConfig, schema: Schema, files: list[str]) -> int | 
 
 
 def _convert(
-    row: Any, schema: Schema | None, source: SourceConfig, where: str, found: Scan, files: Sequence[str]
+    row: Any, schema: Schema | None, source: SourceConfig, where: str, found: Scan
 ) -> tuple[Record, list[str]]:
     """The row's record and flags; a question without subject has its file's name for one, of several files (MMLU)."""
     if isinstance(row, Broken):
@@ -239,25 +243,22 @@ def _convert(
             raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}", "no mapping")
         return row, []
     subject = source.subject if isinstance(source, TestConfig) else None
-    default_id = _name_row(where, files)
+    default_id = _name_row(where, found)
     record, flags = to_record(row, schema, default_id, found.bases.get(schema.name), subject, source.unicode == "nfc")
-    if len(files) > 1 and isinstance(record, McqRecord) and not record.subject:
+    if len(found.schemas) > 1 and isinstance(record, McqRecord) and not record.subject:
         record = replace(record, subject=Path(where).name.partition(".")[0])
     return record, flags
 
 
-def _name_row(where: str, files: Sequence[str]) -> str:
-    """An id for a row that has none: its file's name and its line; the path, too, where files of one name are read."""
-    name = Path(where).name
-    if len(files) > 1 and len({Path(file).name for file in files}) < len(files):
-        name = os.path.relpath(where, os.path.commonpath([os.path.dirname(file) for file in files]))
+def _name_row(where: str, found: Scan) -> str:
+    """An id for a row that has none: its file's name and its line."""
+    name = os.path.relpath(where, found.root) if found.root else os.path.basename(where)
     return name.replace(":", "-")
 
 
 def _check_against_earlier(
     record: Record,
     where: str,
-    default_id: str,
     found: Scan,
     ids: dict[str, str],
     questions: dict[bytes, tuple[str, str]],
@@ -282,7 +283,7 @@ def _check_against_earlier(
             )
         if before != where:
             found.flags["same question, options and answer again"] += 1
-    if record.id != default_id:
+    if record.id != _name_row(where, found):
         ids[record.id] = where
 
 
@@ -310,11 +311,11 @@ def cut_pieces(found: Scan, pieces: int) -> list[tuple[str, int, int]]:
 
 
 def _stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
-    name, files = found.schemas[file], [each for each, _ in found.files]
+    name = found.schemas[file]
     schema = None if name == "records" else _get_schema(source, name)
     for number, (where, row) in enumerate(islice(read_file(file, start), stop - start), start):
         if (file, number) not in found.skipped:
-            yield where, _convert(row, schema, source, where, found, files)[0]
+            yield where, _convert(row, schema, source, where, found)[0]
 
 
 def read(source: SourceConfig, max_bad_fraction: float = 0.0) -> list[Record]:
