@@ -160,6 +160,11 @@ class PhaseConfig(Section):
     """`auto`: paged_adamw_8bit on CUDA, adamw_torch on CPU."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
+    batching: Literal["auto", "flat", "padded"] = "auto"
+    """`flat`: the rows of a batch end to end, no token for nothing. `padded`: as a rectangle. The same gradients; `auto` is
+    flat on CPU, padded on CUDA."""
+    share_prefix: bool = True
+    """Flat batches compute a beginning that all their rows share once; with LoRA dropout they share its dropout, too."""
     log_every_steps: int = Field(5, ge=1)
     checkpoint_every_steps: int = Field(100, ge=1)
     placement: Placement | None = None

@@ -233,7 +233,7 @@ class Collator:
     token_type_ids: bool = False
     """Multimodal Gemma 3 wants them in training: all 0, for text."""
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """LongTensors `input_ids`, `labels`, `position_ids` of shape [rows, longest]."""
         longest = max(len(row.input_ids) for row in rows)
         packed = any(0 in row.position_ids[1:] for row in rows)

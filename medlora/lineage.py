@@ -20,7 +20,7 @@ from medlora.records import Record
 from medlora.sources import Scan, hash_records, pack_scan, read, scan
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps"}
+_NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps", "batching", "share_prefix"}
 """Keys of a phase that change where and how loudly it runs, not what it learns."""
 
 

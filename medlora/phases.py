@@ -20,6 +20,7 @@ from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_a
 from medlora.config import BaseModelConfig, McqStyle
 from medlora.encoding import Collator
 from medlora.errors import InputError
+from medlora.flat import FlatCollator
 from medlora.lineage import PhaseJob, extend_chain
 from medlora.mixture import derive_seed
 from medlora.models import added_token_ids, clear_memory, describe_device, letter_token_ids, load_base, load_tokenizer
@@ -98,15 +99,19 @@ def _run(
     model = load_base(base, tokenizer, device)
     model = _attach(job, base, model, tokenizer, seed)
     prepared_s = time.monotonic() - started - base_s
-    collator = Collator(tokenizer.pad_token_id, token_type_ids=model.config.model_type == "gemma3")
+    multimodal = model.config.model_type == "gemma3"
+    padded = Collator(tokenizer.pad_token_id, token_type_ids=multimodal)
+    flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu")
+    collator = FlatCollator(phase.share_prefix, token_type_ids=multimodal) if flat else padded
     shown = {name for each in found for name in each.rationale}
-    validator = _make_validator(job, tokenizer, collator, [name for name in FIELDS if name in shown], seed)
+    validator = _make_validator(job, tokenizer, padded, [name for name in FIELDS if name in shown], seed)
     done = []
     for name, style, prepared in segments:
         steps, epoch_steps = _count_steps(job, name, sum(part.part.size for part in prepared.values()), batch)
         rows = draw_rows(prepared, steps * batch, phase.weights == "tokens", seed)
-        padding = rows.measure_padding(phase.batch_size)
-        report({"event": "note", "phase": phase.name, "text": f"{padding:.1%} of the batches is padding"})
+        padding = 0.0 if flat else rows.measure_padding(phase.batch_size)
+        said = "flat batches, no padding" if flat else f"{padding:.1%} of the batches is padding"
+        report({"event": "note", "phase": phase.name, "text": said})
         segment = Segment(
             name=name,
             rows=rows,

@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from medlora.callbacks import CheckpointCallback, LossLoggingCallback, MCQValida
 from medlora.chains import load_adapter_weights, save_adapter
 from medlora.config import PhaseConfig
 from medlora.encoding import IGNORED, Collator
+from medlora.flat import FlatCollator
 
 log = logging.getLogger("medlora.training")
 
@@ -37,6 +40,11 @@ class _AdapterTrainer(Trainer):
         super().__init__(**arguments)
         self.adapter = adapter
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        """As Trainer's, with logits at supervised positions alone."""
+        with supervised_head(self.accelerator.unwrap_model(model), inputs["labels"]):
+            return super().compute_loss(model, inputs, *arguments, **options)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             save_adapter(
@@ -49,17 +57,31 @@ class _AdapterTrainer(Trainer):
         )
 
 
+@contextmanager
+def supervised_head(model: Any, labels: torch.Tensor) -> Iterator[None]:
+    """While inside, the model's head sees only the positions whose next label carries a loss: logits [n, vocabulary].
+
+    With a vocabulary of 262,144 the head over all positions is most of the cost. `labels`: [rows, length].
+    """
+    keep = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][keep],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def compute_loss(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """Cross-entropy summed over supervised positions and divided by their number in the whole accumulated batch.
 
-    A mean per micro-batch would weigh tokens of short completions more (gradients up to 4.5 times too large).
+    `outputs.logits` are those of `supervised_head`. A mean per micro-batch would weigh tokens of short completions more
+    (gradients up to 4.5 times too large).
     """
-    targets = labels[:, 1:]
-    mask = targets != IGNORED
-    total = torch.nn.functional.cross_entropy(outputs.logits[:, :-1][mask].float(), targets[mask], reduction="sum")
-    return total / (num_items_in_batch if num_items_in_batch is not None else mask.sum())
+    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else len(targets))
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -83,7 +105,7 @@ def train(
     adapter: str,
     segment: Segment,
     phase: PhaseConfig,
-    collator: Collator,
+    collator: Collator | FlatCollator,
     folder: runs.PhaseFolder,
     seed: int,
     report: Report,

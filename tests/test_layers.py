@@ -57,6 +57,7 @@ LAYERS = {
     2: (
         {
             "encoding",
+            "flat",
             "preparation",
             "inspection",
             "models",

@@ -19,7 +19,8 @@ BATCH = 16
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
 DRILL_STEPS_AT_MOST = 400
-DRILL_ACCURACY = 0.85
+DRILL_ACCURACY = 0.97
+"""With 0.85 seed 0 left the drills on an Intel Xeon with matching half learnt, and stage 02 ended at 65 % on `asked`."""
 DRILL_WINDOW = 20
 LESSON_STEPS = 600
 DECAY_STEPS = 240

@@ -1,0 +1,126 @@
+"""Flat batches give the loss and the gradients of the plain padded batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES
+
+from medlora.chains import add_adapter
+from medlora.config import BaseModelConfig, LoraSettings
+from medlora.encoding import IGNORED, Collator, Row
+from medlora.flat import FlatCollator, flatten
+from medlora.models import load_base, load_tokenizer
+from medlora.training import compute_loss, supervised_head
+
+
+def make_row(*lengths: int, prompt: int = 0, start: int = 10, prefix: list[int] | None = None) -> Row:
+    """A row of documents of these lengths; with `prompt`, one whose first tokens carry no loss."""
+    row = Row([], [], [])
+    for n, length in enumerate(lengths):
+        ids = [*(prefix or []), *((start + 7 * n + 3 * i) % 40 + 40 for i in range(length))]
+        hidden = max(prompt + len(prefix or []), 1)
+        row.input_ids.extend(ids)
+        row.labels.extend([IGNORED] * hidden + ids[hidden:])
+        row.position_ids.extend(range(len(ids)))
+    return row
+
+
+PREFIX = [41 + i % 37 for i in range(21)]
+BATCHES = {
+    "uneven questions": [make_row(9, prompt=5), make_row(30, prompt=2, start=3), make_row(14, prompt=13, start=9)],
+    "packed text": [make_row(12, 5, 20), make_row(3, start=4), make_row(25, 2, start=8)],
+    "text beside questions": [make_row(6, 7, 8), make_row(22, prompt=9, start=2)],
+    "shared prefix": [make_row(n, prompt=n - 2, prefix=PREFIX, start=n) for n in (6, 11, 4, 30)],
+    "one row": [make_row(13, prompt=4)],
+}
+"""The tiny Gemma's window is 8 tokens, so that every prefix and most rows are longer."""
+
+
+def measure(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    labels = batch.pop("labels")
+    with supervised_head(model, labels):
+        loss = compute_loss(model(**batch, use_cache=False), labels)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def stacked(request: pytest.FixtureRequest, bases: dict[str, str]) -> Any:
+    """A frozen adapter that does something, and a trained one on top of it."""
+    base = BaseModelConfig(model=bases[request.param])
+    model = load_base(base, load_tokenizer(base))
+    for n, name in enumerate(("00", "01")):
+        model = add_adapter(model, name, LoraSettings(r=4, alpha=8), [], seed=n)
+        torch.manual_seed(n)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name and name in parameter_name:
+                parameter.data.normal_(std=0.1)
+    return model.train()
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_loss_and_gradients_are_those_of_the_padded_batch(stacked: Any, name: str, share_prefix: bool) -> None:
+    multimodal = stacked.config.model_type == "gemma3"
+    padded = Collator(0, token_type_ids=multimodal)(BATCHES[name])
+    flat = FlatCollator(share_prefix, token_type_ids=multimodal)(BATCHES[name])
+    loss, gradients = measure(stacked, padded)
+    flat_loss, flat_gradients = measure(stacked, flat)
+    assert flat_loss == pytest.approx(loss, rel=1e-5)
+    assert flat_gradients.keys() == gradients.keys() and gradients
+    for key, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(flat_gradients[key], gradient, atol=1e-5 * max(scale, 1e-6), rtol=1e-4, msg=key)
+
+
+def test_the_shared_beginning_stands_there_once() -> None:
+    rows = BATCHES["shared prefix"]
+    flat, segments = flatten(rows)
+    assert len(flat.input_ids) == 21 + 6 + 11 + 4 + 30 == segments[-1][1]
+    assert segments[:3] == [(0, 21, 0), (21, 27, 21), (27, 38, 21)]
+    assert flat.position_ids[20:28] == [20, 21, 22, 23, 24, 25, 26, 21]
+    assert sum(label != IGNORED for label in flat.labels) == sum(
+        label != IGNORED for row in rows for label in row.labels
+    )
+    alone, segments = flatten(rows, share_prefix=False)
+    assert len(alone.input_ids) == sum(len(row.input_ids) for row in rows) and len(segments) == 4
+
+
+def test_a_prefix_never_reaches_what_is_learned() -> None:
+    """Rows that begin alike down to their completions: the token before the first supervised one stays with its row."""
+    same = [make_row(30, prompt=20) for _ in range(3)]
+    flat, segments = flatten(same)
+    assert segments[0] == (0, 19, 0) and [stop - start for start, stop, _ in segments[1:]] == [11, 11, 11]
+    assert sum(label != IGNORED for label in flat.labels) == 30
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        BATCHES["one row"],
+        BATCHES["packed text"],
+        [make_row(5, prompt=3, prefix=PREFIX[:10]), make_row(6, prompt=3, prefix=PREFIX[:10])],  # too short to pay
+        [make_row(30), make_row(30)],  # plain text: every token is learned
+    ],
+)
+def test_where_nothing_can_be_shared_nothing_is(rows: list[Row]) -> None:
+    _, segments = flatten(rows)
+    assert all(shared == 0 for _, _, shared in segments)
+
+
+def test_without_segments_attention_is_transformers_own(stacked: Any) -> None:
+    ids = torch.tensor([[41, 42, 43, 44]])
+    extra = {"token_type_ids": torch.zeros_like(ids)} if stacked.config.model_type == "gemma3" else {}
+    with torch.no_grad():
+        whole = stacked.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits
+        padded = stacked(
+            input_ids=torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1),
+            attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1, 1]]),
+            **({"token_type_ids": torch.zeros(1, 7, dtype=torch.long)} if extra else {}),
+        ).logits
+    stacked.train()
+    torch.testing.assert_close(padded[:, 3:], whole, atol=1e-4, rtol=1e-4)
