@@ -122,10 +122,12 @@ def _prepare_part(
         if time.monotonic() - began > 1:
             report({"event": "preparing", "phase": f"{phase.name} tokens", "done": done, "total": total})
 
+    def say(text: str) -> None:
+        if not text.endswith(FIRST):
+            report({"event": "note", "phase": phase.name, "text": text})
+
     plan = plan_preparation(source, source.style, tokenizer, Path(job.cache))
-    if not plan.done and (why := plan.explain()) != FIRST:
-        report({"event": "note", "phase": phase.name, "text": f"tokens of {source.source} are made {why}"})
-    store = prepare(plan, tokenizer, tell)
+    store = prepare(plan, tokenizer, tell, say)
     kept = store.find_kept(job.dropped.get(source.source, ()))
     if not kept:
         raise InputError(

@@ -147,11 +147,17 @@ def _hash_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def prepare(plan: Preparation, tokenizer: Any, tell: Progress = lambda done, total: None) -> TokenStore:
-    """The tokens of a source, made here where they are not there yet, record by record."""
+def prepare(
+    plan: Preparation,
+    tokenizer: Any,
+    tell: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> TokenStore:
+    """The tokens of a source, made here where they are not there yet, record by record; `say` hears why they are made."""
     if not plan.done:
         started, total = time.monotonic(), scan(plan.source).records
         why = plan.explain()
+        say(f"tokens of {plan.source.source} are made {why}")
         with new_folder(plan) as folder:
             write_part(
                 folder / "part-00000.arrow", stream(plan.source), plan.style, tokenizer, lambda n: tell(n, total)

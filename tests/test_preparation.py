@@ -63,8 +63,10 @@ def test_tokens_on_disk_make_the_rows_that_tokens_in_memory_make(tokenizer: Any,
 def test_the_second_use_tokenises_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_preparation(write(tmp_path / "rows.jsonl", "text"), "reasoning", tokenizer, tmp_path)
     heard: list[tuple[int, int]] = []
-    first = list(prepare(plan, tokenizer, lambda done, total: heard.append((done, total))))
+    said: list[str] = []
+    first = list(prepare(plan, tokenizer, lambda done, total: heard.append((done, total)), said.append))
     assert heard == [(256, 700), (512, 700), (700, 700)]
+    assert said == [f"tokens of {tmp_path / 'rows.jsonl'} are made for the first time"]
     monkeypatch.setattr(preparation, "tokenise", lambda *_: pytest.fail("tokenised again"))
     assert list(prepare(plan, tokenizer)) == first and len(first) == 700
 

@@ -62,6 +62,13 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
         for row in rows.iter_rows():
             done += row["records"]
             on_event({"event": "preparing", "phase": label, "done": done, "total": found.records})
+        if absent := [piece["part"] for piece in pieces if not Path(piece["part"]).is_file()]:
+            text = (
+                f"{len(absent)} of {len(pieces)} parts were written on nodes whose {job.cache} is not this one's: the phase's "
+                "worker makes the tokens itself; set storage.cache to a mount that every node sees"
+            )
+            on_event({"event": "note", "phase": phase, "text": text})
+            return
         finish(plan, folder)
     seconds = time.monotonic() - started
     rate = f"{found.records:,} records in {seconds:.1f} s, {found.records / seconds:,.0f} records/s"
