@@ -1,0 +1,319 @@
+"""Steps of our phases beside TRL's SFTTrainer, a hand-written loop, and what the replaced scripts did; one run, interleaved.
+
+    pip install -c constraints.txt -e '.[training-peers]'
+    python benchmarks/training.py --data ../shared/data          # Gemma-3-270M shape, CPU, one thread
+    python benchmarks/training.py --data ../shared/data --cuda   # Gemma-3-4B shape, bf16
+
+One random model with one LoRA adapter (r 16, all-linear) is trained by all in turn, on the same rows of token ids:
+
+- medlora: its collator, loss and Trainer as a phase uses them;
+- TRL: SFTTrainer on the same ids and labels, its own collator (padding-free where --padding-free is said) and chunked loss;
+- loop: by hand, one record at a time without padding, logits at supervised positions alone, gradients accumulated;
+- scripts: rows padded to the longest, loss on every token, logits everywhere.
+
+A step is forward, backward and AdamW over --rows rows. Writes training.json and training.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import psutil
+import torch
+from evaluation import CPU_SHAPE, CUDA_SHAPE, Bench, build_model, build_tokenizer, describe_hardware
+from transformers import TrainingArguments
+
+from medlora.chains import add_adapter
+from medlora.config import LoraSettings
+from medlora.config_sources import SourceConfig
+from medlora.encoding import IGNORED, Collator, Row, encode
+from medlora.flat import FlatCollator, flatten
+from medlora.prompts import render
+from medlora.records import McqRecord, Record, TextRecord
+from medlora.runs import get_versions
+from medlora.sources import read
+from medlora.training import _AdapterTrainer, compute_loss
+
+Step = Callable[[list[Row]], float]
+
+
+def make_batches(folder: Path, tokenizer: Any, rows: int, steps: int) -> dict[str, list[list[Row]]]:
+    """Batches of every phase: real questions and texts; reasoning, which the questions lack, is one line of real text."""
+    draw = random.Random(0)
+
+    def load(name: str, **more: Any) -> list[Record]:
+        return read(SourceConfig(source=name, **more))
+
+    questions = [r for r in load(str(folder / "kormedmcqa/train.jsonl")) if isinstance(r, McqRecord)]
+    texts = load(str(folder / "covid19_cdc.ko"), kind="text")
+    pairs = load(f"{folder / 'covid19_cdc.en'}|{folder / 'covid19_cdc.ko'}")
+    draw.shuffle(questions)
+    draw.shuffle(pairs)
+    lines = [text.text for text in texts if isinstance(text, TextRecord)]
+    reasoned = [
+        McqRecord(q.id, q.question, q.options, q.answer, rationale={"analysis": draw.choice(lines)}) for q in questions
+    ]
+    mixed = [record for both in zip(pairs, questions, strict=False) for record in both]
+    worked, short = reasoned[-1], questions[-1]
+
+    def encode_all(records: list[Record], style: str = "reasoning", shown: McqRecord | None = None) -> list[Row]:
+        examples = [render(record, style, shown)[0] for record in records]
+        return encode(tokenizer, examples, 1024 if style == "reasoning_full" else 512, packing=True)[0]
+
+    sizes = {"00 plain text, packed": max(1, rows // 4)}  # rows of 512 tokens, every one of them supervised
+    made = {
+        "00 plain text, packed": encode_all(texts * 4),
+        "01 translation and questions": encode_all(mixed),
+        "02 full, short answers": encode_all(questions, "reasoning_full", short),
+        "02 full, with reasoning": encode_all(reasoned, "reasoning_full", worked),
+        "02 normal, with reasoning": encode_all(reasoned),
+    }
+    batches = {}
+    for name, found in made.items():
+        size = sizes.get(name, rows)
+        if len(found) < size * steps:
+            sys.exit(f"{name}: {len(found)} rows, {size * steps} are needed")
+        batches[name] = [found[i : i + size] for i in range(0, size * steps, size)]
+    return batches
+
+
+class Peak:
+    """The most memory of this process while inside, in MiB: resident on CPU, allocated on CUDA."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.mib, self.ended = cuda, 0.0, threading.Event()
+
+    def __enter__(self) -> Peak:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.mib = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            self.ended.set()
+            self.thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self.ended.wait(0.01):
+            self.mib = max(self.mib, process.memory_info().rss / 2**20)
+
+
+def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool, padding_free: bool) -> dict[str, Step]:
+    """One optimisation step of each, on the same model and adapter."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    def optimise(gradients: Callable[[], float]) -> float:
+        loss = gradients()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    common = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 64,
+        "max_steps": 1,
+        "use_cpu": not cuda,
+        "bf16": cuda,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "log_level": "error",
+        "dataloader_pin_memory": False,
+    }
+    flat, padded = FlatCollator(), Collator(tokenizer.pad_token_id)
+    ours = _AdapterTrainer(
+        "a", model=model, args=TrainingArguments(**common), train_dataset=[0], compute_loss_func=compute_loss
+    )
+    rows = [{"input_ids": [2, 5, 6], "labels": [-100, 5, 6]}]
+    config = SFTConfig(
+        **common,
+        padding_free=padding_free,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+    )
+    trl = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+    def run_trainer(trainer: Any, batch: dict[str, Any]) -> float:
+        count = torch.tensor(int((batch["labels"][:, 1:] != IGNORED).sum()))
+        return float(trainer.training_step(model, batch, num_items_in_batch=count))
+
+    def run_loop(rows: list[Row]) -> float:
+        count = sum(label != IGNORED for row in rows for label in row.labels[1:])
+        total = 0.0
+        for row in rows:
+            ids = torch.tensor([row.input_ids], device=model.device)
+            labels = torch.tensor(row.labels[1:], device=model.device)
+            keep = labels != IGNORED
+            inner = model.base_model.model
+            hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][keep]
+            logits = inner.lm_head(hidden).float()
+            loss = torch.nn.functional.cross_entropy(logits, labels[keep], reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def run_scripts(rows: list[Row]) -> float:
+        batch = padded([Row(row.input_ids, list(row.input_ids), list(range(len(row.input_ids)))) for row in rows])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "position_ids"}
+        longest = batch["input_ids"].shape[1]
+        sizes = torch.tensor([len(row.input_ids) for row in rows], device=model.device)
+        mask = torch.arange(longest, device=model.device) < sizes[:, None]
+        loss = model(**batch, attention_mask=mask.long(), use_cache=False).loss
+        loss.backward()
+        return loss.item()
+
+    def collate_for_trl(rows: list[Row]) -> dict[str, Any]:
+        batch = trl.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+        return dict(batch)
+
+    return {
+        "medlora": lambda rows: optimise(lambda: run_trainer(ours, flat(rows))),
+        "medlora, prefix not shared": lambda rows: optimise(lambda: run_trainer(ours, FlatCollator(False)(rows))),
+        "TRL SFTTrainer": lambda rows: optimise(lambda: run_trainer(trl, collate_for_trl(rows))),
+        "loop by hand": lambda rows: optimise(lambda: run_loop(rows)),
+        "replaced scripts": lambda rows: optimise(lambda: run_scripts(rows)),
+    }
+
+
+def count_products(model: Any, rows: list[Row]) -> float:
+    """Multiply-adds of a step over unique tokens: the frozen base forward and for the gradient of its inputs, LoRA
+    forward, for its inputs and its weights, attention likewise, the head at supervised positions."""
+    c = model.config
+    heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    linear = c.hidden_size * (2 * heads + 2 * kv + 3 * c.intermediate_size)
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flat, segments = flatten(rows)
+    supervised = sum(label != IGNORED for label in flat.labels)
+    seen = 0
+    for start, stop, shared in segments:
+        for kind in c.layer_types:
+            window = c.sliding_window if kind == "sliding_attention" else 10**9
+            seen += sum(min(shared + i + 1, window) for i in range(stop - start))
+    attention = 2 * heads * seen * 3  # forward, and the gradients of both its products
+    tokens = len(flat.input_ids)
+    return float(
+        tokens * (2 * linear * c.num_hidden_layers + 3 * lora)
+        + attention
+        + 2 * supervised * c.hidden_size * c.vocab_size
+    )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--padding-free", action="store_true")
+    parser.add_argument("--phases", nargs="*", default=[], help="those whose name begins so; all without")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    questions = (arguments.data / "kormedmcqa/train.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer = build_tokenizer([line for line in questions])
+    model = build_model(
+        CUDA_SHAPE if arguments.cuda else CPU_SHAPE, tokenizer, "cuda" if arguments.cuda else "cpu", "none"
+    )
+    bench = Bench.__new__(Bench)
+    bench.model, bench.cuda = model, arguments.cuda
+    rate = bench.measure_matrix_rate()
+    model = add_adapter(model, "a", LoraSettings(r=16, alpha=32), [], seed=0).train()
+    batches = make_batches(arguments.data, tokenizer, arguments.rows, arguments.steps + 1)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        steps = make_steps(model, tokenizer, Path(folder), arguments.cuda, arguments.padding_free)
+        for phase, rows in batches.items():
+            if arguments.phases and not phase.startswith(tuple(arguments.phases)):
+                continue
+            seconds: dict[str, list[float]] = {name: [] for name in steps}
+            peaks = dict.fromkeys(steps, 0.0)
+            losses: dict[str, float] = {}
+            for n, batch in enumerate(rows):
+                for name, step in steps.items():
+                    began = time.perf_counter()
+                    with Peak(arguments.cuda) as peak:
+                        loss = step(batch)
+                    if arguments.cuda:
+                        torch.cuda.synchronize()
+                    if n:
+                        seconds[name].append(time.perf_counter() - began)
+                    else:
+                        losses[name] = loss
+                    peaks[name] = max(peaks[name], peak.mib)
+            floors = [count_products(model, batch) / rate for batch in rows[1:]]
+            supervised = statistics.mean(sum(x != IGNORED for row in batch for x in row.labels) for batch in rows[1:])
+            for name in steps:
+                median = statistics.median(seconds[name])
+                results.append(
+                    {
+                        "phase": phase,
+                        "who": name,
+                        "seconds": round(median, 3),
+                        "spread": [round(min(seconds[name]), 3), round(max(seconds[name]), 3)],
+                        "records_per_s": round(len(rows[0]) / median, 3),
+                        "supervised_tokens_per_s": round(supervised / median, 1),
+                        "floor": round(statistics.median(floors) / median, 3),
+                        "peak_mib": round(peaks[name]),
+                        "first_loss": round(losses[name], 5),
+                        "ours_is_faster": round(median / statistics.median(seconds["medlora"]), 2),
+                    }
+                )
+                print(json.dumps(results[-1]), flush=True)
+    about = {
+        "date": str(date.today()),
+        "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        "hardware": describe_hardware(arguments.cuda),
+        "matrix rate": f"{rate / 1e9:.1f} billion multiply-adds/s",
+        "versions": {**get_versions(), "trl": __import__("importlib.metadata").metadata.version("trl")},
+    }
+    name = "training-cuda" if arguments.cuda else "training"
+    here = Path(__file__).resolve().parent
+    (here / f"{name}.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    (here / f"{name}.md").write_text(write_table(about, results))
+
+
+def write_table(about: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """The measurements as Markdown."""
+    lines = ["# Training steps, beside the peers", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
+    lines += [
+        "| phase | who | s a step (least, most) | records/s | supervised tokens/s | share of the floor | peak MiB | first loss | ours is faster |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        least, most = row["spread"]
+        lines.append(
+            f"| {row['phase']} | {row['who']} | {row['seconds']:.2f} ({least:.2f}, {most:.2f}) | {row['records_per_s']:.2f} | "
+            f"{row['supervised_tokens_per_s']:.0f} | {row['floor']:.0%} | {row['peak_mib']:,} | {row['first_loss']:.4f} | "
+            f"{row['ours_is_faster']:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
