@@ -17,7 +17,7 @@ import transformers
 from medlora import runs
 from medlora.callbacks import Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
-from medlora.config import BaseModelConfig, McqStyle
+from medlora.config import BaseModelConfig, McqStyle, PhaseConfig
 from medlora.encoding import Collator
 from medlora.errors import InputError
 from medlora.flat import FlatCollator
@@ -120,8 +120,9 @@ def _run(
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
-        result = train(model, phase.name, segment, phase, collator, folder, derive_seed(seed, name), report)
-        done.append({**result, "padding": round(padding, 4)})
+        result, phase = _train_in_memory(model, segment, phase, collator, folder, derive_seed(seed, name), report)
+        cut = {"batch_size": phase.batch_size, "accumulation": phase.accumulation, "padding": round(padding, 4)}
+        done.append({**result, **cut})
         if name == "full":
             why = "the format score reached its threshold" if result["stopped_early"] else "the step budget is spent"
             report(
@@ -154,6 +155,56 @@ def _run(
         best,
         {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
     )
+
+
+def _train_in_memory(
+    model: Any,
+    segment: Segment,
+    phase: PhaseConfig,
+    collator: Any,
+    folder: runs.PhaseFolder,
+    seed: int,
+    report: Report,
+) -> tuple[dict[str, Any], PhaseConfig]:
+    """Train a segment; where memory runs out, go on from the last checkpoint with smaller forward passes.
+
+    The global batch stays what it was, so the result does, within float error. Returns the segment's figures and the phase as it then
+    was trained; raises InputError when not even one sequence fits, or several workers would have to agree.
+    """
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    while True:
+        try:
+            return train(model, phase.name, segment, phase, collator, folder, seed, report), phase
+        except torch.OutOfMemoryError as error:
+            smaller = halve_batch(phase)
+            if smaller is None or dist.is_initialized():
+                raise InputError(
+                    f"phases.{phase.name}: out of memory with batch_size {phase.batch_size}; lower batch_size (and raise "
+                    "accumulation) or max_tokens, set gradient_checkpointing: true, or take base.quantization: nf4"
+                ) from error
+        # Outside of `except`: the traceback holds the tensors that did not fit.
+        text = (
+            f"out of memory: batch_size {phase.batch_size} becomes {smaller.batch_size}, accumulation "
+            f"{phase.accumulation} becomes {smaller.accumulation}; the global batch stays"
+        )
+        log.warning(text)
+        report({"event": "note", "phase": phase.name, "text": text})
+        phase = smaller
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in start:
+                    parameter.copy_(start[name])
+        clear_memory()
+
+
+def halve_batch(phase: PhaseConfig) -> PhaseConfig | None:
+    """The phase with at most half the sequences a forward pass and the same global batch; None when it has one."""
+    total = phase.batch_size * phase.accumulation
+    sizes = [size for size in range(1, phase.batch_size // 2 + 1) if total % size == 0]
+    if not sizes:
+        return None
+    return phase.model_copy(update={"batch_size": sizes[-1], "accumulation": total // sizes[-1]})
 
 
 def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:

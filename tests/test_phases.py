@@ -15,7 +15,8 @@ from medlora import runs
 from medlora.config import RunConfig
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, make_job
-from medlora.phases import run_phase
+from medlora.phases import halve_batch, run_phase
+from medlora.training import _AdapterTrainer
 
 
 class Killed(BaseException):
@@ -224,6 +225,51 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(bases: dict[str, st
         )
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[0]), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fails_at", [1, 12])
+def test_out_of_memory_halves_the_batch_and_ends_with_the_same_adapter(
+    bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """Before the first checkpoint, and behind the one of step 4; more than 3 sequences do not fit."""
+    config = configure(bases["gemma"], data, lora={"r": 4, "alpha": 8}, p02={"batch_size": 6, "accumulation": 2})
+    phase = config.phases[2].model_copy(update={"name": "mcq", "chain": "new", "validation": None})
+    config = config.model_copy(update={"phases": (phase,)})
+    run_all(config, tmp_path / "whole", ("mcq",))
+
+    compute, calls = _AdapterTrainer.compute_loss, 0
+
+    def fail(self: Any, model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= fails_at and len(inputs["segments"]) > 3:
+            raise torch.OutOfMemoryError("made up")
+        return compute(self, model, inputs, *more, **options)
+
+    monkeypatch.setattr(_AdapterTrainer, "compute_loss", fail)
+    events: list[dict[str, Any]] = []
+    (manifest,) = run_all(config, tmp_path / "halved", ("mcq",), events.append).values()
+    assert [e["text"] for e in events if "out of memory" in e.get("text", "")] == [
+        "out of memory: batch_size 6 becomes 3, accumulation 2 becomes 4; the global batch stays"
+    ]
+    assert (manifest["segments"][0]["batch_size"], manifest["segments"][0]["accumulation"]) == (3, 4)
+    assert manifest["segments"][0]["steps"] == 6
+    assert (manifest["segments"][0]["resumed_from_step"] or 0) == (0 if fails_at == 1 else 4)
+    whole, halved = (
+        load_file(runs.RunFolder(tmp_path / name).phase("mcq").adapter / "adapter_model.safetensors")
+        for name in ("whole", "halved")
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halved[name], tensor, atol=2e-3, rtol=1e-2, msg=name)
+
+
+def test_the_global_batch_is_kept_when_a_batch_is_halved(bases: dict[str, str], data: Path) -> None:
+    phase = configure(bases["gemma"], data).phases[0]
+    cut = [
+        halve_batch(phase.model_copy(update={"batch_size": b, "accumulation": a})) for b, a in ((8, 1), (3, 2), (5, 1))
+    ]
+    assert [(each.batch_size, each.accumulation) for each in cut if each] == [(4, 2), (1, 6), (1, 5)]
+    assert halve_batch(phase.model_copy(update={"batch_size": 1})) is None
 
 
 @pytest.mark.parametrize(
