@@ -545,7 +545,7 @@ def test_the_old_name_reads_the_same() -> None:
     assert extract_answer_letter("**정답: D**") == "D"
 
 
-TEXT = st.text(min_size=1).filter(str.strip)
+TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip)
 # fmt: off
 SENTENCES = st.lists(
     st.sampled_from(
