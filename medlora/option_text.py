@@ -96,8 +96,8 @@ _SET_ASIDE = re.compile(
 def one_turn(text: str) -> str:
     """The model's own final turn: no private-use characters, nothing behind an end-of-turn token, no thinking."""
     text = re.sub("[\ue000-\uf8ff\u200b-\u200f\u2060\ufeff]", "", re.sub(r"\r\n?", "\n", text))
-    text = re.sub(r"\A(?:\s|<bos>|<s>|<start_of_turn>(?:model)?|<\|[a-z_]+\|>(?:assistant\b)?)+", "", text)
-    text = re.split(r"<(?:eos|end_of_turn|start_of_turn|/s)>|<\|[a-z_]+\|>", text, maxsplit=1)[0]
+    text = re.sub(r"\A(?:\s|<bos>|<s>|<start_of_turn>(?:model)?|<\|[a-z][a-z_]+\|>(?:assistant\b)?)+", "", text)
+    text = re.split(r"<(?:eos|end_of_turn|start_of_turn|/s)>|<\|[a-z][a-z_]+\|>", text, maxsplit=1)[0]
     text = re.sub(r"<(think|thinking|reasoning)>.*?(?:</\1>|<\1/>)", "\n", text, flags=re.S | re.I)
     if re.search(r"<(?:think|thinking)>", text, re.I):  # cut off while still thinking
         return ""
