@@ -245,6 +245,13 @@ def main() -> None:
     rate = bench.measure_matrix_rate()
     model = add_adapter(model, "a", LoraSettings(r=16, alpha=32), [], seed=0).train()
     batches = make_batches(arguments.data, tokenizer, arguments.rows, arguments.steps + 1)
+    about = {
+        "date": str(date.today()),
+        "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        "hardware": describe_hardware(arguments.cuda),
+        "matrix rate": f"{rate / 1e9:.1f} billion multiply-adds/s",
+        "versions": {**get_versions(), "trl": __import__("importlib.metadata").metadata.version("trl")},
+    }
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         steps = make_steps(model, tokenizer, Path(folder), arguments.cuda, arguments.padding_free)
@@ -285,17 +292,11 @@ def main() -> None:
                     }
                 )
                 print(json.dumps(results[-1]), flush=True)
-    about = {
-        "date": str(date.today()),
-        "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-        "hardware": describe_hardware(arguments.cuda),
-        "matrix rate": f"{rate / 1e9:.1f} billion multiply-adds/s",
-        "versions": {**get_versions(), "trl": __import__("importlib.metadata").metadata.version("trl")},
-    }
-    name = "training-cuda" if arguments.cuda else "training"
-    here = Path(__file__).resolve().parent
-    (here / f"{name}.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-    (here / f"{name}.md").write_text(write_table(about, results))
+            # After every phase: what was measured is kept when the time runs out.
+            name = "training-cuda" if arguments.cuda else "training"
+            here = Path(__file__).resolve().parent
+            (here / f"{name}.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+            (here / f"{name}.md").write_text(write_table(about, results))
 
 
 def write_table(about: dict[str, Any], results: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -167,23 +168,20 @@ def prepare(
     return TokenStore(plan.folder)
 
 
-class new_folder:  # noqa: N801 - a context manager
+@contextmanager
+def new_folder(plan: Preparation) -> Iterator[Path]:
     """A folder beside the final one to make tokens in; gone afterwards, unless `finish` has moved it."""
-
-    def __init__(self, plan: Preparation) -> None:
-        self.folder = plan.folder.with_name(f".{plan.folder.name}.{os.getpid()}.{time.monotonic_ns()}")
-
-    def __enter__(self) -> Path:
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(
-                f"storage.cache: {self.folder.parent} cannot be made: {error.strerror}; name a folder with room"
-            ) from None
-        return self.folder
-
-    def __exit__(self, *_: object) -> None:
-        runs.remove(self.folder)
+    folder = plan.folder.with_name(f".{plan.folder.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"storage.cache: {folder.parent} cannot be made: {error.strerror}; name a folder with room"
+        ) from None
+    try:
+        yield folder
+    finally:
+        runs.remove(folder)
 
 
 def write_part(

@@ -30,7 +30,7 @@ def check_rows(config: RunConfig, quarantine: Path) -> None:
 def write_quarantine(path: Path, sources: Mapping[str, SourceConfig]) -> None:
     """One JSON line a bad row (source, where, kind, reason, row); no file where no source has any."""
     lines: list[bytes] = []
-    for source in {source.source: source for source in sources.values()}.values():
+    for source in dict.fromkeys(sources.values()):
         bad: list[BadRow] = []
         if scan(source).bad:
             scan(source, bad.append)

@@ -21,7 +21,13 @@ PACKED = (".gz", ".zst")
 """Endings that may stand behind SUFFIXES: pyarrow unpacks them."""
 STORES = ("s3://", "gs://")
 _GLOB = re.compile(r"[*?\[]")
-_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "a zip archive", b"%PDF": "a PDF", b"\x1f\x8b": "gzip"}
+_MARKS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF-": "a PDF",
+    b"\x1f\x8b": "gzip",
+}
 """First bytes of what is no UTF-8 text, whatever its name says."""
 
 

@@ -111,11 +111,10 @@ def read_array(name: str, file: IO[bytes]) -> Iterator[Row]:
 def _parse_array(name: str, text: str) -> Iterator[Row]:
     """The items of an array with the lines they begin in; `#item` tells those apart that share a line."""
     decoder = json.JSONDecoder(object_pairs_hook=_refuse_twice)
-    space = re.compile(r"[ \t\r\n]*")
     at, line, before = text.index("[") + 1, 1, 0
     counted = item = 0
     while True:
-        at = space.match(text, at).end()  # type: ignore[union-attr]
+        at = _skip_space(text, at)
         if text[at : at + 1] == "]" and item == 0:
             break
         row, end = decoder.raw_decode(text, at)
@@ -124,7 +123,7 @@ def _parse_array(name: str, text: str) -> Iterator[Row]:
         counted = at
         yield (f"{name}:{line}" if line > before else f"{name}:{line}#{item}"), row
         before = line
-        at = space.match(text, end).end()  # type: ignore[union-attr]
+        at = _skip_space(text, end)
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
@@ -132,6 +131,12 @@ def _parse_array(name: str, text: str) -> Iterator[Row]:
         at += 1
     if rest := text[at + 1 :].strip():
         raise json.JSONDecodeError(f"Extra data behind the array ({rest[:20]!r})", text, at + 1)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
 
 
 def read_csv(name: str, file: IO[bytes]) -> Iterator[Row]:

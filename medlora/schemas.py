@@ -120,7 +120,8 @@ def find_schema(rows: Iterable[Any], kind: str = "auto") -> Schema | None:
 def make_schema(columns: Columns) -> Schema:
     """The schema of columns that a config names."""
     answer = columns.answer
-    wanted = [columns.text, columns.english, columns.korean, columns.question, columns.subject]
+    wanted = [columns.text, columns.english, columns.korean, columns.question]
+    wanted += [columns.subject, columns.rationale, columns.id]
     wanted.append(answer.column if isinstance(answer, AnswerColumn) else answer)
     options = columns.options
     wanted += [options] if isinstance(options, str) or options is None else options

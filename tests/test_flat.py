@@ -77,6 +77,25 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(stacked: Any, name: st
         torch.testing.assert_close(flat_gradients[key], gradient, atol=1e-5 * max(scale, 1e-6), rtol=1e-4, msg=key)
 
 
+def test_recomputed_activations_see_the_same_segments(stacked: Any) -> None:
+    """Gradient checkpointing runs attention once more in the backward pass."""
+    multimodal = stacked.config.model_type == "gemma3"
+    collate = FlatCollator(token_type_ids=multimodal)
+    loss, gradients = measure(stacked, collate(BATCHES["shared prefix"]))
+    runs: list[int] = []
+    attention = next(module for name, module in stacked.named_modules() if name.endswith("layers.0.self_attn"))
+    hook = attention.register_forward_pre_hook(lambda *_: runs.append(1))
+    stacked.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        again, recomputed = measure(stacked, collate(BATCHES["shared prefix"]))
+    finally:
+        stacked.gradient_checkpointing_disable()
+        hook.remove()
+    assert again == loss and len(runs) == 2
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[key], gradient, msg=key)
+
+
 def test_the_shared_beginning_stands_there_once() -> None:
     rows = BATCHES["shared prefix"]
     flat, segments = flatten(rows)

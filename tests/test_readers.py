@@ -85,6 +85,11 @@ def test_a_csv_without_header_is_question_options_answer(tmp_path: Path) -> None
     ]
 
 
+def test_a_text_may_begin_like_an_archive_s_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("PKU는 페닐케톤뇨증이다.\n", encoding="utf-8")
+    assert read_all(tmp_path / "a.txt") == [{"text": "PKU는 페닐케톤뇨증이다."}]
+
+
 def test_a_header_may_end_with_a_letter(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,answer,A,B\nQ,B,x,y\n", encoding="utf-8")
     assert read_all(tmp_path / "a.csv") == [{"question": "Q", "answer": "B", "A": "x", "B": "y"}]

@@ -79,6 +79,7 @@ def test_columns_of_the_config_make_a_schema() -> None:
     assert convert({"src": "e", "tgt": "한"}, {"english": "src", "korean": "tgt"})[0] == TranslationRecord(
         "file-1", "e", "한"
     )
+    assert reject({**row, "why": "so"}, {**columns, "rationale": "wy"})[0] == "missing column"
     assert reject({"body": "글"}, {"text": "boddy"}) == (
         "missing column",
         "no `boddy` column; found body; is it `body`?",

@@ -136,3 +136,13 @@ def listen(on_event: OnEvent) -> Iterator[Queue]:
         ended.set()
         thread.join(timeout=10)
         inbox.shutdown(force=True)
+
+
+def quiet_ray_data() -> None:
+    """No bars and warnings of Ray Data's own: our display shows how far it is."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

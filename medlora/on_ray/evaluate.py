@@ -20,7 +20,7 @@ from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
 from medlora.evaluation import Asked, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link
-from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen, ray
+from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen, quiet_ray_data, ray
 from medlora.records import McqRecord, Prediction
 
 log = logging.getLogger("medlora.run")
@@ -106,10 +106,9 @@ def answer_on_ray(
     if not batches:
         return
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
-    DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet_ray_data()
     gpus = count_gpus(placement, cluster)
     most = min(placement.workers, len(batches))
     least = min(placement.least_workers, most)

@@ -9,7 +9,7 @@ from typing import Any
 
 from medlora.config_sources import TrainSource
 from medlora.lineage import PhaseJob
-from medlora.on_ray.cluster import Cluster, OnEvent
+from medlora.on_ray.cluster import Cluster, OnEvent, quiet_ray_data
 from medlora.preparation import Preparation, finish, new_folder
 from medlora.sources import cut_pieces, scan
 
@@ -73,18 +73,6 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
     seconds = time.monotonic() - started
     rate = f"{found.records:,} records in {seconds:.1f} s, {found.records / seconds:,.0f} records/s"
     on_event({"event": "note", "phase": phase, "text": f"tokens of {source.source}: {rate}"})
-
-
-def quiet_ray_data() -> None:
-    """No bars and warnings of Ray Data's own: our display shows how far it is."""
-    import logging
-
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 _TOKENIZERS: dict[str, Any] = {}
