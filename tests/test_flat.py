@@ -83,7 +83,10 @@ def test_recomputed_activations_see_the_same_segments(stacked: Any) -> None:
     collate = FlatCollator(token_type_ids=multimodal)
     loss, gradients = measure(stacked, collate(BATCHES["shared prefix"]))
     runs: list[int] = []
-    attention = next(module for name, module in stacked.named_modules() if name.endswith("layers.0.self_attn"))
+    layers = [
+        module for name, module in stacked.named_modules() if name.endswith(".0.self_attn") and "vision" not in name
+    ]
+    (attention,) = layers
     hook = attention.register_forward_pre_hook(lambda *_: runs.append(1))
     stacked.gradient_checkpointing_enable({"use_reentrant": False})
     try:
