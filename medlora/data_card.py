@@ -37,9 +37,15 @@ def list_training(config: RunConfig) -> dict[str, SourceConfig]:
     for i, phase in enumerate(config.phases):
         for j, source in enumerate(phase.sources):
             plain = SourceConfig.model_validate(source.model_dump(include=set(SourceConfig.model_fields)))
-            if plain not in found.values():
-                found[f"phases.{i}.sources.{j}"] = plain
+            same = next((key for key, each in found.items() if _unlicensed(each) == _unlicensed(plain)), None)
+            if same is None or (plain.licence and not found[same].licence):
+                found[same or f"phases.{i}.sources.{j}"] = plain
     return found
+
+
+def _unlicensed(source: SourceConfig) -> SourceConfig:
+    """The source as it is read: its licence, which one phase may name and another not, changes nothing."""
+    return source.model_copy(update={"licence": None})
 
 
 def list_held_out(config: RunConfig) -> dict[str, SourceConfig]:

@@ -188,3 +188,17 @@ def test_the_licence_stands_in_the_card_and_in_no_fingerprint(tmp_path: Path) ->
     named = RunConfig.model_validate(dumped)
     assert check_data(named)["training"]["phases.0.sources.0"]["licence"] == "CC BY-NC 2.0"
     assert make_job(named, named.phases[0], ()).fingerprint == make_job(plain, plain.phases[0], ()).fingerprint
+
+
+def test_a_source_of_two_phases_is_looked_through_once_whichever_names_its_licence(tmp_path: Path) -> None:
+    dumped = configure(tmp_path, [*CLEAN, *LEAKS], overlap="allow").model_dump(mode="json")
+    again = {
+        **dumped["phases"][0],
+        "name": "03",
+        "chain": "stack",
+        "sources": [dict(dumped["phases"][0]["sources"][0])],
+    }
+    again["sources"][0]["licence"] = "MIT"
+    card = check_data(RunConfig.model_validate({**dumped, "phases": [dumped["phases"][0], again]}))
+    assert list(card["training"]) == ["phases.0.sources.0"] and card["overlap"]["pairs"] == 2
+    assert card["training"]["phases.0.sources.0"]["licence"] == "MIT"
