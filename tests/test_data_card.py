@@ -198,7 +198,7 @@ def test_a_source_of_two_phases_is_looked_through_once_whichever_names_its_licen
         "chain": "stack",
         "sources": [dict(dumped["phases"][0]["sources"][0])],
     }
-    again["sources"][0]["licence"] = "MIT"
+    again |= {"validation": None, "sources": [{**again["sources"][0], "licence": "MIT"}]}
     card = check_data(RunConfig.model_validate({**dumped, "phases": [dumped["phases"][0], again]}))
     assert list(card["training"]) == ["phases.0.sources.0"] and card["overlap"]["pairs"] == 2
     assert card["training"]["phases.0.sources.0"]["licence"] == "MIT"
