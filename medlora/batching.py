@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from medlora.models import clear_memory
+from medlora.memory import clear_memory
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medlora.adapter_files import ROWS, read_config, read_tensors, write_adapter
 from medlora.config import LoraSettings
 from medlora.errors import InputError
+from medlora.lean import lighten
 from medlora.lineage import find_adapter
 from medlora.targets import adopt_embeddings, choose_rows, choose_targets, decoder_name
 
@@ -142,10 +143,12 @@ def _inject(model: Model, name: str, config: LoraConfig) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT asks for a property that transformers has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            return get_peft_model(model, config, adapter_name=_key(name))
-    if _key(name) in model.peft_config:
+            model = get_peft_model(model, config, adapter_name=_key(name))
+    elif _key(name) in model.peft_config:
         raise InputError(f"adapter {name!r} is on the model already; the names of a chain must differ")
-    model.add_adapter(_key(name), config)
+    else:
+        model.add_adapter(_key(name), config)
+    lighten(model)
     return model
 
 

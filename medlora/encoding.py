@@ -220,6 +220,14 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_tokens: int, packing
     return list(rows), rows.lengths
 
 
+def find_supervised(labels: torch.Tensor) -> torch.Tensor:
+    """The positions of the flattened `labels` [rows, length] whose next label carries a loss.
+
+    Found where batches are made, so that a GPU need not be waited for to know how many there are.
+    """
+    return torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Rows -> a batch padded on the right to its longest row.
@@ -234,7 +242,7 @@ class Collator:
     """Multimodal Gemma 3 wants them in training: all 0, for text."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """LongTensors `input_ids`, `labels`, `position_ids` of shape [rows, longest]."""
+        """LongTensors `input_ids`, `labels`, `position_ids` [rows, longest], and `supervised` (see `find_supervised`)."""
         longest = max(len(row.input_ids) for row in rows)
         packed = any(0 in row.position_ids[1:] for row in rows)
         ids, labels, positions = [], [], []
@@ -248,6 +256,7 @@ class Collator:
             "labels": torch.tensor(labels),
             "position_ids": torch.tensor(positions),
         }
+        batch["supervised"] = find_supervised(batch["labels"])
         if self.token_type_ids:
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         return batch

@@ -15,10 +15,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from medlora.encoding import IGNORED, Row
+from medlora.encoding import IGNORED, Row, find_supervised
 
 Segment = tuple[int, int, int]
-"""Where a segment begins and ends in the flat sequence, and how many tokens from its beginning on it sees, too."""
+"""Where a segment begins and ends in the flat sequence, and how many tokens of the first segment, all or none, it sees, too."""
 
 LEAST_SHARED = 16
 """Tokens from which on a shared beginning is worth a segment of its own."""
@@ -68,7 +68,7 @@ class FlatCollator:
     """Multimodal Gemma 3 wants them in training: all 0, for text."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """LongTensors `input_ids`, `labels`, `position_ids` of shape [1, tokens], and `segments`.
+        """LongTensors `input_ids`, `labels`, `position_ids` [1, tokens], `supervised` (see `find_supervised`), and `segments`.
 
         The mask says nothing: of four dimensions, it keeps transformers from making one of tokens x tokens.
         """
@@ -80,6 +80,7 @@ class FlatCollator:
             "attention_mask": torch.zeros(1, 1, 1, 1),
             "segments": segments,
         }
+        batch["supervised"] = find_supervised(batch["labels"])
         if self.token_type_ids:
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         return batch
@@ -104,18 +105,21 @@ def attend(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     window = options.get("sliding_window")
+    # One split instead of slices: the gradient of a slice is as long as the whole sequence, once a segment.
+    sizes = [stop - start for start, stop, _ in segments]
+    keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
     parts = []
-    for start, stop, shared in segments:
-        k, v = key[:, :, start:stop], value[:, :, start:stop]
+    for n, (q, (_, _, shared)) in enumerate(zip(query.split(sizes, dim=2), segments, strict=True)):
+        k, v = keys[n], values[n]
         if shared:
-            k, v = torch.cat([key[:, :, :shared], k], dim=2), torch.cat([value[:, :, :shared], v], dim=2)
-        plain = not shared and (window is None or stop - start <= window)
+            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
+        plain = not shared and (window is None or sizes[n] <= window)
         parts.append(
             torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, start:stop],
+                q,
                 k,
                 v,
-                attn_mask=None if plain else _make_mask(stop - start, k.shape[2], window, query.device),
+                attn_mask=None if plain else _make_mask(sizes[n], k.shape[2], window, query.device),
                 dropout_p=options.get("dropout", 0.0) if module.training else 0.0,
                 is_causal=plain,
                 scale=options.get("scaling"),

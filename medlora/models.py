@@ -5,16 +5,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -201,35 +197,6 @@ def _extend_vocabulary(
         pieces = original.encode(token.replace("▁", " "), add_special_tokens=False)
         for weight in embeddings.values():
             weight[i] = weight[pieces].float().mean(0).to(weight.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """What a device is and how much memory it has, in bytes."""
-
-    name: str
-    total_bytes: int
-    free_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.free_bytes / 2**30:.1f} of {self.total_bytes / 2**30:.1f} GiB free"
-
-
-def describe_device(device: str | torch.device) -> DeviceMemory:
-    """The device's name, total and free memory."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return DeviceMemory(torch.cuda.get_device_name(device), total, free)
-    memory = psutil.virtual_memory()
-    return DeviceMemory(f"CPU ({platform.machine()}, {psutil.cpu_count()} cores)", memory.total, memory.available)
-
-
-def clear_memory() -> None:
-    """Free what nothing refers to any more, on the GPU too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _local_folder(base: BaseModelConfig, weights: bool = False) -> str:

@@ -22,8 +22,9 @@ from medlora.encoding import Collator
 from medlora.errors import InputError
 from medlora.flat import FlatCollator
 from medlora.lineage import PhaseJob, extend_chain
+from medlora.memory import clear_memory, describe_device, keep_freed_memory
 from medlora.mixture import derive_seed
-from medlora.models import added_token_ids, clear_memory, describe_device, letter_token_ids, load_base, load_tokenizer
+from medlora.models import added_token_ids, letter_token_ids, load_base, load_tokenizer
 from medlora.phase_rows import choose_worked_example, draw_rows, prepare_rows, report_lengths
 from medlora.records import FIELDS, McqRecord
 from medlora.sources import remember, scan, stream
@@ -53,6 +54,7 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
     transformers.logging.set_verbosity_error()
     with holding, logging_to:
         torch.set_num_threads(job.threads)
+        keep_freed_memory()
         try:
             return _run(job, folder, report if main else lambda event: None, device, world, main)
         except (OSError, RuntimeError) as error:

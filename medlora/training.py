@@ -6,8 +6,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from medlora import runs
 from medlora.callbacks import CheckpointCallback, LossLoggingCallback, MCQValidationCallback, Report, Segment
 from medlora.chains import load_adapter_weights, save_adapter
 from medlora.config import PhaseConfig
-from medlora.encoding import IGNORED, Collator
+from medlora.encoding import Collator
 from medlora.flat import FlatCollator
+from medlora.head import SupervisedHead
 
 log = logging.getLogger("medlora.training")
 
@@ -36,13 +35,13 @@ _SCHEDULES: dict[str, SchedulerType] = {
 class _AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the trained adapter alone instead of every adapter of the chain."""
 
-    def __init__(self, adapter: str, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.adapter = adapter
+    def __init__(self, adapter: str, model: Any, **arguments: Any) -> None:
+        self.adapter, self.head = adapter, SupervisedHead(model)
+        super().__init__(model=model, compute_loss_func=self.head.compute_loss, **arguments)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-        """As Trainer's, with logits at supervised positions alone."""
-        with supervised_head(self.accelerator.unwrap_model(model), inputs["labels"]):
+        """As Trainer's, with the head at supervised positions alone."""
+        with self.head.at(inputs.pop("supervised")):
             return super().compute_loss(model, inputs, *arguments, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -55,33 +54,6 @@ class _AdapterTrainer(Trainer):
         load_adapter_weights(
             self.accelerator.unwrap_model(model or self.model), self.adapter, Path(resume_from_checkpoint)
         )
-
-
-@contextmanager
-def supervised_head(model: Any, labels: torch.Tensor) -> Iterator[None]:
-    """While inside, the model's head sees only the positions whose next label carries a loss: logits [n, vocabulary].
-
-    With a vocabulary of 262,144 the head over all positions is most of the cost. `labels`: [rows, length].
-    """
-    keep = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][keep],))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def compute_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross-entropy summed over supervised positions and divided by their number in the whole accumulated batch.
-
-    `outputs.logits` are those of `supervised_head`. A mean per micro-batch would weigh tokens of short completions more
-    (gradients up to 4.5 times too large).
-    """
-    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
-    total = torch.nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
-    return total / (num_items_in_batch if num_items_in_batch is not None else len(targets))
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -182,7 +154,6 @@ def train(
         train_dataset=segment.rows,
         data_collator=collator,
         callbacks=callbacks,
-        compute_loss_func=compute_loss,
     )
     # The default printer writes dicts to stdout; our callback has said it better.
     trainer.callback_handler.callbacks = [

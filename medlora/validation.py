@@ -13,8 +13,9 @@ import torch
 from medlora.answering import McqAnswerer
 from medlora.answers import score_format
 from medlora.config import McqStyle, Validation
-from medlora.encoding import IGNORED, Collator, Row, encode, encode_prompts
+from medlora.encoding import Collator, Row, encode, encode_prompts
 from medlora.generation import generate
+from medlora.head import SupervisedHead
 from medlora.mixture import derive_seed
 from medlora.prompts import render
 from medlora.records import McqRecord, Record, TextRecord, TranslationRecord
@@ -37,14 +38,13 @@ def compute_token_f1(predicted: str, reference: str) -> float:
 @torch.no_grad()
 def compute_perplexity(model: Any, rows: Sequence[Row], collator: Collator, batch_size: int) -> float:
     """exp of the mean negative log-likelihood of every supervised token."""
-    total, count = 0.0, 0
+    total, count, head = 0.0, 0, SupervisedHead(model)
     for start in range(0, len(rows), batch_size):
         batch = {name: tensor.to(model.device) for name, tensor in collator(rows[start : start + batch_size]).items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        mask = labels != IGNORED
-        total += torch.nn.functional.cross_entropy(logits[mask].float(), labels[mask], reduction="sum").item()
-        count += int(mask.sum())
+        labels, supervised = batch.pop("labels"), batch.pop("supervised")
+        with head.at(supervised):
+            total += head.compute_loss(model(**batch, use_cache=False), labels, 1).item()
+        count += len(supervised)
     return math.exp(min(total / max(count, 1), 700))
 
 

@@ -12,8 +12,8 @@ from medlora.chains import add_adapter
 from medlora.config import BaseModelConfig, LoraSettings
 from medlora.encoding import IGNORED, Collator, Row
 from medlora.flat import FlatCollator, flatten
+from medlora.head import SupervisedHead
 from medlora.models import load_base, load_tokenizer
-from medlora.training import compute_loss, supervised_head
 
 
 def make_row(*lengths: int, prompt: int = 0, start: int = 10, prefix: list[int] | None = None) -> Row:
@@ -41,9 +41,9 @@ BATCHES = {
 
 def measure(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    labels = batch.pop("labels")
-    with supervised_head(model, labels):
-        loss = compute_loss(model(**batch, use_cache=False), labels)
+    labels, head = batch.pop("labels"), SupervisedHead(model)
+    with head.at(batch.pop("supervised")):
+        loss = head.compute_loss(model(**batch, use_cache=False), labels)
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -87,7 +87,7 @@ def test_recomputed_activations_see_the_same_segments(stacked: Any) -> None:
         module for name, module in stacked.named_modules() if name.endswith(".0.self_attn") and "vision" not in name
     ]
     (attention,) = layers
-    hook = attention.register_forward_pre_hook(lambda *_: runs.append(1))
+    hook = attention.register_forward_pre_hook(lambda *_: runs.append(1) if torch.is_grad_enabled() else None)
     stacked.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         again, recomputed = measure(stacked, collate(BATCHES["shared prefix"]))

@@ -58,6 +58,9 @@ LAYERS = {
         {
             "encoding",
             "flat",
+            "head",
+            "lean",
+            "memory",
             "preparation",
             "inspection",
             "models",

@@ -14,10 +14,9 @@ from tiny import EXTRA, FAMILIES
 
 from medlora.config import BaseModelConfig
 from medlora.errors import InputError
+from medlora.memory import clear_memory, describe_device
 from medlora.models import (
     added_token_ids,
-    clear_memory,
-    describe_device,
     letter_token_ids,
     load_base,
     load_tokenizer,

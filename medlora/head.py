@@ -1,0 +1,164 @@
+"""The output head and the loss behind it: where a label is, a few positions at a time, in memory that does not grow.
+
+With a vocabulary of 262,144 the head over all positions is most of a step, and its logits most of the memory: 16,000
+supervised tokens are 17 GB of them in float32, twice with their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.utils.other import TrainableTokensWrapper
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from medlora.lean import find_rows
+
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""Most memory of the float32 logits that exist at a time."""
+
+
+class SupervisedHead:
+    """A model's head for training: `at` keeps it to the supervised positions, `compute_loss` finishes its work.
+
+    The model gives the hidden states in place of logits, and loss and gradients are computed chunk by chunk from them (as in Liger's
+    fused linear cross-entropy, arXiv 2410.10989). A model that does more to its logits than the head does (soft
+    capping, scaling) computes them itself, at these positions.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.head = model.get_output_embeddings()
+        self.positions: torch.Tensor | None = None
+        self.deferred = True
+        self.deferred = self._is_last(model)
+
+    @torch.no_grad()
+    def _is_last(self, model: Any) -> bool:
+        """Whether the model's logits are what its head gives, asked with one token."""
+        was_training = model.training
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        seen: list[torch.Tensor] = []
+        hook = self.head.register_forward_hook(lambda head, inputs, output: seen.append(output))
+        try:
+            with self.at(torch.zeros(1, dtype=torch.long, device=model.device)):
+                logits = model.eval()(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+            model.train(was_training)
+        return torch.equal(logits, seen[0])
+
+    @contextmanager
+    def at(self, positions: torch.Tensor) -> Iterator[None]:
+        """While inside, the head sees only `positions`: indices into the flattened [rows, length] of a batch."""
+        forward, own = self.head.forward, "forward" in vars(self.head)
+
+        def pick(hidden: torch.Tensor) -> torch.Tensor:
+            chosen = hidden.flatten(0, 1).index_select(0, positions)
+            return chosen if self.deferred else forward(chosen)
+
+        self.positions = positions
+        self.head.forward = pick
+        try:
+            yield
+        finally:
+            if own:
+                self.head.forward = forward
+            else:
+                del self.head.forward
+
+    def compute_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy summed over the positions of `at` and divided by their number in the whole accumulated batch.
+
+        `labels` [rows, length]. A mean per micro-batch would weigh tokens of short completions more (gradients up to 4.5
+        times too large).
+        """
+        assert self.positions is not None
+        targets = labels.flatten().index_select(0, self.positions + 1)
+        if self.deferred:
+            total = self._sum_losses(outputs.logits, targets)
+        else:
+            total = torch.nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
+        return total / (num_items_in_batch if num_items_in_batch is not None else max(len(targets), 1))
+
+    def _sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        weight = self.head.weight if isinstance(self.head, torch.nn.Linear) else None
+        rows = values = None
+        if isinstance(self.head, TrainableTokensWrapper):
+            weight = self.head.token_adapter.base_layer.weight
+            rows, values = find_rows(self.head.token_adapter)
+        vocabulary = self.head.original_module.weight.shape[0] if weight is None else weight.shape[0]
+        size = max(1, CHUNK_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary))
+        if weight is not None and not weight.requires_grad and getattr(self.head, "bias", None) is None:
+            return _ChunkedLoss.apply(hidden, weight, targets, rows, values, size)
+        total = hidden.sum() * 0.0
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            total = total + checkpoint(self._sum_plain, part, wanted, use_reentrant=False)
+        return total
+
+    def _sum_plain(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of `hidden` [n, size] through a frozen head `weight` [vocabulary, size], gradients at once.
+
+    Where `rows` [r] are given, these rows of the vocabulary are `values` [r, size] instead, which get a gradient too. One
+    product for the logits of a chunk, one for the gradient of its hidden states; nothing of a chunk is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        rows: torch.Tensor | None,
+        values: torch.Tensor | None,
+        size: int,
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        trained = None if values is None else values.detach().to(weight.dtype)
+        change = None if trained is None else trained - weight[rows]
+        values_gradient = torch.zeros_like(values) if values is not None and ctx.needs_input_grad[4] else None
+        exact = hidden.dtype == weight.dtype == torch.float32
+        shape = (min(size, len(hidden)), weight.shape[0])
+        buffer = torch.empty(shape, device=hidden.device) if exact else None
+        for start in range(0, len(hidden), size):
+            part, wanted = hidden[start : start + size].to(weight.dtype), targets[start : start + size, None]
+            if buffer is not None:
+                logits = torch.mm(part, weight.T, out=buffer[: len(part)])
+            else:
+                logits = (part @ weight.T).float()
+            if trained is not None:
+                logits.index_copy_(1, rows, (part @ trained.T).float())
+            highest, place = logits.max(dim=1, keepdim=True)
+            aimed = logits.gather(1, wanted)
+            # Softmax in place reads and writes a row while it is in the cache; its value at the highest logit is never 0.
+            shares = torch.softmax(logits, 1, out=logits) if buffer is not None else logits.softmax(1)
+            total += (highest - shares.gather(1, place).log() - aimed).sum()
+            if not ctx.needs_input_grad[0]:
+                continue
+            shares.scatter_add_(1, wanted, torch.full_like(aimed, -1.0))
+            shares = shares.to(weight.dtype)
+            back = shares @ weight
+            if change is not None:
+                of_rows = shares.index_select(1, rows)
+                back.addmm_(of_rows, change)
+                if values_gradient is not None:
+                    values_gradient += (of_rows.T @ part).to(values_gradient.dtype)
+            gradient[start : start + size] = back
+        ctx.save_for_backward(gradient, values_gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, values_gradient = ctx.saved_tensors
+        to_values = None if values_gradient is None else values_gradient * upstream
+        return gradient * upstream, None, None, None, to_values, None

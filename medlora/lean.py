@@ -1,0 +1,112 @@
+"""Forward passes of PEFT's layers without its detours: LoRA branches added in place, trained rows looked up alone.
+
+PEFT writes the outputs of a layer three times over for each adapter, and copies the whole embedding, twice, for the few
+rows of it that are trained. What comes out is the same within float error; `tests/test_lean.py` compares.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch.autograd.function import once_differentiable
+
+
+def lighten(model: torch.nn.Module) -> None:
+    """Give every LoRA layer and every layer of trained rows its lean forward pass; new ones, too, when called again."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.forward_adapters = MethodType(_look_up_rows, module)
+        elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear):
+            module.forward = MethodType(_add_branches, module)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x W' + bias + (x A') B' for frozen W [out, in] and bias; A [r, in], B [out, r]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        thin = rows @ a.T
+        out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        out.addmm_(thin, b.T)
+        ctx.save_for_backward(rows, thin, weight, a, b)
+        ctx.shape = x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, thin, weight, a, b = ctx.saved_tensors
+        gradient = gradient.flatten(0, -2)
+        through = gradient @ b
+        to_x = (gradient @ weight).addmm_(through, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        to_a = through.T @ rows if ctx.needs_input_grad[3] else None
+        to_b = gradient.T @ thin if ctx.needs_input_grad[4] else None
+        return to_x, None, None, to_a, to_b
+
+
+def _add_branches(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    """Takes the place of a LoRA layer's `forward`; what it has no lean way for (DoRA, dropout, mixed types) is PEFT's."""
+    keys = [key for key in layer.active_adapters if key in layer.lora_A]
+    base = layer.base_layer
+    pairs = [(layer.lora_A[key].weight, layer.lora_B[key].weight, layer.scaling[key]) for key in keys]
+    plain = (
+        pairs
+        and not (arguments or options or layer.disable_adapters or layer.merged)
+        and not any(key in layer.lora_variant or layer.lora_bias[key] for key in keys)
+        and not (layer.training and any(getattr(layer.lora_dropout[key], "p", 0.0) for key in keys))
+        and all(a.dtype == b.dtype == x.dtype for a, b, _ in pairs)
+    )
+    if not plain:
+        return type(layer).forward(layer, x, *arguments, **options)
+    a = pairs[0][0] if len(pairs) == 1 else torch.cat([a for a, _, _ in pairs])
+    b = torch.cat([b * scale for _, b, scale in pairs], dim=1)
+    weight = base.weight
+    if type(base) is torch.nn.Linear and not weight.requires_grad and weight.dtype == x.dtype:
+        return _LoraLinear.apply(x, weight, base.bias, a, b)
+    out = base(x)
+    if out.dtype != x.dtype:
+        return type(layer).forward(layer, x)
+    thin = torch.nn.functional.linear(x, a)
+    return torch.addmm(out.flatten(0, -2), thin.flatten(0, -2), b.T).view(out.shape)
+
+
+def find_rows(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The vocabulary rows [r] (sorted) that the active adapters of a layer have, and their values [r, size]; else None."""
+    keys = [key for key in layer.active_adapters if key in layer.token_indices]
+    if not keys or layer.disable_adapters or layer.merged:
+        return None, None
+    known = vars(layer).setdefault("_medlora_rows", {})
+    device = layer.base_layer.weight.device
+    name = (tuple(keys), device)
+    if name not in known:
+        layer._check_overlapping_tokens(keys)
+        known[name] = torch.tensor([i for key in keys for i in layer.token_indices[key]], device=device).sort()
+    rows, order = known[name]
+    return rows, torch.cat([layer.trainable_tokens_delta[key] for key in keys]).index_select(0, order)
+
+
+def _look_up_rows(layer: Any, x: torch.Tensor, active: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+    """Takes the place of a token layer's `forward_adapters`: what the base layer gives, but for the trained rows."""
+    rows, values = find_rows(layer)
+    if rows is None or values is None or list(active) != list(layer.active_adapters):
+        return type(layer).forward_adapters(layer, x, active, *arguments, **options)
+    out = layer.base_layer(x)
+    if isinstance(layer.base_layer, torch.nn.Embedding):
+        place = torch.searchsorted(rows, x).clamp(max=len(rows) - 1)
+        scale = getattr(layer.base_layer, "embed_scale", None)
+        found = torch.nn.functional.embedding(place, values.to(out.dtype))
+        found = found if scale is None else found * scale.to(out.dtype)
+        return torch.where((rows[place] == x)[..., None], found, out)
+    return out.index_copy(-1, rows, torch.nn.functional.linear(x, values.to(x.dtype)).to(out.dtype))
