@@ -43,11 +43,12 @@ from medlora.config import LoraSettings
 from medlora.config_sources import SourceConfig
 from medlora.encoding import IGNORED, Collator, Row, encode
 from medlora.flat import FlatCollator, flatten
+from medlora.memory import keep_freed_memory
 from medlora.prompts import render
 from medlora.records import McqRecord, Record, TextRecord
 from medlora.runs import get_versions
 from medlora.sources import read
-from medlora.training import _AdapterTrainer, compute_loss
+from medlora.training import _AdapterTrainer
 
 Step = Callable[[list[Row]], float]
 
@@ -145,9 +146,7 @@ def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool, padding_fre
         "dataloader_pin_memory": False,
     }
     flat, padded = FlatCollator(), Collator(tokenizer.pad_token_id)
-    ours = _AdapterTrainer(
-        "a", model=model, args=TrainingArguments(**common), train_dataset=[0], compute_loss_func=compute_loss
-    )
+    ours = _AdapterTrainer("a", model, args=TrainingArguments(**common), train_dataset=[0])
     rows = [{"input_ids": [2, 5, 6], "labels": [-100, 5, 6]}]
     config = SFTConfig(
         **common,
@@ -235,6 +234,7 @@ def main() -> None:
     parser.add_argument("--phases", nargs="*", default=[], help="those whose name begins so; all without")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # for all of them alike
     questions = (arguments.data / "kormedmcqa/train.jsonl").read_text(encoding="utf-8").splitlines()
     tokenizer = build_tokenizer([line for line in questions])
     model = build_model(
