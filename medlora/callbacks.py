@@ -39,6 +39,8 @@ class Segment:
     """In training order, repeated over epochs: steps x global batch of them."""
     steps: int
     epoch_steps: int
+    longest: Sequence[Row] = ()
+    """The two longest of them, of which a step's memory is told."""
     validate: Callable[[Any], dict[str, float]] | None = None
     stop_at_format_score: float | None = None
 

@@ -158,8 +158,10 @@ class PhaseConfig(Section):
     max_grad_norm: float = Field(0.3, gt=0)
     optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit"] = "auto"
     """`auto`: paged_adamw_8bit on CUDA, adamw_torch on CPU."""
-    gradient_checkpointing: bool = False
-    """Less memory for about a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Less memory for about a third more time; `auto` when one sequence does not fit without."""
+    compile: bool = False
+    """torch.compile the model: minutes before the first step, faster steps after it where shapes repeat (padded batches)."""
     batching: Literal["auto", "flat", "padded"] = "auto"
     """`flat`: the rows of a batch end to end, no token for nothing. `padded`: as a rectangle. The same gradients; `auto` is
     flat on CPU, padded on CUDA."""
@@ -279,6 +281,10 @@ class RunConfig(Section):
             if phase.full_prompt and (phase.validation is None or phase.validation.scoring != "reason"):
                 raise ValueError(
                     f"{at}.full_prompt: needs {at}.validation with scoring: reason, whose dev split gives the format score"
+                )
+            if phase.compile and phase.batching == "flat":
+                raise ValueError(
+                    f"{at}.compile: flat batches have another shape at every step, each compiled anew; set batching: padded"
                 )
             if phase.train_extra_tokens and not self.base.extra_tokens:
                 raise ValueError(

@@ -20,7 +20,7 @@ from medlora.records import Record
 from medlora.sources import Scan, hash_records, pack_scan, read, scan
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps", "batching"}
+_NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps", "batching", "compile"}
 """Keys of a phase that change where and how loudly it runs, not what it learns."""
 
 
@@ -280,6 +280,8 @@ def _dump_phase(phase: PhaseConfig) -> dict[str, Any]:
         del dumped["weights"]
     if dumped["share_prefix"]:
         del dumped["share_prefix"]
+    if dumped["gradient_checkpointing"] == "auto":
+        dumped["gradient_checkpointing"] = False
     for source in dumped["sources"]:
         source.pop("licence", None)
     return dumped

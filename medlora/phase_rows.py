@@ -56,6 +56,11 @@ class Drawn(Sequence[Row]):
         key, i = self.draws[index]
         return self.prepared[key].rows[i]
 
+    def find_longest(self, count: int) -> list[Row]:
+        """The longest rows, the longest first."""
+        sizes = numpy.array([self.prepared[key].rows.sizes[i] for key, i in self.draws])
+        return [self[int(i)] for i in numpy.argsort(-sizes, kind="stable")[:count]]
+
     def measure_padding(self, batch_size: int) -> float:
         """Share of the positions of all batches that hold nothing; a batch is as long as its longest row."""
         sizes = numpy.array([self.prepared[key].rows.sizes[i] for key, i in self.draws])

@@ -17,9 +17,10 @@ import transformers
 from medlora import runs
 from medlora.callbacks import Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
-from medlora.config import BaseModelConfig, McqStyle, PhaseConfig
+from medlora.config import BaseModelConfig, McqStyle
 from medlora.encoding import Collator
 from medlora.errors import InputError
+from medlora.fitting import train_in_memory
 from medlora.flat import FlatCollator
 from medlora.lineage import PhaseJob, extend_chain
 from medlora.memory import clear_memory, describe_device, keep_freed_memory
@@ -29,7 +30,6 @@ from medlora.phase_rows import choose_worked_example, draw_rows, prepare_rows, r
 from medlora.records import FIELDS, McqRecord
 from medlora.sources import remember, scan, stream
 from medlora.stages import load_stage_tokenizer, locate_base
-from medlora.training import train
 from medlora.validation import Validator
 
 log = logging.getLogger("medlora.phase")
@@ -103,7 +103,7 @@ def _run(
     prepared_s = time.monotonic() - started - base_s
     multimodal = model.config.model_type == "gemma3"
     padded = Collator(tokenizer.pad_token_id, token_type_ids=multimodal)
-    flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu")
+    flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu" and not phase.compile)
     collator = FlatCollator(phase.share_prefix, token_type_ids=multimodal) if flat else padded
     shown = {name for each in found for name in each.rationale}
     validator = _make_validator(job, tokenizer, padded, [name for name in FIELDS if name in shown], seed)
@@ -119,11 +119,13 @@ def _run(
             rows=rows,
             steps=steps,
             epoch_steps=epoch_steps,
+            longest=rows.find_longest(2),
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
-        result, phase = _train_in_memory(model, segment, phase, collator, folder, derive_seed(seed, name), report)
-        cut = {"batch_size": phase.batch_size, "accumulation": phase.accumulation, "padding": round(padding, 4)}
+        result, phase = train_in_memory(model, segment, phase, collator, folder, derive_seed(seed, name), report)
+        cut = {key: getattr(phase, key) for key in ("batch_size", "accumulation", "gradient_checkpointing")}
+        cut["padding"] = round(padding, 4)
         done.append({**result, **cut})
         if name == "full":
             why = "the format score reached its threshold" if result["stopped_early"] else "the step budget is spent"
@@ -157,56 +159,6 @@ def _run(
         best,
         {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
     )
-
-
-def _train_in_memory(
-    model: Any,
-    segment: Segment,
-    phase: PhaseConfig,
-    collator: Any,
-    folder: runs.PhaseFolder,
-    seed: int,
-    report: Report,
-) -> tuple[dict[str, Any], PhaseConfig]:
-    """Train a segment; where memory runs out, go on from the last checkpoint with smaller forward passes.
-
-    The global batch stays what it was, so the result does, within float error. Returns the segment's figures and the phase as it then
-    was trained; raises InputError when not even one sequence fits, or several workers would have to agree.
-    """
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    while True:
-        try:
-            return train(model, phase.name, segment, phase, collator, folder, seed, report), phase
-        except torch.OutOfMemoryError as error:
-            smaller = halve_batch(phase)
-            if smaller is None or dist.is_initialized():
-                raise InputError(
-                    f"phases.{phase.name}: out of memory with batch_size {phase.batch_size}; lower batch_size (and raise "
-                    "accumulation) or max_tokens, set gradient_checkpointing: true, or take base.quantization: nf4"
-                ) from error
-        # Outside of `except`: the traceback holds the tensors that did not fit.
-        text = (
-            f"out of memory: batch_size {phase.batch_size} becomes {smaller.batch_size}, accumulation "
-            f"{phase.accumulation} becomes {smaller.accumulation}; the global batch stays"
-        )
-        log.warning(text)
-        report({"event": "note", "phase": phase.name, "text": text})
-        phase = smaller
-        model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in start:
-                    parameter.copy_(start[name])
-        clear_memory()
-
-
-def halve_batch(phase: PhaseConfig) -> PhaseConfig | None:
-    """The phase with at most half the sequences a forward pass and the same global batch; None when it has one."""
-    total = phase.batch_size * phase.accumulation
-    sizes = [size for size in range(1, phase.batch_size // 2 + 1) if total % size == 0]
-    if not sizes:
-        return None
-    return phase.model_copy(update={"batch_size": sizes[-1], "accumulation": total // sizes[-1]})
 
 
 def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:

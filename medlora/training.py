@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +103,6 @@ def train(
         log.info("%s goes on from step %d of %d", segment.name, resumed_step, segment.steps)
 
     cuda = model.device.type == "cuda"
-    if phase.gradient_checkpointing:
-        # transformers 5.23 renamed it and warns of the old name, which 5.17 alone has.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     optimizer = phase.optimizer if phase.optimizer != "auto" else "paged_adamw_8bit" if cuda else "adamw_torch"
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -135,6 +133,7 @@ def train(
         seed=seed,
         data_seed=seed,
         report_to="none",
+        torch_compile=phase.compile,
         disable_tqdm=True,
         log_level="error",
     )
@@ -163,7 +162,8 @@ def train(
     if checkpoint and (ended_early or resumed_step >= segment.steps):
         load_adapter_weights(model, adapter, checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with recompute_activations(model, phase.gradient_checkpointing is True):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     logged = [row for row in runs.read_json_lines(folder.metrics) if row["segment"] == segment.name]
     return {
         "segment": segment.name,
@@ -176,6 +176,22 @@ def train(
         "resumed_from_step": resumed_step or None,
         "optimizer": optimizer,
     }
+
+
+@contextmanager
+def recompute_activations(model: Any, wanted: bool) -> Iterator[None]:
+    """While inside, activations are computed again in the backward pass instead of kept, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    # transformers 5.23 renamed both and warns of the old names, which 5.17 alone has.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable()
 
 
 def _get_schedule_options(phase: PhaseConfig, steps: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES
 
+from medlora import flat as flat_module
 from medlora.chains import add_adapter
 from medlora.config import BaseModelConfig, LoraSettings
 from medlora.encoding import IGNORED, Collator, Row
@@ -64,7 +65,12 @@ def stacked(request: pytest.FixtureRequest, bases: dict[str, str]) -> Any:
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_loss_and_gradients_are_those_of_the_padded_batch(stacked: Any, name: str, share_prefix: bool) -> None:
+@pytest.mark.parametrize("most_scores", [2**20, 0])
+def test_loss_and_gradients_are_those_of_the_padded_batch(
+    stacked: Any, monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, most_scores: int
+) -> None:
+    """By products of our own and, for segments too long for them, by torch's attention."""
+    monkeypatch.setattr(flat_module, "MOST_SCORES", most_scores)
     multimodal = stacked.config.model_type == "gemma3"
     padded = Collator(0, token_type_ids=multimodal)(BATCHES[name])
     flat = FlatCollator(share_prefix, token_type_ids=multimodal)(BATCHES[name])

@@ -58,6 +58,7 @@ LAYERS = {
         {
             "encoding",
             "flat",
+            "fitting",
             "head",
             "lean",
             "memory",

@@ -15,7 +15,7 @@ from medlora import runs
 from medlora.config import RunConfig
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, make_job
-from medlora.phases import halve_batch, run_phase
+from medlora.phases import run_phase
 from medlora.training import _AdapterTrainer
 
 
@@ -263,15 +263,6 @@ def test_out_of_memory_halves_the_batch_and_ends_with_the_same_adapter(
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(halved[name], tensor, atol=2e-3, rtol=1e-2, msg=name)
-
-
-def test_the_global_batch_is_kept_when_a_batch_is_halved(bases: dict[str, str], data: Path) -> None:
-    phase = configure(bases["gemma"], data).phases[0]
-    cut = [
-        halve_batch(phase.model_copy(update={"batch_size": b, "accumulation": a})) for b, a in ((8, 1), (3, 2), (5, 1))
-    ]
-    assert [(each.batch_size, each.accumulation) for each in cut if each] == [(4, 2), (1, 6), (1, 5)]
-    assert halve_batch(phase.model_copy(update={"batch_size": 1})) is None
 
 
 @pytest.mark.parametrize(
