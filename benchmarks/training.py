@@ -6,12 +6,13 @@
 
 One random model with one LoRA adapter (r 16, all-linear) is trained by all in turn, on the same rows of token ids:
 
-- medlora: its collator, loss and Trainer as a phase uses them;
-- TRL: SFTTrainer on the same ids and labels, its own collator (padding-free where --padding-free is said) and chunked loss;
+- medlora: its collator, layers, loss and Trainer as a phase uses them;
+- TRL: SFTTrainer on the same ids and labels, its own collator, padded and padding-free, and its chunked loss;
 - loop: by hand, one record at a time without padding, logits at supervised positions alone, gradients accumulated;
 - scripts: rows padded to the longest, loss on every token, logits everywhere.
 
-A step is forward, backward and AdamW over --rows rows. Writes training.json and training.md beside this file.
+The others have PEFT's own layers; freed memory is kept in the process for all of them alike. A step is forward, backward and AdamW
+over --rows rows. Writes training.json and training.md beside this file; with --phases, into what earlier runs of the same day left there.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Peak:
             self.mib = max(self.mib, process.memory_info().rss / 2**20)
 
 
-def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool, padding_free: bool) -> dict[str, Step]:
+def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool) -> dict[str, Step]:
     """One optimisation step of each, on the same model and adapter."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -145,18 +146,32 @@ def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool, padding_fre
         "log_level": "error",
         "dataloader_pin_memory": False,
     }
-    flat, padded = FlatCollator(), Collator(tokenizer.pad_token_id)
+    padded = Collator(tokenizer.pad_token_id)
     ours = _AdapterTrainer("a", model, args=TrainingArguments(**common), train_dataset=[0])
     rows = [{"input_ids": [2, 5, 6], "labels": [-100, 5, 6]}]
-    config = SFTConfig(
-        **common,
-        padding_free=padding_free,
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-    )
-    trl = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+    def make_trl(padding_free: bool) -> Any:
+        config = SFTConfig(
+            **common,
+            padding_free=padding_free,
+            max_length=None,
+            packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        )
+        return SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+    # Who replaces forward passes, and by which: each trains the model as it leaves it, the others' taken off.
+    lean = find_forwards(model)
+    trl, trl_free = make_trl(False), make_trl(True)
+    fused = {module: forward for module, forward in find_forwards(model).items() if module not in lean}
+
+    def optimise_with(forwards: dict[Any, Any], gradients: Callable[[], float]) -> float:
+        for module in (*lean, *fused):
+            vars(module).pop("forward", None)
+        for module, forward in forwards.items():
+            module.forward = forward
+        return optimise(gradients)
 
     def run_trainer(trainer: Any, batch: dict[str, Any]) -> float:
         count = torch.tensor(int((batch["labels"][:, 1:] != IGNORED).sum()))
@@ -179,7 +194,7 @@ def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool, padding_fre
 
     def run_scripts(rows: list[Row]) -> float:
         batch = padded([Row(row.input_ids, list(row.input_ids), list(range(len(row.input_ids)))) for row in rows])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "position_ids"}
+        batch = {name: batch[name].to(model.device) for name in ("input_ids", "labels")}
         longest = batch["input_ids"].shape[1]
         sizes = torch.tensor([len(row.input_ids) for row in rows], device=model.device)
         mask = torch.arange(longest, device=model.device) < sizes[:, None]
@@ -187,17 +202,26 @@ def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool, padding_fre
         loss.backward()
         return loss.item()
 
-    def collate_for_trl(rows: list[Row]) -> dict[str, Any]:
-        batch = trl.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
-        return dict(batch)
+    def run_trl(trainer: Any, rows: list[Row]) -> float:
+        batch = trainer.data_collator([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+        return run_trainer(trainer, dict(batch))
+
+    def run_ours(rows: list[Row], share_prefix: bool = True) -> float:
+        return run_trainer(ours, FlatCollator(share_prefix)(rows))
 
     return {
-        "medlora": lambda rows: optimise(lambda: run_trainer(ours, flat(rows))),
-        "medlora, prefix not shared": lambda rows: optimise(lambda: run_trainer(ours, FlatCollator(False)(rows))),
-        "TRL SFTTrainer": lambda rows: optimise(lambda: run_trainer(trl, collate_for_trl(rows))),
-        "loop by hand": lambda rows: optimise(lambda: run_loop(rows)),
-        "replaced scripts": lambda rows: optimise(lambda: run_scripts(rows)),
+        "medlora": lambda rows: optimise_with(lean, lambda: run_ours(rows)),
+        "medlora, prefix not shared": lambda rows: optimise_with(lean, lambda: run_ours(rows, False)),
+        "TRL SFTTrainer, padded": lambda rows: optimise_with(fused, lambda: run_trl(trl, rows)),
+        "TRL SFTTrainer, padding-free": lambda rows: optimise_with(fused, lambda: run_trl(trl_free, rows)),
+        "loop by hand": lambda rows: optimise_with({}, lambda: run_loop(rows)),
+        "replaced scripts": lambda rows: optimise_with({}, lambda: run_scripts(rows)),
     }
+
+
+def find_forwards(model: Any) -> dict[Any, Any]:
+    """The modules whose forward pass somebody has replaced, and by what."""
+    return {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
 
 
 def count_products(model: Any, rows: list[Row]) -> float:
@@ -230,7 +254,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--cuda", action="store_true")
-    parser.add_argument("--padding-free", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="where the time of one step of each phase goes")
     parser.add_argument("--phases", nargs="*", default=[], help="those whose name begins so; all without")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -252,67 +276,111 @@ def main() -> None:
         "matrix rate": f"{rate / 1e9:.1f} billion multiply-adds/s",
         "versions": {**get_versions(), "trl": __import__("importlib.metadata").metadata.version("trl")},
     }
-    results: list[dict[str, Any]] = []
+    name = "training-cuda" if arguments.cuda else "training"
+    store = Path(__file__).resolve().parent / f"{name}.json"
+    known = json.loads(store.read_text()) if arguments.phases and store.is_file() else {}
+    kept = known if known.get("about", {}).get("date") == about["date"] else {"results": [], "profiles": {}}
     with tempfile.TemporaryDirectory() as folder:
-        steps = make_steps(model, tokenizer, Path(folder), arguments.cuda, arguments.padding_free)
+        steps = make_steps(model, tokenizer, Path(folder), arguments.cuda)
         for phase, rows in batches.items():
             if arguments.phases and not phase.startswith(tuple(arguments.phases)):
                 continue
-            seconds: dict[str, list[float]] = {name: [] for name in steps}
-            peaks = dict.fromkeys(steps, 0.0)
-            losses: dict[str, float] = {}
-            for n, batch in enumerate(rows):
-                for name, step in steps.items():
-                    began = time.perf_counter()
-                    with Peak(arguments.cuda) as peak:
-                        loss = step(batch)
-                    if arguments.cuda:
-                        torch.cuda.synchronize()
-                    if n:
-                        seconds[name].append(time.perf_counter() - began)
-                    else:
-                        losses[name] = loss
-                    peaks[name] = max(peaks[name], peak.mib)
-            floors = [count_products(model, batch) / rate for batch in rows[1:]]
-            supervised = statistics.mean(sum(x != IGNORED for row in batch for x in row.labels) for batch in rows[1:])
-            for name in steps:
-                median = statistics.median(seconds[name])
-                results.append(
-                    {
-                        "phase": phase,
-                        "who": name,
-                        "seconds": round(median, 3),
-                        "spread": [round(min(seconds[name]), 3), round(max(seconds[name]), 3)],
-                        "records_per_s": round(len(rows[0]) / median, 3),
-                        "supervised_tokens_per_s": round(supervised / median, 1),
-                        "floor": round(statistics.median(floors) / median, 3),
-                        "peak_mib": round(peaks[name]),
-                        "first_loss": round(losses[name], 5),
-                        "ours_is_faster": round(median / statistics.median(seconds["medlora"]), 2),
-                    }
-                )
-                print(json.dumps(results[-1]), flush=True)
+            results = measure(phase, rows, steps, model, rate, arguments.cuda)
+            if arguments.profile:
+                kept["profiles"][phase] = profile_step(steps["medlora"], rows[-1])
+            kept = {**kept, "about": about, "results": [r for r in kept["results"] if r["phase"] != phase] + results}
             # After every phase: what was measured is kept when the time runs out.
-            name = "training-cuda" if arguments.cuda else "training"
-            here = Path(__file__).resolve().parent
-            (here / f"{name}.json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-            (here / f"{name}.md").write_text(write_table(about, results))
+            kept["results"].sort(key=lambda row: row["phase"])
+            store.write_text(json.dumps(kept, indent=1) + "\n")
+            store.with_suffix(".md").write_text(write_table(kept))
 
 
-def write_table(about: dict[str, Any], results: list[dict[str, Any]]) -> str:
+def measure(
+    phase: str, rows: list[list[Row]], steps: dict[str, Step], model: Any, rate: float, cuda: bool
+) -> list[dict[str, Any]]:
+    """Each batch by all in turn, the first not counted: medians, spread, share of the floor, ratio to ours."""
+    if "full" not in phase:
+        steps = {name: step for name, step in steps.items() if "not shared" not in name}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks = dict.fromkeys(steps, 0.0)
+    losses: dict[str, float] = {}
+    for n, batch in enumerate(rows):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            with Peak(cuda) as peak:
+                loss = step(batch)
+            if cuda:
+                torch.cuda.synchronize()
+            if n:
+                seconds[name].append(time.perf_counter() - began)
+            else:
+                losses[name] = loss
+            peaks[name] = max(peaks[name], peak.mib)
+    floors = [count_products(model, batch) / rate for batch in rows[1:]]
+    supervised = statistics.mean(sum(x != IGNORED for row in batch for x in row.labels) for batch in rows[1:])
+    results: list[dict[str, Any]] = []
+    for name in steps:
+        median = statistics.median(seconds[name])
+        results.append(
+            {
+                "phase": phase,
+                "who": name,
+                "seconds": round(median, 3),
+                "spread": [round(min(seconds[name]), 3), round(max(seconds[name]), 3)],
+                "records_per_s": round(len(rows[0]) / median, 3),
+                "supervised_tokens_per_s": round(supervised / median, 1),
+                "floor": round(statistics.median(f / s for f, s in zip(floors, seconds[name], strict=True)), 3),
+                "peak_mib": round(peaks[name]),
+                "first_loss": round(losses[name], 5),
+                "ours_is_faster": round(median / statistics.median(seconds["medlora"]), 2),
+            }
+        )
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def profile_step(step: Step, rows: list[Row]) -> dict[str, float]:
+    """Seconds of one step by what they went into, from torch's profiler, by operator and shapes."""
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        step(rows)
+    spent: dict[str, float] = {}
+    for event in profiler.key_averages(group_by_input_shape=True):
+        operator, sizes = event.key.removeprefix("aten::"), [n for shape in event.input_shapes for n in shape]
+        if operator in ("mm", "addmm", "addmm_"):
+            kind = "head" if 262_144 in sizes else "LoRA products" if 16 in sizes else "base products"
+        elif 262_144 in sizes:
+            kind = "head"
+        elif operator in ("bmm", "baddbmm", "_softmax", "_softmax_backward_data") or "attention" in operator:
+            kind = "attention"
+        elif "Optimizer" in operator or "_foreach" in operator:
+            kind = "optimizer"
+        elif operator in ("cat", "copy_", "fill_", "split_with_sizes", "index", "index_select"):
+            kind = "copies"
+        else:
+            kind = "norms, rotations, activations, sums"
+        spent[kind] = spent.get(kind, 0.0) + event.self_cpu_time_total / 1e6
+    return {kind: round(seconds, 3) for kind, seconds in sorted(spent.items(), key=lambda item: -item[1])}
+
+
+def write_table(kept: dict[str, Any]) -> str:
     """The measurements as Markdown."""
-    lines = ["# Training steps, beside the peers", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
+    lines = ["# Training steps, beside the peers", ""]
+    lines += [*(f"- {name}: {value}" for name, value in kept["about"].items()), ""]
     lines += [
-        "| phase | who | s a step (least, most) | records/s | supervised tokens/s | share of the floor | peak MiB | first loss | ours is faster |",
+        "| phase | who | s a step (least, most) | records/s | supervised tokens/s | share of the floor | peak MiB | first loss | medlora is faster |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in results:
+    for row in kept["results"]:
         least, most = row["spread"]
         lines.append(
             f"| {row['phase']} | {row['who']} | {row['seconds']:.2f} ({least:.2f}, {most:.2f}) | {row['records_per_s']:.2f} | "
             f"{row['supervised_tokens_per_s']:.0f} | {row['floor']:.0%} | {row['peak_mib']:,} | {row['first_loss']:.4f} | "
             f"{row['ours_is_faster']:.2f}x |"
         )
+    for phase, spent in kept["profiles"].items():
+        total = sum(spent.values())
+        parts = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in spent.items())
+        lines += ["", f"One step of {phase}, {total:.2f} s under the profiler: {parts}."]
     return "\n".join(lines) + "\n"
 
 

@@ -53,9 +53,11 @@ def build_stages(
         os.chdir(cwd)
     import torch
 
+    from medlora.memory import keep_freed_memory
     from medlora.stages import StageModel, locate_base
 
     torch.set_num_threads(threads)
+    keep_freed_memory()
     chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
     located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
     return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed, shots, worked, letters)
