@@ -164,7 +164,7 @@ class PhaseConfig(Section):
     """torch.compile the model: minutes before the first step, faster steps after it where shapes repeat (padded batches)."""
     batching: Literal["auto", "flat", "padded"] = "auto"
     """`flat`: the rows of a batch end to end, no token for nothing. `padded`: as a rectangle. The same gradients; `auto` is
-    flat on CPU, padded on CUDA."""
+    flat on CPU, padded on CUDA and where `compile` is on."""
     share_prefix: bool = True
     """Flat batches compute a beginning that all their rows share once; with LoRA dropout they share its dropout, too."""
     log_every_steps: int = Field(5, ge=1)

@@ -137,6 +137,10 @@ def _run(
                 }
             )
             log.info("switches from full to normal prompts after %d steps: %s", result["steps"], why)
+    if validator:
+        spent, trained = (sum(part[key] for part in done) for key in ("validation_s", "train_s"))
+        text = f"validation took {spent:.1f} s, {spent / max(trained, 1e-9):.0%} of the training"
+        report({"event": "note", "phase": phase.name, "text": text})
     best = None
     if phase.validation and phase.validation.keep_best:
         if world > 1:

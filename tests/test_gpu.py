@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from test_flat import BATCHES, measure
 from tiny_run import configure, run_all
 
 from medlora import runs
+from medlora.chains import add_adapter
+from medlora.config import BaseModelConfig, LoraSettings
+from medlora.flat import FlatCollator
 from medlora.lineage import make_job
+from medlora.models import load_base, load_tokenizer
 from medlora.phases import run_phase
 
 pytestmark = pytest.mark.gpu
@@ -43,3 +49,19 @@ def test_the_gpu_learns_what_the_cpu_learns(bases: dict[str, str], data: Path, t
         for d in ("cpu", "cuda")
     ]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_flat_batches_and_chunked_losses_are_those_of_the_cpu(bases: dict[str, str], name: str) -> None:
+    """In float32; TF32 is off by default."""
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        base = BaseModelConfig(model=bases["gemma"], compute_dtype="float32")
+        model = add_adapter(load_base(base, load_tokenizer(base), device), "a", LoraSettings(r=4, alpha=8), [], seed=0)
+        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in FlatCollator()(BATCHES[name]).items()}
+        loss, of_weights = measure(model.train(), batch)
+        losses.append(loss)
+        gradients.append({key: gradient.cpu() for key, gradient in of_weights.items()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3)
