@@ -50,7 +50,10 @@ def make_scale(values: Sequence[float], width: int = 220) -> Scale:
     """A scale with round ticks that holds all `values`."""
     from matplotlib.ticker import MaxNLocator
 
-    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], min_n_ticks=3).tick_values(min(values), max(values))
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 1, high + 1
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], min_n_ticks=3).tick_values(low, high)
     return Scale(tuple(round(float(tick), 6) for tick in ticks), width)
 
 
@@ -131,9 +134,7 @@ def draw_marker(place: int) -> str:
     return finish(figure)
 
 
-def start(
-    width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0
-) -> tuple[Figure, Axes]:
+def start(width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0) -> tuple[Figure, Axes]:
     """A drawing of that many pixels, with margins, without ticks."""
     from matplotlib.figure import Figure
 

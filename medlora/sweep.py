@@ -139,7 +139,9 @@ class SweepPlan:
 
     def make_run(self, params: Params) -> RunConfig:
         """The whole run config of a trial, as `best.yaml` holds it; raises InputError when it is not valid."""
-        return self.run if params == self.start_params else make_config(self.raw, params, self.searched, self.everything)
+        return (
+            self.run if params == self.start_params else make_config(self.raw, params, self.searched, self.everything)
+        )
 
     def make_trial(self, params: Params, name: str) -> RunConfig:
         """The config that a trial trains: no evaluation, the sweep's placement, scored on dev in the judged phase."""
@@ -178,7 +180,13 @@ class SweepPlan:
         style = validation.style if validation else "reasoning"
         dev = self.config.dev
         return EvaluationConfig.model_validate(
-            {"tests": tests, "scoring": self.scoring, "style": style, "max_tokens": dev.max_tokens, "batch_size": batch_size}
+            {
+                "tests": tests,
+                "scoring": self.scoring,
+                "style": style,
+                "max_tokens": dev.max_tokens,
+                "batch_size": batch_size,
+            }
         )
 
 
@@ -226,7 +234,9 @@ def _find_searched(config: SweepConfig, run: RunConfig) -> tuple[str, ...]:
             raise InputError(f"phases.{i}: {name!r} is no phase of {config.config}; phases: {', '.join(names)}")
     first = names.index(config.phases[0]) if config.phases else 0
     if not config.phases or tuple(names[first : first + len(config.phases)]) != config.phases:
-        raise InputError(f"phases: name phases that follow each other in {', '.join(names)}, found {list(config.phases)}")
+        raise InputError(
+            f"phases: name phases that follow each other in {', '.join(names)}, found {list(config.phases)}"
+        )
     return config.phases
 
 
@@ -291,12 +301,12 @@ def _check_dev(plan: SweepPlan) -> None:
                 "a sweep never looks at a test"
             )
         if scan_source(f"dev.sources.{i}", source).kind != "mcq":
-            raise InputError(f"dev.sources.{i}.source: {source.source} holds no questions; trials are judged on questions")
+            raise InputError(
+                f"dev.sources.{i}.source: {source.source} holds no questions; trials are judged on questions"
+            )
     if not tests or plan.run.data.overlap == "allow":
         return
-    questions = {
-        test.name: [record for record in stream(test) if isinstance(record, McqRecord)] for test in tests
-    }
+    questions = {test.name: [record for record in stream(test) if isinstance(record, McqRecord)] for test in tests}
     index = TestIndex(questions)
     for i, source in enumerate(plan.dev):
         hits = [hit for record in stream(source) for hit in index.find(record, source.source)]
@@ -332,7 +342,9 @@ def list_earlier(plan: SweepPlan) -> list[PhaseConfig]:
 def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
     """What the trials of a sweep depend on, as nested plain values: its fingerprint."""
     described = {
-        "sweep": plan.config.model_dump(mode="json", exclude={"trials", "concurrency", "placement", "best", "mlflow", "storage", "config", "set"}),
+        "sweep": plan.config.model_dump(
+            mode="json", exclude={"trials", "concurrency", "placement", "best", "mlflow", "storage", "config", "set"}
+        ),
         "run": plan.run.model_dump(mode="json", exclude={"evaluation", "placement", "storage"}),
         "tests": [test.source for test in plan.run.evaluation.tests] if plan.run.evaluation else [],
         "retries": plan.config.placement.retries,
@@ -346,7 +358,9 @@ def refuse_other(folder: Path, plan: SweepPlan) -> None:
     was = runs.read_json(folder / FINGERPRINT)
     if was is not None and (differences := runs.find_differences(was, describe_sweep(plan))):
         shown = "\n  ".join(differences[:5])
-        raise InputError(f"{folder}: holds another sweep:\n  {shown}\ngive this one another name (--set name=...), or --out")
+        raise InputError(
+            f"{folder}: holds another sweep:\n  {shown}\ngive this one another name (--set name=...), or --out"
+        )
 
 
 def load_sweep_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:

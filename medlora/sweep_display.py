@@ -149,7 +149,9 @@ def make_table(trials: list[Trial], steps: Mapping[str, Mapping[str, Any]] | Non
     table = Table("trial", "state", "step", "dev", *keys)
     for trial in trials:
         seen = (steps or {}).get(trial.id)
-        step = f"{max(seen['step'], trial.step)}/{seen['steps']}" if seen and trial.state == "running" else str(trial.step)
+        step = (
+            f"{max(seen['step'], trial.step)}/{seen['steps']}" if seen and trial.state == "running" else str(trial.step)
+        )
         score = f"{trial.score:.3f}" if trial.score is not None else ""
         table.add_row(trial.id, trial.state, step, score, *(format_value(trial.params[key]) for key in keys))
     return table
@@ -164,10 +166,14 @@ def print_sweep(summary: Mapping[str, Any], ledger: Ledger, worked: bool) -> Non
     rest.sort(key=lambda trial: (trial.state != "stopped", -trial.step, -(trial.score or 0.0), trial.id))
     console.print(make_table([*ledger.rank(), *rest]))
     start, *best = summary["dev"]["stages"]
-    console.print(f"on all of dev ({start['n']:,} questions), the config as it stands (trial {start['trial']}): {start['accuracy']:.1%}")
+    console.print(
+        f"on all of dev ({start['n']:,} questions), the config as it stands (trial {start['trial']}): {start['accuracy']:.1%}"
+    )
     by_trial = {pair["after"]: pair for pair in summary["dev"]["pairs"]}
     for row in best:
-        console.print(f"trial {row['trial']}: {row['accuracy']:.1%}, {describe_pair(by_trial[row['trial']])}", markup=False)
+        console.print(
+            f"trial {row['trial']}: {row['accuracy']:.1%}, {describe_pair(by_trial[row['trial']])}", markup=False
+        )
     winner = summary["winner"]
     console.print(
         "no trial was better than the config as it stands"

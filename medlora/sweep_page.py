@@ -38,7 +38,9 @@ def write_sweep_page(path: Path, summary: Mapping[str, Any]) -> None:
         pairs={pair["after"]: describe_pair(pair) for pair in summary["dev"]["pairs"]},
         parallel=Markup(draw_parallel(lines, keys)),
         curves=Markup(draw_curves(lines)),
-        kinds=[kind for kind in ("start", "winner", "finished", "stopped", "failed") if kind in {x.kind for x in lines}],
+        kinds=[
+            kind for kind in ("start", "winner", "finished", "stopped", "failed") if kind in {x.kind for x in lines}
+        ],
     )
     path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
 

@@ -54,10 +54,10 @@ def draw_parallel(lines: Sequence[Line], keys: Sequence[str]) -> str:
                 parse_math=False,
             )
     for line in _sort(lines):
-        at = [place(line.params[key]) for key, (place, _) in zip(keys, places, strict=False)]
-        at += [places[-1][0](line.curve[-1][1])] if line.curve else []
+        heights = [place(line.params[key]) for key, (place, _) in zip(keys, places, strict=False)]
+        heights += [places[-1][0](line.curve[-1][1])] if line.curve else []
         colour, width, opacity = _LOOKS[line.kind]
-        axes.plot(range(len(at)), at, color=role(colour), linewidth=width, alpha=opacity)
+        axes.plot(range(len(heights)), heights, color=role(colour), linewidth=width, alpha=opacity)
     return finish(figure)
 
 

@@ -65,7 +65,7 @@ def find_summary(folder: Path, plan: SweepPlan, ledger: Ledger, final_test: bool
 
 
 def describe_pair(pair: Mapping[str, Any]) -> str:
-    """"better by +2.1 points (95 % -0.3 .. 4.4), McNemar p 0.09", with what correcting for several comparisons makes of it."""
+    """ "better by +2.1 points (95 % -0.3 .. 4.4), McNemar p 0.09", with what correcting for several comparisons makes of it."""
     word = "better" if pair["difference"] > 0 else "worse" if pair["difference"] < 0 else "no different"
     by = f" by {100 * pair['difference']:+.1f} points" if pair["difference"] else ""
     return (
@@ -165,7 +165,9 @@ def make_best(plan: SweepPlan, trial: Trial, comparison: Mapping[str, Any]) -> s
     lines = [f"Trial {trial.id} of sweep {plan.config.name}: {accuracy:.1%} on dev, by {plan.scoring}."]
     if trial.id == START:
         lines.append("The config as it stood: no trial was better on all of dev.")
-    lines += [f"Against the config as it stood: {describe_pair(p)}." for p in comparison["pairs"] if p["after"] == trial.id]
+    lines += [
+        f"Against the config as it stood: {describe_pair(p)}." for p in comparison["pairs"] if p["after"] == trial.id
+    ]
     lines += [f"{key} = {format_value(value)}" for key, value in trial.params.items()]
     header = "".join(f"# {line}\n" for line in lines)
     return header + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=120)

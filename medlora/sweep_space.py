@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -134,7 +133,7 @@ def apply_params(raw: Mapping[str, Any], params: Params, searched: Sequence[str]
 
     Where not every phase is searched, `lora` is that of the adapters that the searched phases begin: the others keep theirs.
     """
-    made: dict[str, Any] = copy.deepcopy(dict(raw))
+    made: dict[str, Any] = _copy(raw)
     derived = [key for key in params if key.rpartition(".")[2] in _DERIVED]
     for key in [*(key for key in params if key not in derived), *derived]:
         for place in _find_places(made, key, searched, everything):
@@ -201,7 +200,7 @@ def read_params(
     """The values that a config has at the keys of a space: the params of the config as it stands."""
     found = {}
     whole: dict[str, Any] = run.model_dump(mode="json")
-    copied = copy.deepcopy(dict(raw))
+    copied = _copy(raw)
     for key in keys:
         place = _find_places(copied, key, searched, everything)[0]
         *parents, last = place.split(".")
@@ -234,6 +233,13 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return re.sub(r"[\"']", "", json.dumps(value, ensure_ascii=False))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _copy(node: Any) -> Any:
+    """A copy in which nothing stands twice: a YAML anchor makes two phases one object, which `deepcopy` would keep so."""
+    if isinstance(node, Mapping):
+        return {key: _copy(value) for key, value in node.items()}
+    return [_copy(value) for value in node] if isinstance(node, list) else node
 
 
 def _round(value: float) -> float:

@@ -180,7 +180,7 @@ class _Silent:
 
 class _Searcher(_Silent, Searcher):
     def __init__(self, search: Search, unfinished: Sequence[Trial]) -> None:
-        super().__init__(metric="score", mode="max")
+        super().__init__()
         self.search, self.suggestions = search, self._suggest_all(unfinished)
 
     def _suggest_all(self, unfinished: Sequence[Trial]) -> Iterator[tuple[Trial, Any, dict[str, Any]]]:

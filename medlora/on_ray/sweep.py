@@ -36,7 +36,12 @@ log = logging.getLogger("medlora.run")
 
 
 def run_sweep(
-    plan: SweepPlan, folder: runs.RunFolder, ledger: Ledger, final_test: bool, on_event: OnEvent, reuse_actors: bool = True
+    plan: SweepPlan,
+    folder: runs.RunFolder,
+    ledger: Ledger,
+    final_test: bool,
+    on_event: OnEvent,
+    reuse_actors: bool = True,
 ) -> dict[str, Any]:
     """Do what is left of the sweep in `folder` and return its summary, what `sweep.json` holds.
 
@@ -208,7 +213,15 @@ def _score_best(
     best = [trial for trial in ledger.rank() if trial is not first][: plan.config.best]
     stages = _make_stages(plan, folder, [first, *best], start)
     report = _score(
-        plan, folder, folder.root / "dev", stages, plan.describe_dev(), concurrency, cluster, on_event, describe_overlap(card)
+        plan,
+        folder,
+        folder.root / "dev",
+        stages,
+        plan.describe_dev(),
+        concurrency,
+        cluster,
+        on_event,
+        describe_overlap(card),
     )
     return compare_with_start(report)
 
@@ -264,10 +277,25 @@ def _score(
     placement = ActorPlacement.model_validate({**fields, "workers": max(1, min(concurrency, batches))})
     cache = str(Path(plan.run.storage.cache or "~/.cache/medlora").expanduser())
     build = make_builder(plan.run.base, cache, plan.run.seed, stages, config, asked, placement, cluster)
-    about = {"name": f"{plan.config.name}: {into.name}", "notes": list(notes), "trial": list(itertools.islice(stages, 1))[0]}
+    about = {
+        "name": f"{plan.config.name}: {into.name}",
+        "notes": list(notes),
+        "trial": list(itertools.islice(stages, 1))[0],
+    }
     began = time.monotonic()
     report = score_stages(
-        into, fingerprint, stages, asked.tests, config, build, placement, cluster, on_event, folder.log, about, plan.run.seed
+        into,
+        fingerprint,
+        stages,
+        asked.tests,
+        config,
+        build,
+        placement,
+        cluster,
+        on_event,
+        folder.log,
+        about,
+        plan.run.seed,
     )
     on_event({"event": "finished", "phase": "evaluation", "seconds": time.monotonic() - began, "around_s": 0.0})
     return report
