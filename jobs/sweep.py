@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         from medlora import runs
-        from medlora.sweep import FINGERPRINT, LEDGER, check_sweep, load_sweep_config, refuse_other
+        from medlora.sweep import FINGERPRINT, LEDGER, load_sweep_config
+        from medlora.sweep_checks import check_sweep, refuse_other
         from medlora.sweep_ledger import Ledger
 
         config = load_sweep_config(arguments.config, arguments.overrides)

@@ -27,6 +27,8 @@ class Trial:
 
     id: str
     params: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+    """Of a population: member, generation, parent."""
     state: State = "running"
     reports: list[dict[str, float]] = field(default_factory=list)
     """`step` and `score`, in order."""
@@ -66,23 +68,27 @@ class Ledger:
         for trial in self.trials.values():
             trial.since = None  # what ran when the sweep was killed ran for as long as it was heard of
 
-    def begin(self, params: Mapping[str, Any]) -> Trial:
+    def begin(self, params: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> Trial:
         """A new trial, named by its number."""
         id = f"{len(self.trials):03}"
-        self._write({"event": "begun", "trial": id, "params": dict(params)})
+        self._write(
+            {"event": "begun", "trial": id, "params": dict(params), **({"about": dict(about)} if about else {})}
+        )
         return self.trials[id]
 
     def run(self, id: str) -> None:
         """The trial's process has begun to work at it."""
         self._write({"event": "running", "trial": id})
 
-    def report(self, id: str, step: int, score: float, stop: bool) -> None:
+    def report(self, id: str, step: int, score: float, stop: bool) -> bool:
         """A score, and whether it ends the trial: both in one line, so that a kill cannot part them.
 
-        A trial that goes on from a checkpoint scores steps again; the first score counts.
+        False where the score is not new: a trial that goes on from a checkpoint scores steps again, the first score counts.
         """
-        if step > self.trials[id].step or not self.trials[id].reports:
+        new = step > self.trials[id].step
+        if new:
             self._write({"event": "score", "trial": id, "step": step, "score": score, "stop": stop})
+        return new
 
     def die(self, id: str) -> None:
         """The trial's process died."""
@@ -108,7 +114,7 @@ class Ledger:
     def _take(self, line: Mapping[str, Any]) -> None:
         event, id, now = line["event"], line["trial"], line["time"]
         if event == "begun":
-            self.trials[id] = Trial(id, line["params"])
+            self.trials[id] = Trial(id, line["params"], line.get("about", {}))
             return
         trial = self.trials[id]
         if trial.since is not None:

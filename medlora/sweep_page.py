@@ -8,9 +8,9 @@ from typing import Any
 
 from medlora.page import make_environment
 from medlora.sweep_ledger import START
-from medlora.sweep_plots import Line, draw_curves, draw_parallel
+from medlora.sweep_plots import MARGIN, Line, draw_curves, draw_parallel
 from medlora.sweep_report import describe_pair
-from medlora.sweep_space import format_value
+from medlora.sweep_space import format_value, parse_domain
 
 
 def write_sweep_page(path: Path, summary: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ def write_sweep_page(path: Path, summary: Mapping[str, Any]) -> None:
     environment = make_environment()
     environment.filters |= {"value": format_value}
     lines = [make_line(trial, summary["winner"]) for trial in summary["trials"] if trial["state"] != "invalid"]
-    keys = list(summary["space"])
+    domains = {key: parse_domain(key, text) for key, text in summary["space"].items()}
     states = {"finished": 0, "stopped": 1, "failed": 2, "invalid": 3}
     ranked = sorted(
         summary["trials"],
@@ -33,10 +33,11 @@ def write_sweep_page(path: Path, summary: Mapping[str, Any]) -> None:
     text = environment.get_template("sweep_page.html").render(
         sweep=summary,
         start=START,
-        keys=keys,
+        margin=MARGIN,
+        keys=list(domains),
         ranked=ranked,
         pairs={pair["after"]: describe_pair(pair) for pair in summary["dev"]["pairs"]},
-        parallel=Markup(draw_parallel(lines, keys)),
+        parallel=Markup(draw_parallel(lines, domains)),
         curves=Markup(draw_curves(lines)),
         kinds=[
             kind for kind in ("start", "winner", "finished", "stopped", "failed") if kind in {x.kind for x in lines}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medlora.plots import TEXT, finish, label_ticks, make_scale, role, start
-from medlora.sweep_space import format_value
+from medlora.sweep_space import Domain, Range, format_value
 
-_WIDTH = 832
+_WIDTH, MARGIN = 832, 70
+"""Pixels of a drawing, and of what stands left and right of the outer axes: the page puts their names there."""
 _LOOKS = {
     "start": ("stage-1", 1.8, 1.0),
     "winner": ("stage-2", 1.8, 1.0),
@@ -30,15 +31,15 @@ class Line:
     curve: Sequence[tuple[int, float]]
 
 
-def draw_parallel(lines: Sequence[Line], keys: Sequence[str]) -> str:
+def draw_parallel(lines: Sequence[Line], domains: Mapping[str, Domain]) -> str:
     """A vertical axis for each key and one for the last dev score; the page names them below."""
-    height = 250
-    figure, axes = start(_WIDTH, height, left=70, bottom=10, right=50, top=12)
+    keys = list(domains)
+    figure, axes = start(_WIDTH, 250, left=MARGIN, bottom=10, right=MARGIN, top=12)
     axes.set_xlim(0, len(keys))
     axes.set_ylim(0, 1)
     scores = [line.curve[-1][1] for line in lines if line.curve]
-    places = [_place([line.params[key] for line in lines]) for key in keys]
-    places.append(_place(scores or [0.0], score=True))
+    places = [_place([line.params[key] for line in lines], domain) for key, domain in domains.items()]
+    places.append(_lay([min(scores, default=0.0), max(scores, default=0.0)], False, "{:.1f}"))
     for x, (_, ticks) in enumerate(places):
         axes.plot([x, x], [0, 1], color=role("ink"), linewidth=0.9)
         for at, text in ticks:
@@ -61,25 +62,39 @@ def draw_parallel(lines: Sequence[Line], keys: Sequence[str]) -> str:
     return finish(figure)
 
 
-def _place(values: Sequence[Any], score: bool = False) -> tuple[Any, list[tuple[float, str]]]:
-    """Value -> height on an axis in [0, 1], and the axis's ticks: numbers by size, by their logarithm where they span much."""
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    distinct = sorted(set(values)) if numbers else list(dict.fromkeys(format_value(value) for value in values))
-    if not score and (not numbers or len(distinct) <= 6):
-        names = [format_value(value) for value in distinct] if numbers else distinct
-        steps = {name: 0.06 + 0.88 * (i / max(1, len(names) - 1)) for i, name in enumerate(names)}
-        return lambda value: steps[format_value(value)], [(at, name) for name, at in steps.items()]
+Axis = tuple[Callable[[Any], float], list[tuple[float, str]]]
+"""Value -> height in [0, 1], and the ticks: their heights and texts."""
+
+
+def _place(values: Sequence[Any], domain: Domain) -> Axis:
+    """An axis that holds all values: a tick each for those of a choice, three for a range, by its logarithm if it is one of ratios.
+
+    The config as it stands may lie outside of the domain.
+    """
+    if isinstance(domain, Range):
+        return _lay([domain.low, domain.high, *values], domain.log and min(values) > 0, "{:.2g}")
+    extra = [value for value in values if value not in domain.values]
+    names = list(dict.fromkeys(format_value(value) for value in [*domain.values, *extra]))
+    steps = {name: _inside(i / max(1, len(names) - 1)) for i, name in enumerate(names)}
+    return lambda value: steps[format_value(value)], [(at, name) for name, at in steps.items()]
+
+
+def _lay(values: Sequence[float], log: bool, form: str) -> Axis:
     low, high = float(min(values)), float(max(values))
     if low == high:
-        return lambda value: 0.5, [(0.5, format_value(low))]
-    log = not score and low > 0 and high / low > 8
+        return lambda value: 0.5, [(0.5, form.format(low))]
     bend = math.log if log else float
 
     def place(value: float) -> float:
-        return 0.06 + 0.88 * (bend(value) - bend(low)) / (bend(high) - bend(low))
+        return _inside((bend(value) - bend(low)) / (bend(high) - bend(low)))
 
     middle = math.sqrt(low * high) if log else (low + high) / 2
-    return place, [(place(value), f"{value:.1f}" if score else f"{value:.2g}") for value in (low, middle, high)]
+    return place, [(place(value), form.format(value)) for value in (low, middle, high)]
+
+
+def _inside(share: float) -> float:
+    """A little away from the ends of an axis."""
+    return 0.06 + 0.88 * share
 
 
 def draw_curves(lines: Sequence[Line]) -> str:

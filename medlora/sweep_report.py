@@ -14,8 +14,9 @@ from medlora.evaluation import REPORT as TEST_REPORT
 from medlora.scores import holm
 from medlora.sweep import BEST, PAGE, REPORT, TABLE, SweepPlan
 from medlora.sweep_ledger import START, Ledger, Trial
+from medlora.sweep_population import find_lineage, name_generation
 from medlora.sweep_search import measure_importance
-from medlora.sweep_space import apply_params, format_value
+from medlora.sweep_space import format_value
 
 
 def compare_with_start(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def write_results(
     )
     runs.write_json(folder / REPORT, summary)
     write_table(folder / TABLE, trials, list(plan.space))
-    runs.write_bytes(folder / BEST, make_best(plan, ledger.trials[winner], comparison).encode())
+    runs.write_bytes(folder / BEST, make_best(plan, ledger, ledger.trials[winner], comparison).encode())
     from medlora.sweep_page import write_sweep_page
 
     write_sweep_page(folder / PAGE, summary)
@@ -125,6 +126,7 @@ def describe_trial(trial: Trial) -> dict[str, Any]:
         "id": trial.id,
         "state": trial.state,
         "params": trial.params,
+        "about": trial.about,
         "score": trial.score,
         "step": trial.step,
         "reports": trial.reports,
@@ -157,9 +159,10 @@ def write_table(path: Path, trials: Sequence[Trial], keys: Sequence[str]) -> Non
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def make_best(plan: SweepPlan, trial: Trial, comparison: Mapping[str, Any]) -> str:
+def make_best(plan: SweepPlan, ledger: Ledger, trial: Trial, comparison: Mapping[str, Any]) -> str:
     """The winner as a run config that `jobs/curriculum.py` runs as it is, its reasons in a comment."""
-    raw = dict(plan.raw) if trial.id == START else apply_params(plan.raw, trial.params, plan.searched, plan.everything)
+    lineage = find_lineage(ledger, trial)
+    raw = plan.make_raw([each.params for each in lineage], whole=not trial.about)
     raw["name"] = f"{str(raw['name'])[: 63 - len(plan.config.name)]}-{plan.config.name}"[:64]
     accuracy = next(row["accuracy"] for row in comparison["stages"] if row["trial"] == trial.id)
     lines = [f"Trial {trial.id} of sweep {plan.config.name}: {accuracy:.1%} on dev, by {plan.scoring}."]
@@ -168,6 +171,8 @@ def make_best(plan: SweepPlan, trial: Trial, comparison: Mapping[str, Any]) -> s
     lines += [
         f"Against the config as it stood: {describe_pair(p)}." for p in comparison["pairs"] if p["after"] == trial.id
     ]
-    lines += [f"{key} = {format_value(value)}" for key, value in trial.params.items()]
+    for each in lineage:
+        part = f"{name_generation(plan.judged, each.about['generation'])}: " if len(lineage) > 1 else ""
+        lines += [f"{part}{key} = {format_value(value)}" for key, value in each.params.items()]
     header = "".join(f"# {line}\n" for line in lines)
     return header + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=120)

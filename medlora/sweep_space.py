@@ -101,6 +101,11 @@ def _make_choice(at: str, values: Any) -> Choice:
     return Choice(tuple(values))
 
 
+def is_shape(key: str) -> bool:
+    """Whether a key shapes the adapter: one that is trained on keeps it."""
+    return "lora" in key.split(".")
+
+
 def parse_space(space: Mapping[str, Any], searched: Sequence[str], everything: bool) -> dict[str, Domain]:
     """The domains by key; raises InputError for keys that a sweep may not search, or that set the same thing.
 
@@ -220,10 +225,10 @@ def read_params(
     return found
 
 
-def make_config(raw: Mapping[str, Any], params: Params, searched: Sequence[str], everything: bool) -> RunConfig:
-    """The run config with values put in; raises InputError naming every key that is wrong then."""
+def validate(raw: Mapping[str, Any]) -> RunConfig:
+    """The run config of plain values; raises InputError naming every key that is wrong."""
     try:
-        return RunConfig.model_validate(apply_params(raw, params, searched, everything))
+        return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise InputError("; ".join(explain(error, RunConfig))) from None
 

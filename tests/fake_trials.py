@@ -29,4 +29,3 @@ def fake_trial(trial: dict[str, Any]) -> None:
                 return
         tune.report({"step": step, "score": trial["x"] * (1 - 0.5**step), "last": step == trial["steps"]})
     tune.report({"ended": "finished", "why": ""})
-

@@ -16,11 +16,12 @@ from medlora import runs
 from medlora.config import RunConfig
 from medlora.config_file import load
 from medlora.errors import InputError
-from medlora.sweep import SweepPlan, check_sweep, load_sweep_config, refuse_other
+from medlora.sweep import SweepPlan, load_sweep_config
+from medlora.sweep_checks import check_sweep, refuse_other
 from medlora.sweep_ledger import Ledger, Trial
 from medlora.sweep_report import compare_with_start, describe_pair, find_summary, find_winner, write_results
 from medlora.sweep_search import Suggester, measure_importance
-from medlora.sweep_space import Choice, Range, parse_domain
+from medlora.sweep_space import Choice, Range, parse_domain, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +41,10 @@ def run(tmp_path: Path) -> dict[str, Any]:
     """A run config of three phases as plain values; written to run.yaml by `plan`."""
     train = write_rows(tmp_path / "train.jsonl", range(10))
     other = write_rows(tmp_path / "other.jsonl", range(20, 30))
-    dev, test = write_rows(tmp_path / "dev.jsonl", range(100, 105)), write_rows(tmp_path / "test.jsonl", range(200, 205))
+    dev, test = (
+        write_rows(tmp_path / "dev.jsonl", range(100, 105)),
+        write_rows(tmp_path / "test.jsonl", range(200, 205)),
+    )
     sources = [{"source": train, "weight": 0.8}, {"source": other, "weight": 0.2}]
     return {
         "name": "run",
@@ -125,7 +129,7 @@ def test_values_reach_the_phases_they_mean(tmp_path: Path, run: dict[str, Any]) 
         "phases.02.sources.train.share": 0.8,
     }
     params = dict(zip(space, [32, 3, 6, 0.3, 0.4], strict=True))
-    made = swept.make_run(params)
+    made = validate(swept.make_raw([params]))
     phase = made.phase("02")
     assert phase.lora is not None and (phase.lora.r, phase.lora.alpha) == (32, 96)
     assert (phase.batch_size, phase.accumulation) == (3, 2)
@@ -133,18 +137,21 @@ def test_values_reach_the_phases_they_mean(tmp_path: Path, run: dict[str, Any]) 
     assert [source.weight for source in phase.sources] == [0.4, 0.6]
     # The phases before are those that every trial starts from; the tests are still the run's.
     assert made.lora.r == 8 and made.phases[:2] == swept.run.phases[:2] and made.evaluation == swept.run.evaluation
-    trial = swept.make_trial(params, "trial-001")
+    trial = swept.make_trial([params], "trial-001")
     assert trial.evaluation is None and trial.phase("02").validation.sample == 256  # type: ignore[union-attr]
 
 
 def test_a_sweep_of_all_phases_changes_the_whole_run(tmp_path: Path, run: dict[str, Any]) -> None:
     swept = plan(tmp_path, run, {"lora.r": [4, 8]}, phases="all")
-    assert swept.make_run({"lora.r": 4}).lora.r == 4 and swept.make_run({"lora.r": 4}).phase("02").lora is None
+    assert (
+        validate(swept.make_raw([{"lora.r": 4}])).lora.r == 4
+        and validate(swept.make_raw([{"lora.r": 4}])).phase("02").lora is None
+    )
 
 
 def test_the_config_as_it_stands_is_the_start_whatever_its_values(tmp_path: Path, run: dict[str, Any]) -> None:
     swept = plan(tmp_path, run, {"phases.02.learning_rate": "loguniform 1e-3 1e-2"})
-    assert swept.make_run(swept.start_params) == swept.run
+    assert validate(swept.make_raw([swept.start_params])) == swept.run
 
 
 # ---- what is refused before anything starts -------------------------------------------------------------------------
@@ -392,7 +399,9 @@ def test_the_best_config_is_a_run_config_with_its_reasons(done: tuple[SweepPlan,
     write_results(folder, swept, ledger, compare_with_start(make_report({"000": 0.5, "001": 0.6})), None, 2)
     best = load(folder / "best.yaml")
     assert best.phase("02").lora.targets == (NASTY,)  # type: ignore[union-attr]
-    expected = swept.make_run(ledger.trials["001"].params)
+    expected = validate(swept.make_raw([ledger.trials["001"].params]))
     assert best == RunConfig.model_validate(expected.model_dump() | {"name": "run-sweep"})
     text = (folder / "best.yaml").read_text(encoding="utf-8")
-    assert text.startswith("# Trial 001 of sweep sweep: 60.0% on dev, by letter.\n# Against the config as it stood: better")
+    assert text.startswith(
+        "# Trial 001 of sweep sweep: 60.0% on dev, by letter.\n# Against the config as it stood: better"
+    )

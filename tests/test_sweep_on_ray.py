@@ -19,7 +19,8 @@ from fake_trials import fake_trial
 from medlora import runs
 from medlora.config import Placement
 from medlora.config_file import load
-from medlora.sweep_ledger import Ledger
+from medlora.sweep_ledger import Ledger, Trial
+from medlora.sweep_population import Proposal
 from medlora.sweep_search import Suggester
 from medlora.sweep_space import Range
 
@@ -36,8 +37,18 @@ def search(folder: Path, cluster: Any, trials: int, does: dict[int, dict[str, An
     known = list(ledger.trials.values())
     suggester = Suggester(SPACE, "random", 0, trials, known)
 
-    def describe(id: str, params: dict[str, Any]) -> dict[str, Any]:
-        return {"id": id, "folder": str(folder), "x": params["x"], "steps": 9, **does.get(int(id), {})}
+    def describe(trial: Trial) -> dict[str, Any]:
+        return {
+            "id": trial.id,
+            "folder": str(folder),
+            "x": trial.params["x"],
+            "steps": 9,
+            **does.get(int(trial.id), {}),
+        }
+
+    def propose() -> Proposal | None:
+        found = suggester.suggest() if ledger.trials else (None, {"x": 0.1})
+        return Proposal(*found, {}) if found else None
 
     search_on_ray(
         Search(
@@ -45,7 +56,7 @@ def search(folder: Path, cluster: Any, trials: int, does: dict[int, dict[str, An
             suggester=suggester,
             halving=Halving(1, 3, known) if halving else None,
             trials=trials,
-            propose=lambda: suggester.suggest() if ledger.trials else (None, {"x": 0.1}),
+            propose=propose,
             describe=describe,
             trainable=fake_trial,
             placement=Placement(),
@@ -217,7 +228,9 @@ def test_a_sweep_survives_its_trials_and_its_driver(
 
     said, _ = finish(start(config, out, cluster))
     assert f"{len(ended)} of 6 trials are done already; none of them is run again" in said
-    assert {id: (out / "trials" / id / "phases" / "02" / "fingerprint.json").stat().st_mtime_ns for id in ended} == before
+    assert {
+        id: (out / "trials" / id / "phases" / "02" / "fingerprint.json").stat().st_mtime_ns for id in ended
+    } == before
     assert not {line["trial"] for line in runs.read_json_lines(ledger)[-1:]} & ended
     known = Ledger(ledger).trials
     assert list(known) == [f"{i:03}" for i in range(6)] and all(trial.ended for trial in known.values())

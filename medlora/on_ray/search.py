@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from medlora import runs
 from medlora.config import Placement
 from medlora.errors import InputError
-from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, ray
+from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus
 from medlora.sweep_ledger import START, Ledger, Trial
+from medlora.sweep_population import WAIT, Proposal
 from medlora.sweep_search import Suggester
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -70,55 +71,24 @@ class Halving:
 
 @dataclass
 class Search:
-    """All that a search on Ray needs; `propose` gives new trials' values, None when there are no more.
+    """All that a search on Ray needs; `propose` gives the next trial, None when there are no more.
 
-    `trainable` takes a trial as a dict (`describe` makes it from id and values, or raises InputError where the values
-    together make no valid config) and reports `step`, `score` and `last`, at its end `ended` and `why`.
+    `trainable` takes a trial as a dict (`describe` makes it, or raises InputError where the values together make no valid
+    config) and reports `step`, `score` and `last`, at its end `ended` and `why`.
     """
 
     ledger: Ledger
     suggester: Suggester
     halving: Halving | None
     trials: int
-    propose: Callable[[], tuple[Any, dict[str, Any]] | None]
-    describe: Callable[[str, dict[str, Any]], dict[str, Any]]
+    propose: Callable[[], Proposal | Literal["wait"] | None]
+    describe: Callable[[Trial], dict[str, Any]]
     trainable: Callable[[dict[str, Any]], None]
     placement: Placement
     concurrency: int
     on_event: OnEvent
     reuse_actors: bool = True
     refusals: list[str] = field(default_factory=list)
-
-
-def count_slots(placement: Placement, cluster: Cluster) -> int:
-    """How many trials the cluster has room for at a time."""
-    gpus = count_gpus(placement, cluster)
-    slots = 0
-    for node in ray.nodes():
-        has, labels = node["Resources"], node.get("Labels", {})
-        if not node["Alive"] or any(labels.get(name) != value for name, value in placement.label_selector.items()):
-            continue
-        if placement.accelerator_type and f"accelerator_type:{placement.accelerator_type}" not in has:
-            continue
-        room = has.get("CPU", 0) // placement.cpus_per_worker
-        if gpus:
-            cards = has.get("GPU", 0)
-            room = min(room, cards * (1 // gpus) if gpus <= 1 else cards // gpus)
-        slots += int(room)
-    return slots
-
-
-def find_concurrency(concurrency: int | None, placement: Placement, cluster: Cluster) -> int:
-    """Trials at a time; raises InputError when there is no room for so many, saying what the cluster has."""
-    slots = count_slots(placement, cluster)
-    gpus = count_gpus(placement, cluster)
-    each = f"{placement.cpus_per_worker} CPU" + (f" and {gpus:g} GPU" if gpus else "")
-    if slots < (concurrency or 1):
-        raise InputError(
-            f"concurrency: {concurrency or 1} trials at a time with {each} each; the cluster ({cluster}) has room for "
-            f"{slots}; lower concurrency, placement.cpus_per_worker or placement.gpus_per_worker"
-        )
-    return concurrency or slots
 
 
 def search_on_ray(search: Search, folder: Path, cluster: Cluster) -> None:
@@ -183,26 +153,28 @@ class _Searcher(_Silent, Searcher):
         super().__init__()
         self.search, self.suggestions = search, self._suggest_all(unfinished)
 
-    def _suggest_all(self, unfinished: Sequence[Trial]) -> Iterator[tuple[Trial, Any, dict[str, Any]]]:
+    def _suggest_all(self, unfinished: Sequence[Trial]) -> Iterator[tuple[Trial, Any, dict[str, Any]] | None]:
         search = self.search
         for trial in unfinished:
-            yield trial, None, search.describe(trial.id, trial.params)
+            yield trial, None, search.describe(trial)
         while len(search.ledger.trials) < search.trials and (proposed := search.propose()):
-            asked, params = proposed
-            trial = search.ledger.begin(params)
+            if proposed == WAIT:
+                yield None
+                continue
+            trial = search.ledger.begin(proposed.params, proposed.about)
             try:
-                yield trial, asked, search.describe(trial.id, params)
+                yield trial, proposed.asked, search.describe(trial)
             except InputError as error:
-                search.suggester.begin(trial.id, params, asked)
+                search.suggester.begin(trial.id, trial.params, proposed.asked)
                 search.ledger.end(trial.id, "invalid", str(error))
                 search.suggester.end(trial)
                 search.on_event({"event": "trial", "trial": trial.id})
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial as Tune's config."""
-        found = next(self.suggestions, None)
-        if found is None:
-            return Searcher.FINISHED
+        found = next(self.suggestions, Searcher.FINISHED)
+        if found is None or found == Searcher.FINISHED:
+            return found
         trial, asked, described = found
         self.search.suggester.begin(trial.id, trial.params, asked)
         return described
@@ -241,8 +213,8 @@ class _Judge(_Silent, FIFOScheduler):
         else:
             step, score = int(result["step"]), float(result["score"])
             stop = bool(search.halving and search.halving.judge(id, step, score)) and not result["last"]
-            search.ledger.report(id, step, score, stop)
-            search.suggester.report(id, step, score)
+            if search.ledger.report(id, step, score, stop):
+                search.suggester.report(id, step, score)
         if known.ended:
             search.suggester.end(known)
         search.on_event({"event": "trial", "trial": id})

@@ -21,7 +21,8 @@ _UNWIND_S = 60
 def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
     """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
 
-    `trial`: id, config. `common` is what all trials share: folder, searched, start, scans, dropped, inbox, cwd, gpu.
+    `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
+    offset (steps of generations before). `common` is what all trials share: folder, scans, dropped, inbox, cwd, gpu.
     Every dev score of the judged phase is reported to Tune, which may end the trial there. What the config itself is to
     blame for (a loss that is no number) is reported as the trial's end, so that it is not tried again.
     """
@@ -37,7 +38,7 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
         remember(packed)
     folder = Path(common["folder"]) / "trials" / trial["id"]
     try:
-        row = _train(RunConfig.model_validate(trial["config"]), trial["id"], folder, common, tune.report)
+        row = _train(trial, folder, common, tune.report)
     except (InputError, FloatingPointError) as error:
         cause = error.__cause__
         full = isinstance(cause, OSError | RuntimeError) and runs.is_disk_full(cause, folder)
@@ -47,23 +48,23 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
 
 
 def _train(
-    config: RunConfig, id: str, folder: Path, common: dict[str, Any], report: Callable[[dict[str, Any]], None]
+    trial: dict[str, Any], folder: Path, common: dict[str, Any], report: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     from medlora.phases import run_phase
 
-    run = runs.RunFolder(folder)
-    _prepare(config, run, common)
+    config, run = RunConfig.model_validate(trial["config"]), runs.RunFolder(folder)
+    _prepare(config, run, trial["links"])
     chain = start_chain(config)
     row: dict[str, Any] = {}
     for phase in config.phases:
         there = run.phase(phase.name)
-        if phase.name in common["searched"]:
+        if phase.name in trial["train"]:
             job = make_job(config, phase, chain, common["dropped"])
             if find_obstacle(job, there):
                 runs.set_aside(there.root)
             if runs.read_manifest(there.root) is None:
-                judged = phase.name == common["searched"][-1]
-                hear = _Hook(id, there, report if judged else None, common["inbox"])
+                judged = phase.name == trial["train"][-1]
+                hear = _Hook(trial["id"], there, report if judged else None, common["inbox"], trial["offset"])
                 run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu")
             scored = runs.read_json_lines(there.validation)
             row = {"score": float(scored[-1]["accuracy"])} if scored and "accuracy" in scored[-1] else {}
@@ -71,13 +72,13 @@ def _train(
     return row
 
 
-def _prepare(config: RunConfig, run: runs.RunFolder, common: dict[str, Any]) -> None:
-    """An ordinary run folder; the phases that all trials share are links to where they stand."""
+def _prepare(config: RunConfig, run: runs.RunFolder, links: dict[str, str]) -> None:
+    """An ordinary run folder; phases that several trials share are links to where they stand."""
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     runs.write_yaml(run.config, config.model_dump(mode="json"))
     about = {"name": config.name, "seed": config.seed, "versions": runs.get_versions()}
     runs.write_json(run.about, about)
-    for name, target in common["start"].items():
+    for name, target in links.items():
         link = run.phase(name).root
         if not link.exists():
             link.unlink(missing_ok=True)
@@ -88,9 +89,14 @@ class _Hook:
     """Takes what a phase says: its steps go to the driver's display, its dev scores to Tune."""
 
     def __init__(
-        self, id: str, folder: runs.PhaseFolder, report: Callable[[dict[str, Any]], None] | None, inbox: Any
+        self,
+        id: str,
+        folder: runs.PhaseFolder,
+        report: Callable[[dict[str, Any]], None] | None,
+        inbox: Any,
+        offset: int,
     ) -> None:
-        self.id, self.folder, self.report, self.inbox = id, folder, report, inbox
+        self.id, self.folder, self.report, self.inbox, self.offset = id, folder, report, inbox, offset
         self.steps = 0
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -104,6 +110,6 @@ class _Hook:
             # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
             before = [row["step"] for row in runs.read_json_lines(self.folder.metrics) if row["segment"] == "full"]
             normal = event["segment"] == "normal"
-            step = event["step"] + (max(before, default=0) if normal else 0)
+            step = self.offset + event["step"] + (max(before, default=0) if normal else 0)
             last = normal and event["step"] == self.steps
             self.report({"step": step, "score": float(event["accuracy"]), "last": last})
