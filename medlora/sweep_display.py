@@ -174,6 +174,8 @@ def print_sweep(summary: Mapping[str, Any], ledger: Ledger, worked: bool) -> Non
         console.print(
             f"trial {row['trial']}: {row['accuracy']:.1%}, {describe_pair(by_trial[row['trial']])}", markup=False
         )
+    for note in summary["notes"]:
+        console.print(f"beware: {note}", markup=False)
     winner = summary["winner"]
     console.print(
         "no trial was better than the config as it stands"

@@ -86,6 +86,7 @@ def write_results(
     comparison: Mapping[str, Any],
     test: Mapping[str, Any] | None,
     concurrency: int,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write `sweep.json`, `trials.parquet`, `best.yaml` and `sweep.html`; returns the summary that the first holds."""
     trials = list(ledger.trials.values())
@@ -106,6 +107,7 @@ def write_results(
             "dev": comparison,
             "test": test,
             "concurrency": concurrency,
+            "notes": list(notes),
             "exhausted": len(trials) < plan.trials,
             "trial_seconds": round(sum(trial.seconds for trial in trials), 1),
             "versions": runs.get_versions(),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 import yaml
+from rich.console import Console
 
 from medlora import runs
 from medlora.config import RunConfig
@@ -18,7 +21,9 @@ from medlora.config_file import load
 from medlora.errors import InputError
 from medlora.sweep import SweepPlan, load_sweep_config
 from medlora.sweep_checks import check_sweep, refuse_other
+from medlora.sweep_display import SweepDisplay
 from medlora.sweep_ledger import Ledger, Trial
+from medlora.sweep_population import WAIT, Population, Proposal, find_lineage
 from medlora.sweep_report import compare_with_start, describe_pair, find_summary, find_winner, write_results
 from medlora.sweep_search import Suggester, measure_importance
 from medlora.sweep_space import Choice, Range, parse_domain, validate
@@ -315,6 +320,104 @@ def test_what_matters_is_more_important() -> None:
     assert measure_importance(SPACE, known[:3]) == {}
 
 
+# ---- population based training --------------------------------------------------------------------------------------
+
+
+def evolve(path: Path, steps: int, size: int = 4, generations: int = 3) -> Ledger:
+    """So many proposals of a population whose trials are better the nearer their rate is to 1e-3; one diverges."""
+    ledger = Ledger(path)
+    population = Population({"lr": Range(1e-4, 1e-2, log=True), "lora.r": Choice((8, 16))}, size, generations, 7)
+    if not ledger.trials:
+        ledger.begin({"lr": 1e-4, "lora.r": 8})
+        ledger.end("000", "finished")
+    suggester = Suggester(population.space, "random", 7, 13, list(ledger.trials.values()))
+    for _ in range(steps):
+        proposal = population.propose(ledger, suggester.suggest)
+        assert isinstance(proposal, Proposal)
+        trial = ledger.begin(proposal.params, proposal.about)
+        if trial.id == "006":
+            ledger.end(trial.id, "failed", "the loss is nan")
+        else:
+            ledger.report(trial.id, 10, 1 - abs(trial.params["lr"] - 1e-3) * 50, stop=False)
+            ledger.end(trial.id, "finished")
+    return ledger
+
+
+def test_the_worst_of_a_population_go_on_from_the_best_with_changed_values(tmp_path: Path) -> None:
+    ledger = evolve(tmp_path / "a.jsonl", 12)
+    trials = [trial for trial in ledger.trials.values() if trial.about]
+    assert Counter((trial.about["member"], trial.about["generation"]) for trial in trials) == {
+        (member, generation): 1 for member in range(4) for generation in (1, 2, 3)
+    }
+    moved = []
+    for trial in trials:
+        if trial.about["parent"] is not None:
+            parent = ledger.trials[trial.about["parent"]]
+            assert parent.state == "finished" and parent.about["generation"] == trial.about["generation"] - 1
+            assert trial.params["lora.r"] == parent.params["lora.r"]  # an adapter keeps its shape
+            same = parent.about["member"] == trial.about["member"]
+            assert (trial.params == parent.params) == same
+            moved += [] if same else [trial]
+    first = sorted((t for t in trials if t.about["generation"] == 1), key=lambda t: t.score or 0)
+    assert first[0].about["member"] in [trial.about["member"] for trial in moved]
+    failed = ledger.trials["006"].about["member"]
+    assert any(trial.about["member"] == failed and trial.about["generation"] == 3 for trial in moved)
+    assert [trial.id for trial in find_lineage(ledger, trials[-1])][-1] == trials[-1].id
+    # A killed driver's successor decides the same from the ledger.
+    evolve(tmp_path / "b.jsonl", 8)
+    resumed = evolve(tmp_path / "b.jsonl", 4)
+    assert [(t.params, t.about) for t in resumed.trials.values()] == [
+        (t.params, t.about) for t in ledger.trials.values()
+    ]
+
+
+def test_a_population_waits_for_its_members_and_ends(tmp_path: Path) -> None:
+    ledger = evolve(tmp_path / "a.jsonl", 2, size=2, generations=2)
+    population = Population({"lr": Range(1e-4, 1e-2, log=True), "lora.r": Choice((8, 16))}, 2, 2, 7)
+    for _ in range(2):
+        proposal = population.propose(ledger, lambda: None)
+        assert isinstance(proposal, Proposal)
+        ledger.begin(proposal.params, proposal.about)
+    assert population.propose(ledger, lambda: None) == WAIT
+    for id in ("003", "004"):
+        ledger.end(id, "finished")
+    assert population.propose(ledger, lambda: None) is None
+
+
+PBT = {"scheduler": {"kind": "pbt", "population": 4, "generations": 3}}
+
+
+def test_a_schedule_is_phases_that_continue_each_other(tmp_path: Path, run: dict[str, Any]) -> None:
+    swept = plan(tmp_path, run, {"phases.02.learning_rate": "loguniform 1e-4 1e-2", "lora.r": [4, 8]}, **PBT)
+    assert swept.trials == 13
+    lineage = [{"phases.02.learning_rate": rate, "lora.r": 4} for rate in (1e-3, 2e-3, 3e-3)]
+    made = validate(swept.make_raw(lineage, whole=False))
+    assert [phase.name for phase in made.phases] == ["00", "01", "02", "02-2", "02-3"]
+    assert [phase.chain for phase in made.phases[2:]] == ["stack", "continue", "continue"]
+    assert [phase.learning_rate for phase in made.phases[2:]] == [1e-3, 2e-3, 3e-3]
+    assert [phase.max_steps for phase in made.phases[2:]] == [16, 17, 17]
+    assert made.phases[2].lora is not None and made.phases[2].lora.r == 4
+    trial = swept.make_trial(lineage[:2], "t", whole=False)
+    assert [phase.name for phase in trial.phases] == ["00", "01", "02", "02-2"] and trial.phases[-1].validation
+
+
+@pytest.mark.parametrize(
+    ("space", "more", "said"),
+    [
+        ({"lora.r": [4, 8]}, PBT, "the space names only its shape"),
+        ({"phases.02.learning_rate": [1e-3, 2e-3]}, {**PBT, "trials": 9}, "says how many trials there are"),
+        ({"phases.02.learning_rate": [1e-3, 2e-3]}, {**PBT, "phases": "all"}, "divides the max_steps of one phase"),
+        ({"phases.02.max_steps": [30, 60]}, PBT, "take it out of the space"),
+    ],
+)
+def test_what_a_population_cannot_do_is_refused(
+    tmp_path: Path, run: dict[str, Any], space: Any, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        plan(tmp_path, run, space, **more)
+    assert said in str(error.value)
+
+
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +495,28 @@ def test_the_results_hold_what_happened_and_the_page_no_markup_of_the_data(
     assert find_summary(folder, swept, ledger, final_test=True) is None
     (folder / "best.yaml").unlink()
     assert find_summary(folder, swept, ledger, final_test=False) is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_one_table_and_a_log_plain_lines(done: tuple[SweepPlan, Ledger, Path], terminal: bool) -> None:
+    _, ledger, _ = done
+    out, table = io.StringIO(), io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, highlight=False)
+    with SweepDisplay(ledger, 5, console) as display:
+        display.show({"event": "search", "concurrency": 2})
+        trial = ledger.begin({"lora.targets": "all-linear", "lora.r": 8})
+        display.show({"event": "trial", "trial": trial.id})
+        display.show({"event": "trial-step", "trial": trial.id, "step": 10, "steps": 50})
+        Console(file=table, width=120).print(display._draw())
+        ledger.report(trial.id, 25, 0.7, stop=True)
+        display.show({"event": "trial", "trial": trial.id})
+        display.show({"event": "trial", "trial": trial.id})
+        display.show({"event": "searched"})
+    said = out.getvalue()
+    assert "4 of 5 trials are done already; none of them is run again" in said
+    assert said.count("trial 004  stopped at step 25: dev 0.700; 5 of 5 done, best 0.600 (trial 001)") == 1
+    assert ("\x1b[" in said) == terminal
+    assert "10/50" in table.getvalue() and "1 running, 2 finished, 1 stopped, 1 failed" in table.getvalue()
 
 
 def test_the_best_config_is_a_run_config_with_its_reasons(done: tuple[SweepPlan, Ledger, Path]) -> None:

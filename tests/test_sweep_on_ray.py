@@ -284,3 +284,29 @@ def test_two_sweeps_side_by_side_do_not_touch_each_other(
         assert len(json.loads((out / "sweep.json").read_text())["trials"]) == 3
     assert runs.read_manifest(outs[1] / "start" / "phases" / "00") and not (outs[0] / "start").exists()
     assert (outs[1] / "trials" / "002" / "phases" / "00").resolve() == outs[1] / "start" / "phases" / "00"
+
+
+def test_a_population_ends_as_a_config_of_phases(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, shared: Path, tmp_path: Path
+) -> None:
+    pbt = {"kind": "pbt", "population": 2, "generations": 2}
+    space, dev = {"phases.02.learning_rate": "loguniform 1e-3 3e-2"}, {"every_steps": 4}
+    config = write_sweep(
+        tmp_path, bases, data, space, {"max_steps": 8}, scheduler=pbt, dev=dev, best=4, start=str(shared)
+    )
+    out = tmp_path / "out"
+    finish(start(config, out, cluster))
+    trials = Ledger(out / "trials.jsonl").trials
+    assert [trial.state for trial in trials.values()] == ["finished"] * 5
+    assert [trial.step for trial in trials.values()] == [8, 4, 4, 8, 8]
+    for id in ("003", "004"):
+        parent = trials[id].about["parent"]
+        before = (out / "trials" / id / "phases" / "02").resolve()
+        assert before == out / "trials" / parent / "phases" / "02"
+        lineage = runs.read_manifest(out / "trials" / id / "phases" / "02-2")
+        mother = runs.read_manifest(before)
+        assert lineage is not None and mother is not None
+        assert mother["adapter_hash"] in lineage["fingerprint"]["parent"]
+    best, winner = load(out / "best.yaml"), runs.read_json(out / "sweep.json")["winner"]
+    parts = ["02"] if winner == "000" or winner < "003" else ["02", "02-2"]
+    assert [phase.name for phase in best.phases] == ["00", "01", *parts]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medlora import runs
-from medlora.data_card import check_data, describe_findings
+from medlora.data_card import check_data, describe_findings, describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, find_obstacle, make_job, refuse, start_chain
 from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect, count_gpus, find_concurrency, listen
@@ -62,11 +62,12 @@ def run_sweep(
         concurrency = find_concurrency(plan.config.concurrency, plan.config.placement, cluster)
         start = _find_or_train_start(plan, folder, cluster, on_event)
         with TrialLogs(folder.root, plan.config) as logs:
-            _search(plan, folder, ledger, start, concurrency, cluster, logs, on_event, reuse_actors)
-        comparison = score_best(plan, folder, ledger, concurrency, cluster, card, on_event)
+            _search(plan, folder, ledger, start, card, concurrency, cluster, logs, on_event, reuse_actors)
+        notes = describe_overlap(card)
+        comparison = score_best(plan, folder, ledger, concurrency, cluster, notes, on_event)
         winner = find_winner(comparison)
         test = score_once(plan, folder, ledger, winner, concurrency, cluster, on_event) if final_test else None
-    return write_results(folder.root, plan, ledger, comparison, test or read_record(folder.root), concurrency)
+    return write_results(folder.root, plan, ledger, comparison, test or read_record(folder.root), concurrency, notes)
 
 
 def _note(on_event: OnEvent, phase: str, text: str) -> None:
@@ -106,6 +107,7 @@ def _search(
     folder: runs.RunFolder,
     ledger: Ledger,
     start: Sequence[Link],
+    card: dict[str, Any],
     concurrency: int,
     cluster: Cluster,
     logs: TrialLogs,
@@ -158,6 +160,7 @@ def _search(
             "folder": str(folder.root),
             "scans": _pack_scans(plan),
             "dropped": plan.dropped,
+            "card": card,
             "inbox": inbox,
             "cwd": os.getcwd(),
             "gpu": count_gpus(config.placement, cluster) > 0,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from medlora import runs
 from medlora.config import ActorPlacement, EvaluationConfig
 from medlora.config_file import load
-from medlora.data_card import describe_overlap
 from medlora.errors import InputError
 from medlora.evaluation import FINGERPRINT, Stages, describe_evaluation, find_report, read_asked
 from medlora.lineage import Link, find_chain
@@ -28,6 +27,11 @@ def _make_stages(folder: runs.RunFolder, trials: Sequence[Trial]) -> Stages:
     home = (folder.root / "trials").resolve()
     for trial in trials:
         run = runs.RunFolder(home / trial.id)
+        if not run.config.is_file():
+            raise InputError(
+                f"trial {trial.id} is finished, and {run.root} is not here: its process writes elsewhere; "
+                "storage.folder must be a mount that every node sees"
+            )
         links = []
         for link in find_chain(run, load(run.config).phases[-1].name):
             place = Path(link.folder).resolve()
@@ -43,7 +47,7 @@ def score_best(
     ledger: Ledger,
     concurrency: int,
     cluster: Cluster,
-    card: Mapping[str, Any],
+    notes: Sequence[str],
     on_event: OnEvent,
 ) -> dict[str, Any]:
     """The config as it stands and the best trials on all of dev, each compared with the first question by question."""
@@ -64,7 +68,7 @@ def score_best(
         concurrency,
         cluster,
         on_event,
-        describe_overlap(card),
+        notes,
     )
     return compare_with_start(report)
 

@@ -22,7 +22,7 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
     """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
 
     `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
-    offset (steps of generations before). `common` is what all trials share: folder, scans, dropped, inbox, cwd, gpu.
+    offset (steps of generations before). `common` is what all trials share: folder, scans, dropped, card, inbox, cwd, gpu.
     Every dev score of the judged phase is reported to Tune, which may end the trial there. What the config itself is to
     blame for (a loss that is no number) is reported as the trial's end, so that it is not tried again.
     """
@@ -53,7 +53,7 @@ def _train(
     from medlora.phases import run_phase
 
     config, run = RunConfig.model_validate(trial["config"]), runs.RunFolder(folder)
-    _prepare(config, run, trial["links"])
+    _prepare(config, run, trial["links"], common["card"])
     chain = start_chain(config)
     row: dict[str, Any] = {}
     for phase in config.phases:
@@ -72,12 +72,13 @@ def _train(
     return row
 
 
-def _prepare(config: RunConfig, run: runs.RunFolder, links: dict[str, str]) -> None:
+def _prepare(config: RunConfig, run: runs.RunFolder, links: dict[str, str], card: dict[str, Any]) -> None:
     """An ordinary run folder; phases that several trials share are links to where they stand."""
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     runs.write_yaml(run.config, config.model_dump(mode="json"))
     about = {"name": config.name, "seed": config.seed, "versions": runs.get_versions()}
     runs.write_json(run.about, about)
+    runs.write_json(run.data, card)
     for name, target in links.items():
         link = run.phase(name).root
         if not link.exists():
