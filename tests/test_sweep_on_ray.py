@@ -19,6 +19,7 @@ from fake_trials import fake_trial
 from medlora import runs
 from medlora.config import Placement
 from medlora.config_file import load
+from medlora.errors import InputError
 from medlora.sweep_ledger import Ledger, Trial
 from medlora.sweep_population import Proposal
 from medlora.sweep_search import Suggester
@@ -129,6 +130,18 @@ def test_a_dead_trial_goes_on_twice_and_a_diverged_one_never(ray_cluster: Any, t
     assert [ledger.trials[id].deaths for id in ("001", "002", "003")] == [1, 3, 0]
     assert ledger.trials["002"].why == "its process died" and ledger.trials["003"].why == "the loss is nan"
     assert "a bug of ours" in ledger.trials["004"].why
+
+
+def test_more_trials_at_a_time_than_there_is_room_for_are_refused(ray_cluster: Any) -> None:
+    from medlora.on_ray.cluster import find_concurrency
+
+    assert find_concurrency(None, Placement(), ray_cluster) == find_concurrency(2, Placement(), ray_cluster) == 2
+    with pytest.raises(
+        InputError, match="concurrency: 3 trials at a time with 1 CPU each; the cluster .* has room for 2"
+    ):
+        find_concurrency(3, Placement(), ray_cluster)
+    with pytest.raises(InputError, match="1 trials at a time with 1 CPU and 0.5 GPU each; .* has room for 0"):
+        find_concurrency(None, Placement(gpus_per_worker=0.5), ray_cluster)
 
 
 def test_a_search_goes_on_from_its_ledger_alone(ray_cluster: Any, tmp_path: Path) -> None:
@@ -256,8 +269,6 @@ def test_a_sweep_survives_its_trials_and_its_driver(
     assert best.evaluation is not None and [phase.name for phase in best.phases] == ["00", "01", "02"]
     _, err = finish(start(config, out, cluster, "--set", "seed=1"), code=2)
     assert "holds another sweep" in err and "Traceback" not in err
-    _, err = finish(start(config, tmp_path / "other", cluster, "--set", "concurrency=3"), code=2)
-    assert "concurrency: 3 trials at a time with 1 CPU each; the cluster" in err and "has room for 2" in err
 
 
 def test_two_sweeps_side_by_side_do_not_touch_each_other(
