@@ -87,7 +87,7 @@ def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error, model))
+        lines = "\n".join(f"  {line}" for line in explain(error, model))
         raise InputError(f"{path}: the config is not valid:\n{lines}") from None
 
 
@@ -99,37 +99,60 @@ def _override(raw: dict[str, Any], override: str) -> None:
         value = read_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: the value is not valid YAML: {error}") from None
+    try:
+        set_value(raw, key, value)
+    except InputError as error:
+        raise InputError(f"--set {override}: {error}") from None
+
+
+def set_value(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key, sections made where they are absent; raises InputError when the key leads nowhere."""
     *parents, last = key.split(".")
-    node: Any = raw
-    for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_position(node, part, key)]
-        else:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise InputError(f"--set {override}: {'.'.join(parents[: depth + 1])} is {node!r}, which has no keys")
+    node = find_node(raw, parents, make=True)
     if isinstance(node, list):
-        node[_position(node, last, key)] = value
+        node[_position(node, last)] = value
     else:
         node[last] = value
 
 
-def _position(items: list[Any], part: str, key: str) -> int:
+def find_node(raw: dict[str, Any], parts: Sequence[str], make: bool = False) -> Any:
+    """The mapping or list at the end of a dotted key's parts, {} where it is absent; raises InputError where there can be none."""
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        if isinstance(node, list):
+            node = node[_position(node, part)]
+        elif make:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            node = node.get(part) if node.get(part) is not None else {}
+        if not isinstance(node, dict | list):
+            raise InputError(f"{'.'.join(parts[: depth + 1])} is {node!r}, which has no keys")
+    return node
+
+
+def _position(items: list[Any], part: str) -> int:
     """Where `part` points in a list: an item of that name first, then a 0-based index."""
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if part in names:
+    names = [_name_item(item) if isinstance(item, dict) else None for item in items]
+    if names.count(part) == 1:
         return names.index(part)
     if re.fullmatch(r"0|[1-9][0-9]*", part) and int(part) < len(items):
         return int(part)
     known = ", ".join(str(name) for name in names if name is not None)
-    raise InputError(
-        f"--set {key}: no item {part!r}; there are 0..{len(items) - 1}" + (f" or by name {known}" if known else "")
-    )
+    raise InputError(f"no item {part!r}; there are 0..{len(items) - 1}" + (f" or by name {known}" if known else ""))
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+def _name_item(item: dict[str, Any]) -> Any:
+    """What an item of a list is called: its name, the phase that a replay repeats, the last part of where a source is."""
+    for key in ("name", "phase"):
+        if key in item:
+            return item[key]
+    return re.split(r"[:/|]", str(item["source"]))[-1].partition(".")[0] if "source" in item else None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """A line for every wrong key: what is allowed there, what was found."""
     problems = error.errors(include_url=False)
     said = set()
     for problem in problems:

@@ -226,8 +226,16 @@ def read_source(key: str, source: SourceConfig, max_bad_fraction: float = 0.0) -
         raise InputError(f"{key}.source: {error}") from None
 
 
-def make_job(config: RunConfig, phase: PhaseConfig, parent: Sequence[Link]) -> PhaseJob:
-    """The job of one phase on top of `parent`, whose adapters must be finished unless only `describe_phase` is wanted."""
+def make_job(
+    config: RunConfig,
+    phase: PhaseConfig,
+    parent: Sequence[Link],
+    dropped: Mapping[str, tuple[str, ...]] | None = None,
+) -> PhaseJob:
+    """The job of one phase on top of `parent`, whose adapters must be finished unless only `describe_phase` is wanted.
+
+    `dropped` is what `data_card.find_dropped` found before; unset = it looks.
+    """
     replayed = {replay.phase: config.phase(replay.phase).sources for replay in phase.replay}
     lora = phase.lora or config.lora
     if phase.chain == "continue":
@@ -245,7 +253,7 @@ def make_job(config: RunConfig, phase: PhaseConfig, parent: Sequence[Link]) -> P
         parent=tuple(parent),
         seed=config.seed,
         threads=placement.cpus_per_worker,
-        dropped=find_dropped(config),
+        dropped=dict(find_dropped(config) if dropped is None else dropped),
         scans=tuple(pack_scan(source) for sources in (phase.sources, *replayed.values()) for source in sources),
         fingerprint={},
     )

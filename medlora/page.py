@@ -47,6 +47,26 @@ def write_page(
     report, the predictions and the questions is escaped; the page's policy allows no script and nothing from elsewhere.
     The same arguments give the same bytes.
     """
+    environment = make_environment()
+    tests = list(dict.fromkeys(row["test"] for row in report["stages"]))
+    stages = [row["stage"] for row in report["overall"]]
+    text = environment.get_template("page.html").render(
+        report={**dict.fromkeys(_ABOUT), **report},
+        stages=stages,
+        tests=tests,
+        rows={test: [row for row in report["stages"] if row["test"] == test] for test in tests},
+        draw=Drawings(report, stages),
+        times={name: report[name] for name in _TIMES if report.get(name) is not None},
+        listing=list_changes(report, predictions, questions or {}),
+        text_limit=_TEXT_LIMIT,
+        letters=LETTERS,
+    )
+    # A lone half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a replacement character.
+    path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+
+
+def make_environment() -> Any:
+    """The templates of the pages, everything escaped, with the filters that write numbers."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -65,21 +85,7 @@ def write_page(
         "lang": lambda text: "ko" if any("가" <= letter <= "힣" for letter in text) else "en",
         "clean": _clean,
     }
-    tests = list(dict.fromkeys(row["test"] for row in report["stages"]))
-    stages = [row["stage"] for row in report["overall"]]
-    text = environment.get_template("page.html").render(
-        report={**dict.fromkeys(_ABOUT), **report},
-        stages=stages,
-        tests=tests,
-        rows={test: [row for row in report["stages"] if row["test"] == test] for test in tests},
-        draw=Drawings(report, stages),
-        times={name: report[name] for name in _TIMES if report.get(name) is not None},
-        listing=list_changes(report, predictions, questions or {}),
-        text_limit=_TEXT_LIMIT,
-        letters=LETTERS,
-    )
-    # A lone half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a replacement character.
-    path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+    return environment
 
 
 def format_percent(share: float | None, digits: int = 1) -> str:

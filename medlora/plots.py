@@ -25,7 +25,7 @@ COLOURS = 8
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _ROLES = ("ink", "muted", "faint", *(f"stage-{i}" for i in range(COLOURS)))
 _MARGIN = 8  # left and right of a scale, for what sticks out of it
-_TEXT = 9  # points: 12 px
+TEXT = 9  # points: 12 px
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,10 @@ def make_scale(values: Sequence[float], width: int = 220) -> Scale:
     """A scale with round ticks that holds all `values`."""
     from matplotlib.ticker import MaxNLocator
 
-    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], min_n_ticks=3).tick_values(min(values), max(values))
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 1, high + 1
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], min_n_ticks=3).tick_values(low, high)
     return Scale(tuple(round(float(tick), 6) for tick in ticks), width)
 
 
@@ -58,82 +61,81 @@ def draw_points(points: Sequence[Point], scale: Scale, reference: float | None) 
     """Dots with their intervals, one under the other, and a dashed line at `reference`; fits a table's row."""
     pitch = 24 if len(points) == 1 else 10
     height = pitch * len(points) + (0 if len(points) == 1 else 8)
-    figure, axes = _start(scale.width, height)
+    figure, axes = start(scale.width, height)
     _lay_scale(axes, scale, height)
     for tick in scale.ticks:
-        axes.axvline(tick, color=_hex("faint"), linewidth=0.75)
+        axes.axvline(tick, color=role("faint"), linewidth=0.75)
     if reference is not None:
-        axes.axvline(reference, color=_hex("muted"), linewidth=0.75, dashes=(3, 2.25))
+        axes.axvline(reference, color=role("muted"), linewidth=0.75, dashes=(3, 2.25))
     for row, point in enumerate(points):
         y = height / 2 + (len(points) - 1) * pitch / 2 - row * pitch
-        colour = _hex(f"stage-{point.place % COLOURS}")
+        colour = role(f"stage-{point.place % COLOURS}")
         axes.plot([point.low, point.high], [y, y], color=colour, linewidth=1.1, solid_capstyle="butt")
         _mark(axes, point.value, y, point.place, 4.4 if len(points) == 1 else 3.8)
-    return _finish(figure)
+    return finish(figure)
 
 
 def draw_scale(scale: Scale, signed: bool = False) -> str:
     """The numbers of a scale, to stand under a column of `draw_points`."""
-    figure, axes = _start(scale.width, 20)
+    figure, axes = start(scale.width, 20)
     _lay_scale(axes, scale, 20)
     for tick in scale.ticks:
         text = f"{tick:+g}" if signed and tick else f"{tick:g}"
-        axes.plot([tick, tick], [16, 20], color=_hex("muted"), linewidth=0.75)
-        axes.text(tick, 3, text.replace("-", "\N{MINUS SIGN}"), ha="center", color=_hex("muted"), fontsize=_TEXT)
-    return _finish(figure)
+        axes.plot([tick, tick], [16, 20], color=role("muted"), linewidth=0.75)
+        axes.text(tick, 3, text.replace("-", "\N{MINUS SIGN}"), ha="center", color=role("muted"), fontsize=TEXT)
+    return finish(figure)
 
 
 def draw_letters(gold: Mapping[str, float], chosen: Sequence[tuple[int, Mapping[str, float]]]) -> str:
     """Shares by letter: a bar where the gold share lies, a stem from it to each stage's share of choices."""
     width, height = 340, 190
-    figure, axes = _start(width, height, left=34, bottom=24, right=4, top=8)
+    figure, axes = start(width, height, left=34, bottom=24, right=4, top=8)
     highest = max([*gold.values(), *(share for _, shares in chosen for share in shares.values())])
     ticks = make_scale([0, 100 * highest]).ticks
     axes.set_xlim(-0.5, len(gold) - 0.5)
     axes.set_ylim(0, ticks[-1])
-    _label(axes, "y", ticks)
-    axes.set_xticks(range(len(gold)), list(gold), color=_hex("ink"), fontsize=_TEXT)
+    label_ticks(axes, "y", ticks)
+    axes.set_xticks(range(len(gold)), list(gold), color=role("ink"), fontsize=TEXT)
     step = min(0.2, 0.7 / len(chosen))
     for x, (letter, share) in enumerate(gold.items()):
-        axes.plot([x - 0.42, x + 0.42], [100 * share] * 2, color=_hex("ink"), linewidth=1.5, solid_capstyle="butt")
+        axes.plot([x - 0.42, x + 0.42], [100 * share] * 2, color=role("ink"), linewidth=1.5, solid_capstyle="butt")
         for i, (place, shares) in enumerate(chosen):
             at, value = x + (i - (len(chosen) - 1) / 2) * step, 100 * shares.get(letter, 0)
-            axes.plot([at, at], [100 * share, value], color=_hex(f"stage-{place % COLOURS}"), linewidth=0.9)
+            axes.plot([at, at], [100 * share, value], color=role(f"stage-{place % COLOURS}"), linewidth=0.9)
             _mark(axes, at, value, place, 4)
-    return _finish(figure)
+    return finish(figure)
 
 
 def draw_reliability(bins: Sequence[Mapping[str, Any]], place: int) -> str:
     """Accuracy against confidence by bin, in %: Wilson intervals, dots whose area grows with the bin's count."""
-    figure, axes = _start(162, 156, left=32, bottom=22, right=6, top=8)
+    figure, axes = start(162, 156, left=32, bottom=22, right=6, top=8)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
-    _label(axes, "y", (0, 50, 100))
-    _label(axes, "x", (0, 50, 100))
-    axes.plot([0, 100], [0, 100], color=_hex("muted"), linewidth=0.75, dashes=(3, 2.25))
+    label_ticks(axes, "y", (0, 50, 100))
+    label_ticks(axes, "x", (0, 50, 100))
+    axes.plot([0, 100], [0, 100], color=role("muted"), linewidth=0.75, dashes=(3, 2.25))
     filled = [b for b in bins if b["count"]]
     most = max(b["count"] for b in filled)
     for b in filled:
         low, high = wilson(round(b["accuracy"] * b["count"]), b["count"])
-        x, colour = 100 * b["confidence"], _hex(f"stage-{place % COLOURS}")
+        x, colour = 100 * b["confidence"], role(f"stage-{place % COLOURS}")
         axes.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=0.9, solid_capstyle="butt", clip_on=False)
         _mark(axes, x, 100 * b["accuracy"], place, 2.5 + 4.5 * (b["count"] / most) ** 0.5)
-    return _finish(figure)
+    return finish(figure)
 
 
 @cache
 def draw_marker(place: int) -> str:
     """A stage's marker alone, for legends and tables."""
-    figure, axes = _start(12, 12)
+    figure, axes = start(12, 12)
     axes.set_xlim(0, 12)
     axes.set_ylim(0, 12)
     _mark(axes, 6, 6, place, 5)
-    return _finish(figure)
+    return finish(figure)
 
 
-def _start(
-    width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0
-) -> tuple[Figure, Axes]:
+def start(width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0) -> tuple[Figure, Axes]:
+    """A drawing of that many pixels, with margins, without ticks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 96, height / 96))  # CSS: 96 pixels an inch
@@ -152,25 +154,27 @@ def _lay_scale(axes: Axes, scale: Scale, height: int) -> None:
     axes.set_ylim(0, height)
 
 
-def _label(axes: Axes, which: str, ticks: Sequence[float]) -> None:
+def label_ticks(axes: Axes, which: str, ticks: Sequence[float]) -> None:
+    """Numbers and faint lines at the ticks of an axis, `x` or `y`."""
     for tick in ticks:
-        (axes.axhline if which == "y" else axes.axvline)(tick, color=_hex("faint"), linewidth=0.75, clip_on=False)
+        (axes.axhline if which == "y" else axes.axvline)(tick, color=role("faint"), linewidth=0.75, clip_on=False)
     place = axes.set_yticks if which == "y" else axes.set_xticks
-    place(list(ticks), [f"{tick:g}" for tick in ticks], color=_hex("muted"), fontsize=_TEXT)
+    place(list(ticks), [f"{tick:g}" for tick in ticks], color=role("muted"), fontsize=TEXT)
     axes.tick_params(length=0, pad=4)
 
 
 def _mark(axes: Axes, x: float, y: float, place: int, size: float) -> None:
-    colour = _hex(f"stage-{place % COLOURS}")
+    colour = role(f"stage-{place % COLOURS}")
     axes.plot([x], [y], _MARKERS[place % len(_MARKERS)], color=colour, markersize=size, mew=0, clip_on=False, zorder=3)
 
 
-def _hex(role: str) -> str:
-    """A colour that stands for a role until `_finish` writes the role's variable in its place."""
-    return f"#0102{_ROLES.index(role) + 16:02x}"
+def role(name: str) -> str:
+    """A colour that stands for a role of the page (`ink`, `muted`, `faint`, `stage-0` ...) until `finish` writes its variable."""
+    return f"#0102{_ROLES.index(name) + 16:02x}"
 
 
-def _finish(figure: Figure) -> str:
+def finish(figure: Figure) -> str:
+    """The drawing as SVG that may stand inside a page: colours by variable, no style sheet, id or date."""
     import matplotlib
 
     for artist in figure.axes[0].get_children():

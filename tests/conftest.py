@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -97,6 +98,26 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         process.kill()
         process.wait(timeout=30)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(cluster: dict[str, str]) -> Any:
+    """This process connected to the session's cluster; workers find what stands beside the tests by PYTHONPATH."""
+    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    before = {key: os.environ.get(key) for key in keys}
+    os.environ.update({key: cluster[key] for key in keys})
+    import ray
+
+    from medlora.on_ray.cluster import connect
+
+    ray.init(
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, log_to_driver=False, logging_level="ERROR"
+    )
+    with connect() as found:
+        yield found
+    ray.shutdown()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,26 +24,6 @@ from medlora.records import McqRecord
 STAGES = {"a": [], "b": []}
 
 
-@pytest.fixture(scope="module")
-def ray_cluster(cluster: dict[str, str]) -> Any:
-    """This process connected to the session's cluster; workers find the stand-in by PYTHONPATH."""
-    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
-    before = {key: os.environ.get(key) for key in keys}
-    os.environ.update({key: cluster[key] for key in keys})
-    import ray
-
-    from medlora.on_ray.cluster import connect
-
-    ray.init(
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, log_to_driver=False, logging_level="ERROR"
-    )
-    with connect() as found:
-        yield found
-    ray.shutdown()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
-
-
 def ask(n: int, special: dict[int, str] | None = None) -> list[McqRecord]:
     return [
         McqRecord(f"q{i}", (special or {}).get(i, "what?"), ("x", "y", "z"), "ABC"[i % 3], subject=f"s{i % 2}")

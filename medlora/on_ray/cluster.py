@@ -114,6 +114,37 @@ def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
         raise InputError(f"{key}.label_selector: no node has {wanted}; the nodes have {list(cluster.labels)}")
 
 
+def count_slots(placement: Placement, cluster: Cluster) -> int:
+    """How many trials the cluster has room for at a time."""
+    gpus = count_gpus(placement, cluster)
+    slots = 0
+    for node in ray.nodes():
+        has, labels = node["Resources"], node.get("Labels", {})
+        if not node["Alive"] or any(labels.get(name) != value for name, value in placement.label_selector.items()):
+            continue
+        if placement.accelerator_type and f"accelerator_type:{placement.accelerator_type}" not in has:
+            continue
+        room = has.get("CPU", 0) // placement.cpus_per_worker
+        if gpus:
+            cards = has.get("GPU", 0)
+            room = min(room, cards * (1 // gpus) if gpus <= 1 else cards // gpus)
+        slots += int(room)
+    return slots
+
+
+def find_concurrency(concurrency: int | None, placement: Placement, cluster: Cluster) -> int:
+    """Trials at a time; raises InputError when there is no room for so many, saying what the cluster has."""
+    slots = count_slots(placement, cluster)
+    gpus = count_gpus(placement, cluster)
+    each = f"{placement.cpus_per_worker} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    if slots < (concurrency or 1):
+        raise InputError(
+            f"concurrency: {concurrency or 1} trials at a time with {each} each; the cluster ({cluster}) has room for "
+            f"{slots}; lower concurrency, placement.cpus_per_worker or placement.gpus_per_worker"
+        )
+    return concurrency or slots
+
+
 @contextmanager
 def listen(on_event: OnEvent) -> Iterator[Queue]:
     """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""

@@ -1,0 +1,80 @@
+"""Search the hyperparameters of a run's phases with Ray Tune, judged on dev; the test split is never looked at.
+
+python jobs/sweep.py                                        learning rate x rank on the miniature, configs/sweep.yaml
+python jobs/sweep.py --config mine.yaml --set trials=32 --out sweeps/larger
+python jobs/sweep.py --config mine.yaml --final-test        score the winner on the run config's tests, once
+ray job submit --working-dir . -- python jobs/sweep.py --config mine.yaml --out /shared/sweeps/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what can be set in the config has no flag of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parent.parent / "configs" / "sweep.yaml"
+    parser.add_argument(
+        "--config", type=Path, default=default, metavar="FILE", help="the sweep config (default: configs/sweep.yaml)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key; repeatable"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: <storage.folder>/<name>)")
+    parser.add_argument(
+        "--final-test", action="store_true", help="at the end score the winner on the run config's tests, once"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 when the sweep is done, 2 when something the user gave is wrong, 130 when interrupted."""
+    arguments = parse(argv)
+    from medlora.errors import InputError
+
+    try:
+        from medlora import runs
+        from medlora.sweep import FINGERPRINT, LEDGER, load_sweep_config
+        from medlora.sweep_checks import check_sweep, refuse_other
+        from medlora.sweep_ledger import Ledger
+
+        config = load_sweep_config(arguments.config, arguments.overrides)
+        plan = check_sweep(config)
+        if arguments.final_test and plan.run.evaluation is None:
+            raise InputError(f"--final-test: {config.config} has no evaluation; name the tests there")
+        folder = runs.open_run(
+            runs.find_home(arguments.out or Path(config.storage.folder) / config.name), mark=FINGERPRINT
+        )
+        refuse_other(folder.root, plan)
+        from medlora.sweep_display import SweepDisplay, print_sweep
+        from medlora.sweep_report import find_summary
+
+        with (
+            runs.hold(folder.lock, f"sweep {folder.root}"),
+            runs.log_to((logging.getLogger("medlora.run"), folder.log)),
+        ):
+            ledger = Ledger(folder.root / LEDGER)
+            summary = find_summary(folder.root, plan, ledger, arguments.final_test)
+            worked = summary is None
+            if summary is None:
+                with SweepDisplay(ledger, plan.trials) as display:
+                    from medlora.on_ray.sweep import run_sweep
+
+                    summary = run_sweep(plan, folder, ledger, arguments.final_test, display.show)
+        print_sweep(summary, ledger, worked)
+        print(f"sweep: {folder.root}")
+        return 0
+    except InputError as error:
+        print(f"medlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("medlora: interrupted; the same command goes on, no finished trial is run again", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""A sweep from its plan to its report: the shared phases, the search, the best trials on all of dev, once on test if asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from medlora import runs
+from medlora.data_card import check_data, describe_findings, describe_overlap
+from medlora.errors import InputError
+from medlora.lineage import Link, extend_chain, find_obstacle, make_job, refuse, start_chain
+from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect, count_gpus, find_concurrency, listen
+from medlora.on_ray.prepare import prepare_on_ray
+from medlora.on_ray.search import Halving, Search, search_on_ray
+from medlora.on_ray.sweep_scoring import score_best, score_once
+from medlora.on_ray.train import train_on_ray
+from medlora.on_ray.trial import run_trial
+from medlora.quarantine import check_rows
+from medlora.sources import pack_scan
+from medlora.sweep import FINGERPRINT, SweepPlan, describe_sweep, list_earlier
+from medlora.sweep_checks import find_start
+from medlora.sweep_ledger import START, Ledger, Trial
+from medlora.sweep_logs import TrialLogs
+from medlora.sweep_population import Population, Proposal, find_lineage, name_generation
+from medlora.sweep_report import find_winner, read_record, write_results
+from medlora.sweep_search import Suggester
+
+log = logging.getLogger("medlora.run")
+
+
+def run_sweep(
+    plan: SweepPlan,
+    folder: runs.RunFolder,
+    ledger: Ledger,
+    final_test: bool,
+    on_event: OnEvent,
+    reuse_actors: bool = True,
+) -> dict[str, Any]:
+    """Do what is left of the sweep in `folder` and return its summary, what `sweep.json` holds.
+
+    The caller holds the folder's lock. Raises InputError for what only the user can mend.
+    """
+    if final_test and plan.run.evaluation is None:
+        raise InputError(f"--final-test: {plan.config.config} has no evaluation; name the tests there")
+    checked = plan.check_against()
+    check_rows(checked, folder.quarantine)
+    known = runs.read_json(folder.data)
+    card = check_data(checked, known, lambda text: _note(on_event, "data", text))
+    for text in describe_findings(card) if card != known else ():
+        _note(on_event, "data", text)
+    runs.write_json(folder.root / FINGERPRINT, describe_sweep(plan))
+    runs.write_json(folder.data, card)
+    began = time.monotonic()
+    with connect() as cluster:
+        seconds = time.monotonic() - began
+        on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": seconds})
+        concurrency = find_concurrency(plan.config.concurrency, plan.config.placement, cluster)
+        start = _find_or_train_start(plan, folder, cluster, on_event)
+        with TrialLogs(folder.root, plan.config) as logs:
+            _search(plan, folder, ledger, start, card, concurrency, cluster, logs, on_event, reuse_actors)
+        notes = describe_overlap(card)
+        comparison = score_best(plan, folder, ledger, concurrency, cluster, notes, on_event)
+        winner = find_winner(comparison)
+        test = score_once(plan, folder, ledger, winner, concurrency, cluster, on_event) if final_test else None
+    return write_results(folder.root, plan, ledger, comparison, test or read_record(folder.root), concurrency, notes)
+
+
+def _note(on_event: OnEvent, phase: str, text: str) -> None:
+    on_event({"event": "note", "phase": phase, "text": text})
+
+
+def _find_or_train_start(
+    plan: SweepPlan, folder: runs.RunFolder, cluster: Cluster, on_event: OnEvent
+) -> tuple[Link, ...]:
+    """The chain that every trial starts from; its phases are trained once, in the sweep's own folder, unless `start` has them."""
+    if plan.config.start:
+        return find_start(plan, Path(plan.config.start))
+    run, chain = runs.RunFolder(folder.root / "start"), start_chain(plan.run)
+    earlier = list_earlier(plan)
+    if earlier:
+        run.root.mkdir(exist_ok=True)
+        runs.write_yaml(run.config, plan.run.model_dump(mode="json"))
+    for phase in earlier:
+        job, there = make_job(plan.run, phase, chain), run.phase(phase.name)
+        if differences := find_obstacle(job, there):
+            raise refuse(run, job, differences)
+        if runs.read_manifest(there.root) is None:
+            placement = phase.placement or plan.run.placement
+            check_placement(placement, cluster, f"phases.{phase.name}.placement of {plan.config.config}")
+            began = time.monotonic()
+            seconds = train_on_ray(job, run, placement, cluster, on_event)["seconds"]["all"]
+            around_s = time.monotonic() - began - seconds
+            on_event({"event": "finished", "phase": phase.name, "seconds": seconds, "around_s": around_s})
+        else:
+            on_event({"event": "reused", "phase": phase.name})
+        chain = extend_chain(chain, phase, there.adapter)
+    return chain
+
+
+def _search(
+    plan: SweepPlan,
+    folder: runs.RunFolder,
+    ledger: Ledger,
+    start: Sequence[Link],
+    card: dict[str, Any],
+    concurrency: int,
+    cluster: Cluster,
+    logs: TrialLogs,
+    on_event: OnEvent,
+    reuse_actors: bool,
+) -> None:
+    config, known = plan.config, list(ledger.trials.values())
+    suggester = Suggester(plan.space, config.search, config.seed, plan.trials, known)
+    halving = None
+    if config.scheduler.kind == "asha":
+        halving = Halving(config.scheduler.grace_steps or config.dev.every_steps, config.scheduler.reduction, known)
+    grid = (params for params in (plan.list_grid() if config.search == "grid" else []))
+    population = None
+    if config.scheduler.kind == "pbt":
+        population = Population(plan.space, config.scheduler.population, config.scheduler.generations, config.seed)
+
+    def propose() -> Proposal | Literal["wait"] | None:
+        if START not in ledger.trials:
+            return Proposal(None, plan.start_params, {})
+        if population:
+            return population.propose(ledger, suggester.suggest)
+        if config.search == "grid":
+            tried = [trial.params for trial in ledger.trials.values()]
+            return next((Proposal(None, params, {}) for params in grid if params not in tried), None)
+        return Proposal(*found, {}) if (found := suggester.suggest()) else None
+
+    root = Path(config.start).expanduser().absolute() if config.start else folder.root / "start"
+    shared = {phase.name: str(root / "phases" / phase.name) for phase in list_earlier(plan)}
+
+    def describe(trial: Trial) -> dict[str, Any]:
+        *before, _ = lineage = find_lineage(ledger, trial)
+        made = plan.make_trial([each.params for each in lineage], f"trial-{trial.id}", whole=not trial.about)
+        names = {each.id: name_generation(plan.judged, i + 1) for i, each in enumerate(lineage)}
+        own = {names[each.id]: str(folder.root / "trials" / each.id / "phases" / names[each.id]) for each in before}
+        return {
+            "id": trial.id,
+            "config": made.model_dump(mode="json"),
+            "train": [names[trial.id]] if trial.about else list(plan.searched),
+            "links": shared | own,
+            "offset": sum(made.phase(name).max_steps or 0 for name in own),
+        }
+
+    def hear(event: dict[str, Any]) -> None:
+        logs.show(event, ledger)
+        on_event(event)
+
+    on_event({"event": "search", "concurrency": concurrency})
+    with listen(hear) as inbox:
+        common = {
+            "folder": str(folder.root),
+            "scans": _pack_scans(plan),
+            "dropped": plan.dropped,
+            "card": card,
+            "inbox": inbox,
+            "cwd": os.getcwd(),
+            "gpu": count_gpus(config.placement, cluster) > 0,
+        }
+        _prepare_tokens(plan, start, cluster, on_event)
+        search = Search(
+            ledger=ledger,
+            suggester=suggester,
+            halving=halving,
+            trials=plan.trials,
+            propose=propose,
+            describe=describe,
+            trainable=partial(run_trial, common=common),
+            placement=config.placement,
+            concurrency=concurrency,
+            on_event=hear,
+            reuse_actors=reuse_actors,
+        )
+        try:
+            search_on_ray(search, folder.root, cluster)
+        finally:
+            on_event({"event": "searched"})
+
+
+def _pack_scans(plan: SweepPlan) -> list[dict[str, Any]]:
+    """What is known of every source that a trial reads, so that none looks through them again."""
+    sources = {source.model_dump_json(): source for phase in plan.run.phases for source in phase.sources}
+    return [pack_scan(source) for source in [*sources.values(), *plan.dev]]
+
+
+def _prepare_tokens(plan: SweepPlan, start: Sequence[Link], cluster: Cluster, on_event: OnEvent) -> None:
+    """Make the tokens of large sources once, before the trials; only the first searched phase's tokenizer is there yet."""
+    prepare_on_ray(make_job(plan.run, plan.run.phase(plan.searched[0]), start, plan.dropped), cluster, on_event)

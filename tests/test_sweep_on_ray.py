@@ -1,0 +1,323 @@
+"""Sweeps on a real cluster: the search with trials that train nothing, then whole sweeps on a tiny base as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_trials import fake_trial
+
+from medlora import runs
+from medlora.config import Placement
+from medlora.config_file import load
+from medlora.errors import InputError
+from medlora.sweep_ledger import Ledger, Trial
+from medlora.sweep_population import Proposal
+from medlora.sweep_search import Suggester
+from medlora.sweep_space import Range
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACE = {"x": Range(0.0, 1.0)}
+
+
+def search(folder: Path, cluster: Any, trials: int, does: dict[int, dict[str, Any]], halving: bool = True) -> Ledger:
+    """A search over fake trials; `does` says by number what a trial does."""
+    from medlora.on_ray.search import Halving, Search, search_on_ray
+
+    folder.mkdir(exist_ok=True)
+    ledger = Ledger(folder / "trials.jsonl")
+    known = list(ledger.trials.values())
+    suggester = Suggester(SPACE, "random", 0, trials, known)
+
+    def describe(trial: Trial) -> dict[str, Any]:
+        return {
+            "id": trial.id,
+            "folder": str(folder),
+            "x": trial.params["x"],
+            "steps": 9,
+            **does.get(int(trial.id), {}),
+        }
+
+    def propose() -> Proposal | None:
+        found = suggester.suggest() if ledger.trials else (None, {"x": 0.1})
+        return Proposal(*found, {}) if found else None
+
+    search_on_ray(
+        Search(
+            ledger=ledger,
+            suggester=suggester,
+            halving=Halving(1, 3, known) if halving else None,
+            trials=trials,
+            propose=propose,
+            describe=describe,
+            trainable=fake_trial,
+            placement=Placement(),
+            concurrency=2,
+            on_event=lambda event: None,
+        ),
+        folder,
+        cluster,
+    )
+    return ledger
+
+
+def read_lines(ledger: Ledger, event: str) -> list[dict[str, Any]]:
+    return [line for line in runs.read_json_lines(ledger.path) if line["event"] == event]
+
+
+def count_tries(folder: Path) -> dict[str, int]:
+    return {path.stem: len(path.read_text().splitlines()) for path in sorted(folder.glob("*.tries"))}
+
+
+def find_groups() -> list[str]:
+    """Placement groups that still hold something."""
+    from ray.util import placement_group_table
+
+    return [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def test_a_stopped_trial_s_slot_is_free_at_once_and_no_placement_group_is_left(
+    ray_cluster: Any, tmp_path: Path
+) -> None:
+    import ray
+
+    ledger = search(tmp_path / "s", ray_cluster, 20, {})
+    states = Counter(trial.state for trial in ledger.trials.values())
+    assert states["stopped"] >= 8 and states["stopped"] + states["finished"] == 20
+    assert ledger.trials["000"].state == "finished"  # the worst of all, yet the config as it stands is never stopped
+    lines = runs.read_json_lines(ledger.path)
+    last_begin = max(i for i, line in enumerate(lines) if line["event"] == "running")
+    for i, line in enumerate(lines[:last_begin]):
+        if line.get("stop"):
+            following = next(each for each in lines[i:] if each["event"] == "running")
+            assert following["time"] - line["time"] < 5
+    processes = {path.read_text().split()[0] for path in (tmp_path / "s").glob("*.tries")}
+    assert len(processes) <= 4  # two slots: the next trial takes over the process of the one before
+    end = time.monotonic() + 5
+    while find_groups() or ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < end, (find_groups(), ray.available_resources())
+        time.sleep(0.1)
+    assert not list((tmp_path / "s").glob(".tune-*"))
+
+
+def test_a_dead_trial_goes_on_twice_and_a_diverged_one_never(ray_cluster: Any, tmp_path: Path) -> None:
+    does = {
+        1: {"does": "die"},
+        2: {"does": "die", "always": True},
+        3: {"does": "diverge", "always": True},
+        4: {"does": "raise", "always": True},
+    }
+    ledger = search(tmp_path / "s", ray_cluster, 7, does, halving=False)
+    assert {id: trial.state for id, trial in ledger.trials.items()} == {
+        "000": "finished",
+        "001": "finished",
+        "002": "failed",
+        "003": "failed",
+        "004": "failed",
+        "005": "finished",
+        "006": "finished",
+    }
+    assert count_tries(tmp_path / "s") == {"000": 1, "001": 2, "002": 3, "003": 1, "004": 3, "005": 1, "006": 1}
+    assert [ledger.trials[id].deaths for id in ("001", "002", "003")] == [1, 3, 0]
+    assert ledger.trials["002"].why == "its process died" and ledger.trials["003"].why == "the loss is nan"
+    assert "a bug of ours" in ledger.trials["004"].why
+
+
+def test_more_trials_at_a_time_than_there_is_room_for_are_refused(ray_cluster: Any) -> None:
+    from medlora.on_ray.cluster import find_concurrency
+
+    assert find_concurrency(None, Placement(), ray_cluster) == find_concurrency(2, Placement(), ray_cluster) == 2
+    with pytest.raises(
+        InputError, match="concurrency: 3 trials at a time with 1 CPU each; the cluster .* has room for 2"
+    ):
+        find_concurrency(3, Placement(), ray_cluster)
+    with pytest.raises(InputError, match="1 trials at a time with 1 CPU and 0.5 GPU each; .* has room for 0"):
+        find_concurrency(None, Placement(gpus_per_worker=0.5), ray_cluster)
+
+
+def test_a_search_goes_on_from_its_ledger_alone(ray_cluster: Any, tmp_path: Path) -> None:
+    whole = search(tmp_path / "whole", ray_cluster, 6, {})
+    folder = tmp_path / "s"
+    folder.mkdir()
+    ledger = Ledger(folder / "trials.jsonl")
+    for x in (0.1, 0.9, 0.8):
+        ledger.begin({"x": x})
+    for id in ("000", "001"):
+        for step in range(1, 10):
+            ledger.report(id, step, ledger.trials[id].params["x"], stop=False)
+        ledger.end(id, "finished")
+    ledger.report("002", 1, 0.05, stop=False)  # the driver was killed here
+    ledger = search(folder, ray_cluster, 6, {})
+    assert list(ledger.trials) == list(whole.trials)
+    assert set(count_tries(folder)) == {"002", "003", "004", "005"}
+    assert all(trial.ended for trial in ledger.trials.values())
+    # What the earlier driver heard stands in the rungs: 0.9 and 0.1 at step 3, so a poor new trial is stopped by them.
+    poor = [trial for trial in ledger.trials.values() if trial.id > "002" and trial.params["x"] < 0.5]
+    assert poor and all(trial.state == "stopped" for trial in poor)
+
+
+# ---- whole sweeps ---------------------------------------------------------------------------------------------------
+
+
+def write_sweep(
+    folder: Path, bases: dict[str, str], data: Path, space: dict[str, Any], p02: dict[str, Any], **more: Any
+) -> Path:
+    from tiny_run import configure
+
+    config = configure(bases["gemma"], data, p02=p02).model_dump(mode="json")
+    config["evaluation"] = {"tests": [{"name": "t", "source": str(data / "mcq.jsonl")}], "scoring": "letter"}
+    for phase in config["phases"]:  # a test may not be trained on: questions come from dev here
+        for source in phase["sources"]:
+            source["source"] = source["source"].replace("mcq.jsonl", "dev.jsonl")
+    (folder / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    sweep = {"name": "s", "config": str(folder / "run.yaml"), "space": space, **more}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    return folder / "sweep.yaml"
+
+
+def start(config: Path, out: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "jobs/sweep.py", "--config", str(config), "--out", str(out), *more]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def wait_for(process: subprocess.Popen[str], what: Any) -> Any:
+    end = time.monotonic() + 200
+    while not (found := what()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the phases before 02, as `write_sweep` configures them."""
+    from tiny_run import run_all
+
+    folder = tmp_path_factory.mktemp("shared")
+    config = load(write_sweep(folder, bases, data, {"lora.r": [2]}, {}).with_name("run.yaml"))
+    run_all(config, folder / "run", ("00", "01"))
+    return folder / "run"
+
+
+def test_a_sweep_survives_its_trials_and_its_driver(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, shared: Path, tmp_path: Path
+) -> None:
+    space = {"phases.02.learning_rate": [1e-3, 5e-3, 1e30], "lora.r": [2, 8]}
+    steps = {"max_steps": 40, "checkpoint_every_steps": 5, "log_every_steps": 1}
+    more = {"search": "grid", "trials": 6, "start": str(shared), "dev": {"every_steps": 10}, "best": 2}
+    config, out = write_sweep(tmp_path, bases, data, space, steps, **more), tmp_path / "sweep"
+    ledger = out / "trials.jsonl"
+
+    def read(event: str, **wanted: Any) -> list[dict[str, Any]]:
+        lines = [line for line in runs.read_json_lines(ledger) if line["event"] == event]
+        return [line for line in lines if all(line.get(key) == value for key, value in wanted.items())]
+
+    driver = start(config, out, cluster)
+    wait_for(driver, lambda: read("score", trial="001"))
+    victim = runs.read_json(out / "trials" / "001" / "phases" / ".02.lock.json")["pid"]
+    os.kill(victim, signal.SIGKILL)
+    wait_for(driver, lambda: read("died", trial="001") and read("ended"))
+    driver.kill()
+    driver.communicate()
+    ended = {line["trial"] for line in read("ended")} | {line["trial"] for line in read("score", stop=True)}
+    before = {id: (out / "trials" / id / "phases" / "02" / "fingerprint.json").stat().st_mtime_ns for id in ended}
+    assert ended and len(ended) < 6
+
+    said, _ = finish(start(config, out, cluster))
+    assert f"{len(ended)} of 6 trials are done already; none of them is run again" in said
+    assert {
+        id: (out / "trials" / id / "phases" / "02" / "fingerprint.json").stat().st_mtime_ns for id in ended
+    } == before
+    assert not {line["trial"] for line in runs.read_json_lines(ledger)[-1:]} & ended
+    known = Ledger(ledger).trials
+    assert list(known) == [f"{i:03}" for i in range(6)] and all(trial.ended for trial in known.values())
+    diverged = [trial for trial in known.values() if trial.params["phases.02.learning_rate"] == 1e30]
+    assert diverged and all(trial.state == "failed" and trial.deaths == 0 for trial in diverged)
+    assert all("lower phases.02.learning_rate" in trial.why for trial in diverged)
+
+    summary = runs.read_json(out / "sweep.json")
+    assert [row["trial"] for row in summary["dev"]["stages"]][0] == "000" and len(summary["dev"]["stages"]) <= 3
+    assert summary["dev"]["stages"][0]["n"] == 6 and summary["test"] is None
+    assert "on all of dev (6 questions), the config as it stands (trial 000)" in said
+    for name in ("sweep.html", "trials.parquet", "best.yaml", "dev/report.html", "tensorboard/000"):
+        assert (out / name).exists()
+    assert (out / "trials" / "000" / "phases" / "01").resolve() == shared / "phases" / "01"
+
+    said, err = finish(start(config, out, cluster, "--final-test"))
+    assert "test t, trial" in said and "scored once" in said and err == ""
+    record = (out / "test" / "report.json").read_bytes()
+    said, _ = finish(start(config, out, cluster, "--final-test"))
+    assert "everything is done already" in said and (out / "test" / "report.json").read_bytes() == record
+
+    best = load(out / "best.yaml")
+    assert best.evaluation is not None and [phase.name for phase in best.phases] == ["00", "01", "02"]
+    _, err = finish(start(config, out, cluster, "--set", "seed=1"), code=2)
+    assert "holds another sweep" in err and "Traceback" not in err
+
+
+def test_two_sweeps_side_by_side_do_not_touch_each_other(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, shared: Path, tmp_path: Path
+) -> None:
+    """One of them trains the phase before its own, once, into its folder."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    dev = {"every_steps": 3, "sources": [{"source": str(data / "dev.jsonl")}]}
+    small = {"trials": 3, "search": "random", "concurrency": 1, "scheduler": {"kind": "none"}, "dev": dev}
+    rate = "loguniform 1e-3 1e-2"
+    one = write_sweep(tmp_path / "a", bases, data, {"phases.02.learning_rate": rate}, {}, start=str(shared), **small)
+    two = write_sweep(tmp_path / "b", bases, data, {"phases.01.learning_rate": rate}, {}, phases=["01"], **small)
+    outs = [tmp_path / "a" / "out", tmp_path / "b" / "out"]
+    drivers = [start(config, out, cluster) for config, out in zip((one, two), outs, strict=True)]
+    for driver in drivers:
+        finish(driver)
+    for out, phase in zip(outs, ("02", "01"), strict=True):
+        trials = Ledger(out / "trials.jsonl").trials
+        assert [trial.state for trial in trials.values()] == ["finished"] * 3
+        for id in trials:
+            adapter = out / "trials" / id / "phases" / phase
+            assert runs.check_files(adapter, runs.read_manifest(adapter) or {"files": {"-": ""}}) is None
+        assert len(json.loads((out / "sweep.json").read_text())["trials"]) == 3
+    assert runs.read_manifest(outs[1] / "start" / "phases" / "00") and not (outs[0] / "start").exists()
+    assert (outs[1] / "trials" / "002" / "phases" / "00").resolve() == outs[1] / "start" / "phases" / "00"
+
+
+def test_a_population_ends_as_a_config_of_phases(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, shared: Path, tmp_path: Path
+) -> None:
+    pbt = {"kind": "pbt", "population": 2, "generations": 2}
+    space, dev = {"phases.02.learning_rate": "loguniform 1e-3 3e-2"}, {"every_steps": 4}
+    config = write_sweep(
+        tmp_path, bases, data, space, {"max_steps": 8}, scheduler=pbt, dev=dev, best=4, start=str(shared)
+    )
+    out = tmp_path / "out"
+    finish(start(config, out, cluster))
+    trials = Ledger(out / "trials.jsonl").trials
+    assert [trial.state for trial in trials.values()] == ["finished"] * 5
+    assert [trial.step for trial in trials.values()] == [8, 4, 4, 8, 8]
+    for id in ("003", "004"):
+        parent = trials[id].about["parent"]
+        before = (out / "trials" / id / "phases" / "02").resolve()
+        assert before == out / "trials" / parent / "phases" / "02"
+        lineage = runs.read_manifest(out / "trials" / id / "phases" / "02-2")
+        mother = runs.read_manifest(before)
+        assert lineage is not None and mother is not None
+        assert mother["adapter_hash"] in lineage["fingerprint"]["parent"]
+    best, winner = load(out / "best.yaml"), runs.read_json(out / "sweep.json")["winner"]
+    parts = ["02"] if winner == "000" or winner < "003" else ["02", "02-2"]
+    assert [phase.name for phase in best.phases] == ["00", "01", *parts]
