@@ -35,7 +35,7 @@ from medlora.config import RunConfig
 from medlora.lineage import Link, extend_chain, make_job, start_chain
 from medlora.on_ray.sweep import run_sweep
 from medlora.phases import run_phase
-from medlora.sweep import SweepPlan, list_earlier, load_sweep_config
+from medlora.sweep import FINGERPRINT, SweepPlan, list_earlier, load_sweep_config
 from medlora.sweep_checks import check_sweep
 from medlora.sweep_ledger import Ledger
 from medlora.sweep_search import Suggester
@@ -77,7 +77,7 @@ def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row,
         elif event["event"] == "trial-step":
             steps.setdefault(event["trial"], []).append(time.time())
 
-    run = runs.open_run(folder)
+    run = runs.open_run(folder, mark=FINGERPRINT)
     ledger = Ledger(folder / "trials.jsonl")
     summary = run_sweep(plan, run, ledger, False, hear, reuse_actors)
     lines = runs.read_json_lines(folder / "trials.jsonl")

@@ -38,7 +38,7 @@ def write_run(tmp_path: Path, rows: list[Any], **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("job", ["curriculum", "evaluate_mcq"])
+@pytest.mark.parametrize("job", ["curriculum", "evaluate_mcq", "sweep"])
 def test_help_is_light(job: str) -> None:
     done = run(job, "--help")
     assert done.returncode == 0 and "--set KEY=VALUE" in done.stdout and done.stdout.endswith("HEAVY []\n")

@@ -98,10 +98,20 @@ def search_on_ray(search: Search, folder: Path, cluster: Cluster) -> None:
     user can mend.
     """
     ledger = search.ledger
-    unfinished = ledger.select("running")
-    left = len(unfinished) + max(0, search.trials - len(ledger.trials))
-    if not left:
-        return
+    for _ in range(search.placement.retries + 1):
+        unfinished = ledger.select("running")
+        left = len(unfinished) + max(0, search.trials - len(ledger.trials))
+        if left:
+            _run(search, unfinished, left, folder, cluster)
+        # Tune drops a trial, telling nobody, whose process does not let go of the one before: it is begun once more.
+        if not ledger.select("running"):
+            return
+    for trial in ledger.select("running"):
+        ledger.end(trial.id, "failed", "no process took it up; see Ray's logs")
+        search.suggester.end(trial)
+
+
+def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, cluster: Cluster) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     gpus = count_gpus(search.placement, cluster)
     bundle = {"CPU": float(search.placement.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
