@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -73,7 +74,8 @@ def _run(
     phase, started = job.phase, time.monotonic()
     seed = derive_seed(job.seed, "phase", phase.name)
     report({"event": "phase", "phase": phase.name, "device": str(describe_device(device))})
-    log.info("phase %s (%s) on %s", phase.name, phase.chain, describe_device(device))
+    log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, describe_device(device), socket.gethostname())
+    hosts = _gather_hosts(world)
     if main:
         runs.write_json(folder.fingerprint, job.fingerprint)
     base = locate_base(
@@ -149,12 +151,22 @@ def _run(
         job,
         folder,
         device,
+        hosts,
         counts,
         asked,
         done,
         best,
         {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
     )
+
+
+def _gather_hosts(world: int) -> list[str]:
+    """The names of the hosts that the phase's workers run on."""
+    hosts: list[Any] = [socket.gethostname()]
+    if world > 1:
+        hosts = [None] * world
+        dist.all_gather_object(hosts, socket.gethostname())
+    return sorted(set(hosts))
 
 
 def _train_in_memory(
@@ -257,6 +269,7 @@ def _finish(
     job: PhaseJob,
     folder: runs.PhaseFolder,
     device: str,
+    hosts: list[str],
     counts: dict[str, Any],
     question_sources: list[str],
     segments: list[dict[str, Any]],
@@ -278,6 +291,7 @@ def _finish(
         "best": best,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "device": str(describe_device(device)).partition(",")[0],
+        "hosts": hosts,
         "versions": runs.get_versions(),
         "fingerprint": job.fingerprint,
     }

@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray  # noqa: E402
 from ray.util.queue import Empty, Queue  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -114,10 +115,16 @@ def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
         raise InputError(f"{key}.label_selector: no node has {wanted}; the nodes have {list(cluster.labels)}")
 
 
+def beside_driver() -> dict[str, Any]:
+    """Options of a helper actor that must not be lost with a worker's node: it lives and dies with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
+
+
 @contextmanager
 def listen(on_event: OnEvent) -> Iterator[Queue]:
     """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
-    inbox = Queue(actor_options={"num_cpus": 0})
+    inbox = Queue(actor_options=beside_driver())
     ended = threading.Event()
 
     def deliver() -> None:

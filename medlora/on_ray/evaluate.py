@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import time
 import warnings
@@ -20,7 +21,7 @@ from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
 from medlora.evaluation import Asked, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link
-from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen, quiet_ray_data, ray
+from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, count_gpus, listen, quiet_ray_data, ray
 from medlora.records import McqRecord, Prediction
 
 log = logging.getLogger("medlora.run")
@@ -120,7 +121,7 @@ def answer_on_ray(
         else:
             on_event(event)
 
-    attempts = ray.remote(num_cpus=0)(Attempts).remote(most, placement.retries)
+    attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
     rows = [{"batch": json.dumps([[test, asdict(record)] for test, record in batch])} for batch in batches]
     failure: Exception | None = None
     with listen(hear) as inbox, _stderr_to(log_file), warnings.catch_warnings():
@@ -203,6 +204,7 @@ class BatchAnswerer:
             inbox.put({"event": "refused", "text": str(error)})
             raise
         ray.get(attempts.end_load.remote())
+        self._note(f"an actor is ready on {socket.gethostname()}")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
         """One batch as JSON -> its predictions as JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import uuid
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def train_on_ray(
                     "inbox": inbox,
                     "cwd": os.getcwd(),
                     "gpu": gpus > 0,
+                    "say_host": cluster.nodes > 1,
                 },
                 scaling_config=ScalingConfig(
                     num_workers=placement.workers,
@@ -108,6 +110,7 @@ def _find_deaths(error: Any) -> str:
 
 def _train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: rebuild the job from plain values and hand it to `run_phase`."""
+    import ray.train
     import torch.distributed as dist
 
     alone = dist.get_world_size() == 1
@@ -121,6 +124,9 @@ def _train_loop(config: dict[str, Any]) -> None:
     from medlora.phases import run_phase
 
     inbox = config["inbox"]
+    if config["say_host"]:
+        text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
+        inbox.put({"event": "note", "phase": config["job"]["phase"]["name"], "text": text})
     try:
         run_phase(
             PhaseJob.model_validate(config["job"]),
