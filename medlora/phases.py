@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -35,16 +35,23 @@ from medlora.validation import Validator
 log = logging.getLogger("medlora.phase")
 
 
-def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str = "cpu") -> dict[str, Any]:
+def run_phase(
+    job: PhaseJob,
+    folder: runs.PhaseFolder,
+    report: Report,
+    device: str = "cpu",
+    is_leaving: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """Train a phase into its folder and return its manifest; goes on from the last whole checkpoint if there is one.
 
     Runs the same in a Ray Train worker, one of several, as in a plain process. Raises InputError for what only the user
-    can mend.
+    can mend, callbacks.Leaving, after a checkpoint, where `is_leaving` says that the node is about to be taken away.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     main = world == 1 or dist.get_rank() == 0
-    # A worker of a driver that was killed may live on for some seconds: wait for it rather than write beside it.
-    holding = runs.hold(folder.lock, f"phase {job.phase.name} of {job.run}", wait_s=60) if main else nullcontext()
+    # A worker of a driver that was killed may live on for some seconds, and the lock of a lost node for as long as an NFS
+    # server's lease (90 s as a rule): wait for it rather than write beside it.
+    holding = runs.hold(folder.lock, f"phase {job.phase.name} of {job.run}", wait_s=180) if main else nullcontext()
     sinks = (
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
@@ -55,7 +62,7 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
     with holding, logging_to:
         torch.set_num_threads(job.threads)
         try:
-            return _run(job, folder, report if main else lambda event: None, device, world, main)
+            return _run(job, folder, report if main else lambda event: None, device, world, main, is_leaving)
         except (OSError, RuntimeError) as error:
             # torch.save and safetensors say in words of their own that nothing more could be written.
             if runs.is_disk_full(error, folder.root):
@@ -69,7 +76,13 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
 
 
 def _run(
-    job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str, world: int, main: bool
+    job: PhaseJob,
+    folder: runs.PhaseFolder,
+    report: Report,
+    device: str,
+    world: int,
+    main: bool,
+    is_leaving: Callable[[], bool] | None,
 ) -> dict[str, Any]:
     phase, started = job.phase, time.monotonic()
     seed = derive_seed(job.seed, "phase", phase.name)
@@ -122,7 +135,9 @@ def _run(
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
-        result, phase = _train_in_memory(model, segment, phase, collator, folder, derive_seed(seed, name), report)
+        result, phase = _train_in_memory(
+            model, segment, phase, collator, folder, derive_seed(seed, name), report, is_leaving
+        )
         cut = {"batch_size": phase.batch_size, "accumulation": phase.accumulation, "padding": round(padding, 4)}
         done.append({**result, **cut})
         if name == "full":
@@ -177,6 +192,7 @@ def _train_in_memory(
     folder: runs.PhaseFolder,
     seed: int,
     report: Report,
+    is_leaving: Callable[[], bool] | None,
 ) -> tuple[dict[str, Any], PhaseConfig]:
     """Train a segment; where memory runs out, go on from the last checkpoint with smaller forward passes.
 
@@ -186,7 +202,7 @@ def _train_in_memory(
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     while True:
         try:
-            return train(model, phase.name, segment, phase, collator, folder, seed, report), phase
+            return train(model, phase.name, segment, phase, collator, folder, seed, report, is_leaving), phase
         except torch.OutOfMemoryError as error:
             smaller = halve_batch(phase)
             if smaller is None or dist.is_initialized():

@@ -85,7 +85,8 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
         if report or config.evaluation is None:
             return Outcome(done, report, worked=False)
 
-    from medlora.on_ray.cluster import check_placement, connect
+    from medlora.on_ray.cluster import connect
+    from medlora.on_ray.placement import check_placement
     from medlora.on_ray.train import train_on_ray
 
     started = time.monotonic()
@@ -183,8 +184,8 @@ def _evaluate(
     cluster: Any,
     on_event: OnEvent,
 ) -> dict[str, Any] | None:
-    from medlora.on_ray.cluster import check_placement
     from medlora.on_ray.evaluate import make_builder
+    from medlora.on_ray.placement import check_placement
     from medlora.on_ray.scoring import score_stages
 
     fingerprint, asked = _describe_evaluation(config, stages)

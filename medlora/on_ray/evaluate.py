@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -21,7 +22,8 @@ from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
 from medlora.evaluation import Asked, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link
-from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, count_gpus, listen, quiet_ray_data, ray
+from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
+from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.records import McqRecord, Prediction
 
 log = logging.getLogger("medlora.run")
@@ -114,17 +116,21 @@ def answer_on_ray(
     most = min(placement.workers, len(batches))
     least = min(placement.least_workers, most)
     refusals: list[str] = []
+    begun = threading.Event()
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "refused":
             refusals.append(event["text"])
+        elif event["event"] == "loading":
+            begun.set()
         else:
             on_event(event)
 
     attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
     rows = [{"batch": json.dumps([[test, asdict(record)] for test, record in batch])} for batch in batches]
     failure: Exception | None = None
-    with listen(hear) as inbox, _stderr_to(log_file), warnings.catch_warnings():
+    waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
+    with listen(hear) as inbox, waiting, _stderr_to(log_file), warnings.catch_warnings():
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         asked = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -196,6 +202,7 @@ class BatchAnswerer:
         self, build: Callable[[], AnswersQuestions], stages: list[str], attempts: Any, retries: int, inbox: Any
     ) -> None:
         self.stages, self.attempts, self.retries, self.inbox = stages, attempts, retries, inbox
+        inbox.put({"event": "loading"})
         if not ray.get(attempts.begin_load.remote()):
             raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
         try:

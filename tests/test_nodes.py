@@ -1,0 +1,213 @@
+"""Where work lands on a cluster of several nodes, and what is left of it when one of them goes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_evaluate_on_ray import ask, journal, ray_cluster, score  # noqa: F401
+from test_on_ray import finish, start, wait_for_step, write_config
+from tiny_run import configure, run_all, weights
+
+from medlora import runs
+from medlora.config import RunConfig
+from medlora.evaluation import PREDICTIONS
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+class AddedNode:
+    """A raylet of its own beside the session's cluster, with one CPU and the label pool=`pool`."""
+
+    def __init__(self, env: dict[str, str], pool: str, name: str, more: tuple[str, ...] = ()) -> None:
+        self.env, self.name = env, name
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        labels = f"pool={pool},name={name}"
+        command = [RAY, "start", f"--address={env['RAY_ADDRESS']}", "--block", "--num-cpus=1", f"--labels={labels}"]
+        self.process = subprocess.Popen(
+            [*command, *more], env=env, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        end = time.monotonic() + 60
+        while self.raylet is None:
+            assert self.process.poll() is None and time.monotonic() < end, self.read_log()
+            time.sleep(0.2)
+
+    def read_log(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode()
+
+    @property
+    def raylet(self) -> psutil.Process | None:
+        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        found = [child for child in children if child.name() == "raylet"]
+        return found[0] if found else None
+
+    def holds(self, pid: int) -> bool:
+        """Whether a process is one of this node's workers."""
+        raylet = self.raylet
+        return raylet is not None and pid in [child.pid for child in raylet.children(recursive=True)]
+
+    def remove(self) -> None:
+        """Kill everything of the node at once, as a machine that is gone."""
+        if self.process.poll() is None:
+            processes = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+            for process in processes:
+                process.kill()
+        self.process.wait(timeout=30)
+
+
+@contextmanager
+def add_nodes(env: dict[str, str], *nodes: tuple[str, ...]) -> Iterator[list[AddedNode]]:
+    """Nodes by pool, name and more arguments of `ray start`; gone at the end."""
+    added: list[AddedNode] = []
+    try:
+        for pool, name, *more in nodes:
+            added.append(AddedNode(env, pool, name, tuple(more)))
+        yield added
+    finally:
+        for node in added:
+            node.remove()
+
+
+def one_phase(bases: dict[str, str], data: Path, steps: int, every: int = 20) -> RunConfig:
+    config = configure(
+        bases["gemma"], data, p00={"max_steps": steps, "checkpoint_every_steps": every, "log_every_steps": 1}
+    )
+    return config.model_copy(update={"phases": config.phases[:1]})
+
+
+def worker_pid(run: Path) -> int:
+    pid: int = runs.read_json(run / "phases" / ".00.lock.json")["pid"]
+    return pid
+
+
+def recover(run: Path, process: subprocess.Popen[str], disturb: Callable[[], None], what: str) -> int:
+    """Disturb a run at step 70 or later and wait until it is beyond that again; returns the step at which it was disturbed."""
+    wait_for_step(run, "00", 70, process)
+    pid = worker_pid(run)
+    disturb()
+    began = time.monotonic()
+    metrics = runs.RunFolder(run).phase("00").metrics
+    time.sleep(0.1)
+    lost = max(row["step"] for row in runs.read_json_lines(metrics))
+    while worker_pid(run) == pid or max((row["step"] for row in runs.read_json_lines(metrics)), default=0) < lost:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    print(f"{what} at step {lost}: step {lost} was reached again after {time.monotonic() - began:.0f} s")
+    return lost
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_all(one_phase(bases, data, 500), folder, ("00",))
+    return folder
+
+
+def test_a_phase_lands_where_its_config_says_and_survives_the_loss_of_its_node(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    config, run = write_config(one_phase(bases, data, 500), tmp_path / "c.yaml"), tmp_path / "run"
+    with add_nodes(cluster, ("spot", "a"), ("spot", "b")) as nodes:
+        driver = start(config, run, cluster, "--set", "placement.label_selector={pool: spot}")
+
+        def remove() -> None:
+            (node,) = [node for node in nodes if node.holds(worker_pid(run))]
+            node.remove()
+
+        lost = recover(run, driver, remove, "node removed")
+        assert [node.holds(worker_pid(run)) for node in nodes].count(True) == 1
+        out, _ = finish(driver)
+    assert "worker 0 died; attempt 1 of 2" in out
+    resumed = int(re.findall(r"goes on from step (\d+) of 500", out)[-1])
+    assert 0 <= lost - resumed <= 20
+    assert weights(run, "00") == weights(undisturbed, "00")
+
+
+def test_a_node_that_is_drained_is_left_with_a_checkpoint_and_without_a_retry(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    config = write_config(one_phase(bases, data, 500, every=400), tmp_path / "c.yaml")
+    run = tmp_path / "run"
+    with add_nodes(cluster, ("spot", "a"), ("spot", "b")) as nodes:
+        driver = start(config, run, cluster, "--set", "placement={label_selector: {pool: spot}, retries: 0}")
+        drained: list[AddedNode] = []
+
+        def drain() -> None:
+            (node,) = [node for node in nodes if node.holds(worker_pid(run))]
+            drained.append(node)
+            raylet = node.raylet
+            assert raylet is not None
+            node_id = re.search(r"--node[_-]id=(\w+)", " ".join(raylet.cmdline()))
+            assert node_id, raylet.cmdline()
+            notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+            command = [RAY, "drain-node", "--address", cluster["RAY_ADDRESS"], "--node-id", node_id[1], *notice]
+            subprocess.run([*command, "--deadline-remaining-seconds", "60"], env=cluster, check=True)
+
+        recover(run, driver, drain, "node drained")
+        assert not drained[0].holds(worker_pid(run))
+        drained[0].remove()
+        out, _ = finish(driver)
+    assert "its node is about to be taken away: goes on from the checkpoint just made, on another" in out
+    resumed = int(re.findall(r"goes on from step (\d+) of 500", out)[-1])
+    # Only a checkpoint made on notice lies there: the config's own would have been at 400.
+    assert 70 <= resumed < 400
+    steps = [row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase("00").metrics)]
+    assert steps == list(range(1, 501))
+    assert weights(run, "00") == weights(undisturbed, "00")
+
+
+def test_an_evaluation_survives_the_loss_of_a_node(
+    cluster: dict[str, str],
+    ray_cluster: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    score(tmp_path / "quiet", ask(30), ray_cluster, actors=1)
+    with add_nodes(cluster, ("spot", "a")) as (node,):
+
+        def remove() -> None:
+            lines: list[list[str]] = []
+            while not [pid for _, _, pid in lines if node.holds(int(pid))]:
+                lines = journal(tmp_path / "e", "ask") if (tmp_path / "e.journal").exists() else []
+                time.sleep(0.05)
+            node.remove()
+
+        remover = threading.Thread(target=remove)
+        remover.start()
+        score(tmp_path / "e", ask(30), ray_cluster, actors=3, pause_s=0.5, size=2)
+        remover.join()
+    assert (tmp_path / "e" / PREDICTIONS).read_bytes() == (tmp_path / "quiet" / PREDICTIONS).read_bytes()
+
+
+def test_what_must_wait_for_room_says_so(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    """A phase whose kind of node is taken by another run waits for it, and says for what."""
+    with add_nodes(cluster, ("only", "a")):
+        selected = ("--set", "placement.label_selector={pool: only}")
+        first = start(
+            write_config(one_phase(bases, data, 2000), tmp_path / "c.yaml"), tmp_path / "first", cluster, *selected
+        )
+        wait_for_step(tmp_path / "first", "00", 1, first)
+        code = "import sys; sys.path.insert(0, 'jobs'); import medlora.on_ray.placement as p; p.NOTE_EVERY_S = 2.0; "
+        code += "import curriculum; sys.exit(curriculum.main())"
+        config = write_config(one_phase(bases, data, 4), tmp_path / "d.yaml")
+        command = [sys.executable, "-c", code, "--config", config, "--run-dir", tmp_path / "second", *selected]
+        second = subprocess.Popen(
+            list(map(str, command)), env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).resolve().parent.parent,
+        )  # fmt: skip
+        out, _ = finish(second)
+        finish(first)
+    said = r"00  waiting for 1 worker with 1 CPU on a node with pool=only each \(\d+ s\); free now: .*0 CPUs, 0 GPUs, .*pool=only"
+    assert re.search(said, out.replace("\n", " ")), out
