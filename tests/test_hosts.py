@@ -146,13 +146,13 @@ def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_chec
 ) -> None:
     every = 20
     config = configure(
-        bases["gemma"], data, p00={"max_steps": 400, "checkpoint_every_steps": every, "log_every_steps": 1}
+        bases["gemma"], data, p00={"max_steps": 200, "checkpoint_every_steps": every, "log_every_steps": 1}
     )
     config = config.model_copy(update={"phases": config.phases[:1]})
     run_all(config, tmp_path / "undisturbed", ("00",))
     run = tmp_path / "run"
     job = lab.submit("jobs/curriculum.py", "--config", write_config(config, tmp_path / "c.yaml"), "--run-dir", str(run))
-    lost = wait_for_step(run, "00", 70, job)
+    lost = wait_for_step(run, "00", 40, job)
     name = runs.read_json(run / "phases" / ".00.lock.json")["host"]
     next(host for host in lab.network.hosts if host.name == name).cut_off()
     cut = time.monotonic()
@@ -162,7 +162,7 @@ def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_chec
         time.sleep(0.1)
     print(f"power of {name} cut at step {lost}: step {lost} was reached again after {time.monotonic() - cut:.0f} s")
     said = finish(job)
-    (resumed,) = re.findall(r"goes on from step (\d+) of 400", said)
+    (resumed,) = re.findall(r"goes on from step (\d+) of 200", said)
     assert "worker 0 died; attempt 1 of 2" in said and 0 <= lost - int(resumed) <= every
     assert weights(run, "00") == weights(tmp_path / "undisturbed", "00")
 

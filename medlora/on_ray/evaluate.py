@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import sys
@@ -25,8 +24,6 @@ from medlora.lineage import Link
 from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
 from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.records import McqRecord, Prediction
-
-log = logging.getLogger("medlora.run")
 
 _WHOLE_TRIES = 2
 
@@ -261,15 +258,29 @@ class BatchAnswerer:
         self.inbox.put({"event": "note", "phase": "evaluation", "text": text})
 
 
+_REDIRECTED = threading.Lock()
+_redirections: list[int] = []
+
+
 @contextmanager
 def _stderr_to(log_file: Path) -> Iterator[None]:
-    """Send what Ray's C++ core writes to this process's stderr into a file: advice about actors no user can act on."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with log_file.open("ab") as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    """Send what Ray's C++ core writes to this process's stderr into a file: advice about actors no user can act on.
+
+    Of evaluations side by side the first one's file gets it all, until the last one has ended.
+    """
+    with _REDIRECTED:
+        if not _redirections:
+            sys.stderr.flush()
+            _redirections.append(os.dup(2))
+            with log_file.open("ab") as file:
+                os.dup2(file.fileno(), 2)
+        _redirections.append(0)
+    try:
+        yield
+    finally:
+        with _REDIRECTED:
+            _redirections.pop()
+            if len(_redirections) == 1:
+                kept = _redirections.pop()
+                os.dup2(kept, 2)
+                os.close(kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -17,8 +16,6 @@ from medlora.lineage import PhaseJob
 from medlora.on_ray.cluster import Cluster, OnEvent, listen
 from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
 from medlora.on_ray.prepare import prepare_on_ray
-
-log = logging.getLogger("medlora.run")
 
 
 def train_on_ray(
@@ -36,6 +33,13 @@ def train_on_ray(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
+    class _Trainer(TorchTrainer):
+        """Leaves SIGINT alone where it cannot be caught: in the threads of runs side by side."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            if threading.current_thread() is threading.main_thread():
+                super()._register_sigint_handler(controller)
+
     prepare_on_ray(job, cluster, on_event)
     gpus = count_gpus(placement, cluster)
     folder = run.phase(job.phase.name)
@@ -52,7 +56,6 @@ def train_on_ray(
             on_event(event)
 
     def tell(text: str) -> None:
-        log.warning("phase %s: %s", job.phase.name, text)
         on_event({"event": "note", "phase": job.phase.name, "text": text})
 
     count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
@@ -63,7 +66,7 @@ def train_on_ray(
     with listen(hear) as inbox:
         while True:
             # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
-            trainer = TorchTrainer(
+            trainer = _Trainer(
                 _train_loop,
                 train_loop_config={
                     "job": job.model_dump(mode="json"),
