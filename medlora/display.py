@@ -31,8 +31,8 @@ class Display:
         self.log = logging.getLogger(f"medlora.run.{name}") if name else log
         if console is None and beside is not None:
             console = beside.console
-        self.console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        self.progress = (
+        self.console: Console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        self.progress: Progress = (
             beside.progress
             if beside is not None
             else Progress(

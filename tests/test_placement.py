@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import import_ray
 
 from medlora.config import Placement
 from medlora.errors import InputError
-from medlora.on_ray import cluster as cluster_module
-from medlora.on_ray import placement as placement_module
-from medlora.on_ray.cluster import Cluster, Node, find_addable
-from medlora.on_ray.placement import check_placement, count_gpus, count_room, say_while_waiting
+
+import_ray()
+from medlora.on_ray import cluster as cluster_module  # noqa: E402
+from medlora.on_ray import placement as placement_module  # noqa: E402
+from medlora.on_ray.cluster import Cluster, Node, find_addable  # noqa: E402
+from medlora.on_ray.placement import check_placement, count_gpus, count_room, say_while_waiting  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
