@@ -52,7 +52,7 @@ class Node:
 
     def __str__(self) -> str:
         kinds = f" ({', '.join(self.accelerators)})" if self.accelerators else ""
-        shown = [f"{key}={value}" for key, value in self.labels.items() if not key.startswith("ray.io/")]
+        shown = [f"{key}={value}" for key, value in sorted(self.labels.items()) if not key.startswith("ray.io/")]
         return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{kinds}" + (f", {' '.join(shown)}" if shown else "")
 
 
