@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NEEDED = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "rsync")
+_NEEDED = ("ip", "unshare", "setpriv", "sshd", "ssh", "ssh-keygen", "rsync")
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -94,6 +94,7 @@ def make_hosts(names: Sequence[str], folder: Path, shared: Sequence[Path]) -> It
     kept = [*map(Path.resolve, shared), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
     key = folder / "key"
     network = Network(f"{subnet}.1", key)
+    _remove_leftovers()
     try:
         _run("ip", "link", "add", tag, "type", "bridge")
         _run("ip", "address", "add", f"{subnet}.1/24", "dev", tag)
@@ -108,10 +109,26 @@ def make_hosts(names: Sequence[str], folder: Path, shared: Sequence[Path]) -> It
     finally:
         for host in network.hosts:
             host.kill()
-        for n in range(2, len(names) + 2):
-            _run("ip", "link", "delete", f"{tag}h{n}", check=False)
-            _run("ip", "netns", "delete", f"{tag}h{n}", check=False)
-        _run("ip", "link", "delete", tag, check=False)
+        _remove(tag)
+
+
+def _remove(tag: str) -> None:
+    for name in _list(f"{tag}h"):
+        _run("ip", "link", "delete", name, check=False)
+        _run("ip", "netns", "delete", name, check=False)
+    _run("ip", "link", "delete", tag, check=False)
+
+
+def _remove_leftovers() -> None:
+    """Networks of test processes that were killed."""
+    for tag in {name.partition("h")[0] for name in _list("ml")}:
+        if tag[2:].isdigit() and not Path(f"/proc/{tag[2:]}").exists():
+            _remove(tag)
+
+
+def _list(prefix: str) -> list[str]:
+    lines = _run("ip", "netns", "list", check=False).stdout.splitlines()
+    return [line.split()[0] for line in lines if line.startswith(prefix)]
 
 
 def _start(network: str, bridge: str, name: str, ip: str, folder: Path, kept: Sequence[Path]) -> Host:
@@ -158,7 +175,8 @@ def _start(network: str, bridge: str, name: str, ip: str, folder: Path, kept: Se
     unshare = ("unshare", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc")
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
-            ["ip", "netns", "exec", network, *unshare, "bash", "-c", script],
+            # The hosts end with this process, however it ends.
+            ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", network, *unshare, "bash", "-c", script],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
