@@ -2,6 +2,7 @@
 
 python jobs/curriculum.py                                   the miniature, configs/quickstart.yaml
 python jobs/curriculum.py --config configs/medgemma-4b.yaml --set phases.01.learning_rate=5e-5
+python jobs/curriculum.py --config 4b.yaml --config 27b.yaml          side by side, each on its own GPUs
 ray job submit --working-dir . -- python jobs/curriculum.py --config ... --run-dir /shared/runs/mine
 """
 
@@ -10,7 +11,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medlora.config import RunConfig
+    from medlora.runs import RunFolder
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -18,7 +27,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
     parser.add_argument(
-        "--config", type=Path, default=default, metavar="FILE", help="the run config (default: configs/quickstart.yaml)"
+        "--config",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="the run config (default: configs/quickstart.yaml); repeatable: several run side by side",
     )
     parser.add_argument(
         "--set",
@@ -32,7 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: <storage.folder>/<name>)"
     )
     parser.add_argument("--redo", metavar="PHASE", help="train this phase again; the old one is set aside")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.config = arguments.config or [default]
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,12 +60,22 @@ def main(argv: list[str] | None = None) -> int:
         from medlora.config_file import load
         from medlora.lineage import check_inputs
 
-        config = load(arguments.config, arguments.overrides)
-        check_inputs(config)
-        folder = arguments.run_dir or Path(config.storage.folder) / config.name
-        run = runs.open_run(runs.find_home(folder))
+        if len(arguments.config) > 1 and (arguments.run_dir or arguments.redo):
+            raise InputError(
+                "--run-dir and --redo are for one run; several go to <storage.folder>/<name> of their configs"
+            )
+        configs = [load(path, arguments.overrides) for path in arguments.config]
+        for config in configs:
+            check_inputs(config)
+        folders = [
+            runs.open_run(runs.find_home(arguments.run_dir or Path(config.storage.folder) / config.name))
+            for config in configs
+        ]
         from medlora.display import Display, print_report
 
+        if len(configs) > 1:
+            return run_several(configs, folders)
+        (config,), (run,) = configs, folders
         with (
             runs.hold(run.lock, f"run {run.root}"),
             runs.log_to((logging.getLogger("medlora.run"), run.log)),
@@ -68,6 +93,40 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("medlora: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int:
+    """Runs side by side; everything that can be wrong with any of them is said before one starts."""
+    from medlora import runs
+    from medlora.display import Display, print_reports
+    from medlora.errors import InputError
+    from medlora.on_ray.curriculum import begin
+    from medlora.on_ray.side_by_side import run_side_by_side
+
+    names = [run.name for run in folders]
+    if len(set(names)) < len(names):
+        raise InputError(f"runs side by side need names that differ, found {', '.join(names)}; set name in each config")
+    with ExitStack() as held:
+        first = held.enter_context(Display())
+        begun = []
+        for config, run in zip(configs, folders, strict=True):
+            held.enter_context(runs.hold(run.lock, f"run {run.root}"))
+            held.enter_context(runs.log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
+            begun.append(begin(config, run, None, Display(name=run.name, beside=first).show))
+        ends = run_side_by_side(begun)
+    failed = {name: end for name, end in zip(names, ends, strict=True) if isinstance(end, Exception)}
+    outcomes = {name: end for name, end in zip(names, ends, strict=True) if not isinstance(end, Exception)}
+    print_reports(
+        {name: end.report for name, end in outcomes.items()},
+        bool(failed) or any(end.worked for end in outcomes.values()),
+    )
+    for run in folders:
+        print(f"run: {run.root}" + (" (failed)" if run.name in failed else ""))
+    for name, error in failed.items():
+        if not isinstance(error, InputError):
+            traceback.print_exception(error)
+        print(f"medlora: {name}: {error}", file=sys.stderr)
+    return 0 if not failed else 2 if all(isinstance(error, InputError) for error in failed.values()) else 1
 
 
 if __name__ == "__main__":

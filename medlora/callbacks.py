@@ -182,3 +182,34 @@ class CheckpointCallback(TrainerCallback):
             dist.barrier()
         if state.is_world_process_zero:
             runs.commit(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", {"step": state.global_step})
+
+
+class Leaving(Exception):
+    """The node is about to be taken away and a checkpoint has been made: the phase goes on from it elsewhere."""
+
+
+class LeaveCallback(TrainerCallback):
+    """Where `is_leaving` says that the node is about to be taken away: a checkpoint after this step, then Leaving.
+
+    Every worker takes rank 0's word on it.
+    """
+
+    def __init__(self, is_leaving: Callable[[], bool], steps: int) -> None:
+        self.is_leaving, self.steps = is_leaving, steps
+        self.noticed = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint, unless the last step is done and nothing is left to lose."""
+        if state.global_step == self.steps:
+            return
+        decision = [self.is_leaving()]
+        if args.world_size > 1:
+            dist.broadcast_object_list(decision, src=0)
+        if decision[0]:
+            self.noticed = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After CheckpointCallback, which has sealed the checkpoint."""
+        if self.noticed:
+            log.warning("leaves its node after step %d, with a checkpoint", state.global_step)
+            raise Leaving

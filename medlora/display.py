@@ -20,20 +20,32 @@ _PLAIN_EVERY_S = 10.0
 
 
 class Display:
-    """Shows a run's events: one bar per phase on a terminal, at most a line every ten seconds elsewhere."""
+    """Shows a run's events: one bar per phase on a terminal, at most a line every ten seconds elsewhere.
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
+    Runs side by side have a display each, `beside` the first one and on its console, that says its run's name on every
+    line. What is said goes to the logger `log`, too.
+    """
+
+    def __init__(self, console: Console | None = None, name: str = "", beside: Display | None = None) -> None:
+        self.name = f"{name}  " if name else ""
+        self.log = logging.getLogger(f"medlora.run.{name}") if name else log
+        if console is None and beside is not None:
+            console = beside.console
+        self.console: Console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        self.progress: Progress = (
+            beside.progress
+            if beside is not None
+            else Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+                disable=not self.console.is_terminal,
+            )
         )
         self.task: TaskID | None = None
         self.label = ""
@@ -109,7 +121,7 @@ class Display:
     def _advance(self, label: str, step: int, total: int, figures: str) -> None:
         if self.task is None or label != self.label:
             self._begin(label)
-            self.task = self.progress.add_task(label, total=total, figures=figures)
+            self.task = self.progress.add_task(self.name + label, total=total, figures=figures)
             self.first_step = step
         self.progress.update(self.task, completed=step, total=total, figures=figures)
         now = time.monotonic()
@@ -120,33 +132,50 @@ class Display:
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()
-        log.info(text)
-        self.console.print(text, markup=False)
+        self.log.info(text)
+        self.console.print(self.name + text, markup=False)
 
 
 def print_report(report: Mapping[str, Any] | None, worked: bool) -> None:
     """The final table (stage, test, accuracy, 95 % interval, n, time) and what to know about its figures."""
+    print_reports({"": report}, worked)
+
+
+def print_reports(reports: Mapping[str, Mapping[str, Any] | None], worked: bool) -> None:
+    """One table of the reports of several runs by name, and what to know about their figures; the name may be empty."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not worked:
         console.print("everything is done already; nothing was computed again")
-    if report is None:
+    there = {name: report for name, report in reports.items() if report is not None}
+    if not there:
         return
-    phase_seconds = report.get("phase_seconds")
-    table = Table("stage", "test", "accuracy", "95 % interval", "n", *(["trained in"] if phase_seconds else []))
+    named, timed = list(there) != [""], any(report.get("phase_seconds") for report in there.values())
+    table = Table(
+        *(["run"] if named else []),
+        *("stage", "test", "accuracy", "95 % interval", "n"),
+        *(["trained in"] if timed else []),
+    )
+    for name, report in there.items():
+        _add_rows(table, report, [name] if named else [], timed)
+    console.print(table)
+    for name, report in there.items():
+        said = f"{name}: " if named else ""
+        failed = sum(row["failed"] for row in report["stages"])
+        if failed:
+            console.print(f"{said}{failed} answers failed and count as wrong; see predictions.parquet, column error")
+        for note in report.get("notes", []):
+            console.print(f"beware: {said}{note}", markup=False)
+        rate = f", {report['questions_per_s']:.1f} questions/s once running" if report.get("questions_per_s") else ""
+        if "seconds" in report:
+            console.print(f"{said}evaluation: {report['seconds']:.0f} s{rate}")
+
+
+def _add_rows(table: Table, report: Mapping[str, Any], leading: list[str], timed: bool) -> None:
     rows = report["stages"]
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         low, high = row["interval"]
         cells = [row["stage"], row["test"], f"{row['accuracy']:.1%}", f"{low:.1%} .. {high:.1%}", str(row["n"])]
-        if phase_seconds:
-            seconds = phase_seconds.get(row["stage"])
+        if timed:
+            seconds = (report.get("phase_seconds") or {}).get(row["stage"])
             cells.append(f"{seconds:.0f} s" if seconds is not None else "")
-        table.add_row(*cells, end_section=following is None or following["stage"] != row["stage"])
-    console.print(table)
-    failed = sum(row["failed"] for row in rows)
-    if failed:
-        console.print(f"{failed} answers failed and count as wrong; see predictions.parquet, column error")
-    for note in report.get("notes", []):
-        console.print(f"beware: {note}", markup=False)
-    rate = f", {report['questions_per_s']:.1f} questions/s once running" if report.get("questions_per_s") else ""
-    if "seconds" in report:
-        console.print(f"evaluation: {report['seconds']:.0f} s{rate}")
+        table.add_row(*leading, *cells, end_section=following is None or following["stage"] != row["stage"])

@@ -32,6 +32,7 @@ def train_in_memory(
     folder: runs.PhaseFolder,
     seed: int,
     report: Report,
+    is_leaving: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, Any], PhaseConfig]:
     """Train a segment; where memory runs out, go on from the last checkpoint with smaller forward passes.
 
@@ -48,7 +49,7 @@ def train_in_memory(
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     while True:
         try:
-            return train(model, phase.name, segment, phase, collator, folder, seed, report), phase
+            return train(model, phase.name, segment, phase, collator, folder, seed, report, is_leaving), phase
         except torch.OutOfMemoryError as error:
             smaller = shrink(phase)
             if smaller is None or dist.is_initialized():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -35,16 +36,23 @@ from medlora.validation import Validator
 log = logging.getLogger("medlora.phase")
 
 
-def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str = "cpu") -> dict[str, Any]:
+def run_phase(
+    job: PhaseJob,
+    folder: runs.PhaseFolder,
+    report: Report,
+    device: str = "cpu",
+    is_leaving: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """Train a phase into its folder and return its manifest; goes on from the last whole checkpoint if there is one.
 
     Runs the same in a Ray Train worker, one of several, as in a plain process. Raises InputError for what only the user
-    can mend.
+    can mend, callbacks.Leaving, after a checkpoint, where `is_leaving` says that the node is about to be taken away.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     main = world == 1 or dist.get_rank() == 0
-    # A worker of a driver that was killed may live on for some seconds: wait for it rather than write beside it.
-    holding = runs.hold(folder.lock, f"phase {job.phase.name} of {job.run}", wait_s=60) if main else nullcontext()
+    # A worker of a driver that was killed may live on for some seconds, and the lock of a lost node for as long as an NFS
+    # server's lease (90 s as a rule): wait for it rather than write beside it.
+    holding = runs.hold(folder.lock, f"phase {job.phase.name} of {job.run}", wait_s=180) if main else nullcontext()
     sinks = (
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
@@ -56,7 +64,7 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         try:
-            return _run(job, folder, report if main else lambda event: None, device, world, main)
+            return _run(job, folder, report if main else lambda event: None, device, world, main, is_leaving)
         except (OSError, RuntimeError) as error:
             # torch.save and safetensors say in words of their own that nothing more could be written.
             if runs.is_disk_full(error, folder.root):
@@ -70,12 +78,19 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
 
 
 def _run(
-    job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: str, world: int, main: bool
+    job: PhaseJob,
+    folder: runs.PhaseFolder,
+    report: Report,
+    device: str,
+    world: int,
+    main: bool,
+    is_leaving: Callable[[], bool] | None,
 ) -> dict[str, Any]:
     phase, started = job.phase, time.monotonic()
     seed = derive_seed(job.seed, "phase", phase.name)
     report({"event": "phase", "phase": phase.name, "device": str(describe_device(device))})
-    log.info("phase %s (%s) on %s", phase.name, phase.chain, describe_device(device))
+    log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, describe_device(device), socket.gethostname())
+    hosts = _gather_hosts(world)
     if main:
         runs.write_json(folder.fingerprint, job.fingerprint)
     base = locate_base(
@@ -123,7 +138,9 @@ def _run(
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
-        result, phase = train_in_memory(model, segment, phase, collator, folder, derive_seed(seed, name), report)
+        result, phase = train_in_memory(
+            model, segment, phase, collator, folder, derive_seed(seed, name), report, is_leaving
+        )
         cut = {key: getattr(phase, key) for key in ("batch_size", "accumulation", "gradient_checkpointing")}
         cut["padding"] = round(padding, 4)
         done.append({**result, **cut})
@@ -157,12 +174,22 @@ def _run(
         job,
         folder,
         device,
+        hosts,
         counts,
         asked,
         done,
         best,
         {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
     )
+
+
+def _gather_hosts(world: int) -> list[str]:
+    """The names of the hosts that the phase's workers run on."""
+    hosts: list[Any] = [socket.gethostname()]
+    if world > 1:
+        hosts = [None] * world
+        dist.all_gather_object(hosts, socket.gethostname())
+    return sorted(set(hosts))
 
 
 def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
@@ -215,6 +242,7 @@ def _finish(
     job: PhaseJob,
     folder: runs.PhaseFolder,
     device: str,
+    hosts: list[str],
     counts: dict[str, Any],
     question_sources: list[str],
     segments: list[dict[str, Any]],
@@ -236,6 +264,7 @@ def _finish(
         "best": best,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "device": str(describe_device(device)).partition(",")[0],
+        "hosts": hosts,
         "versions": runs.get_versions(),
         "fingerprint": job.fingerprint,
     }

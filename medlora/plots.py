@@ -149,7 +149,7 @@ def start(width: int, height: int, left: int = 0, bottom: int = 0, right: int = 
 
 def _lay_scale(axes: Axes, scale: Scale, height: int) -> None:
     low, high = scale.ticks[0], scale.ticks[-1]
-    margin = (high - low) * _MARGIN / (scale.width - 2 * _MARGIN)
+    margin = (high - low) * _MARGIN / (scale.width - 2 * _MARGIN) or 0.5  # one value alone stands in the middle
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(0, height)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from medlora import runs
-from medlora.callbacks import CheckpointCallback, LossLoggingCallback, MCQValidationCallback, Report, Segment
+from medlora.callbacks import (
+    CheckpointCallback,
+    LeaveCallback,
+    LossLoggingCallback,
+    MCQValidationCallback,
+    Report,
+    Segment,
+)
 from medlora.chains import load_adapter_weights, save_adapter
 from medlora.config import PhaseConfig
 from medlora.encoding import Collator
@@ -83,10 +90,12 @@ def train(
     folder: runs.PhaseFolder,
     seed: int,
     report: Report,
+    is_leaving: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Train the adapter through a segment, from its last whole checkpoint where there is one.
 
     Returns plain figures: steps done, mean loss, seconds, whether it stopped early. The weights are left in the model.
+    Raises Leaving, after a checkpoint, where `is_leaving` says so.
     """
     output = folder.checkpoints / segment.name
     checkpoint = find_checkpoint(output)
@@ -146,6 +155,8 @@ def train(
     if segment.validate is not None and phase.validation is not None:
         validation_callback = MCQValidationCallback(folder, segment, phase, adapter, logging_callback, report)
         callbacks.append(validation_callback)
+    if is_leaving is not None:
+        callbacks.append(LeaveCallback(is_leaving, segment.steps))
     trainer = _AdapterTrainer(
         adapter,
         model=model,

@@ -25,6 +25,15 @@ hypothesis.settings.load_profile("default" if os.environ.get("MEDLORA_EXPLORE") 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def import_ray() -> Any:
+    """Ray in the test process, able to talk to the `cluster` later: whether it sends a token it decides when imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        import ray
+    return ray
+
+
 REAL_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 

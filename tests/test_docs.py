@@ -205,7 +205,8 @@ def test_a_command_names_a_config_that_loads(line: Line) -> None:
     assert command[:2] == ["python", "jobs/curriculum.py"]
     arguments = parse_command(command[2:])
     model = re.search(r"--model (\S+)", line.theirs)
-    assert load(ROOT / arguments.config, arguments.overrides).name == (model[1].strip("`") if model else "medgemma-4b")
+    (config,) = arguments.config
+    assert load(ROOT / config, arguments.overrides).name == (model[1].strip("`") if model else "medgemma-4b")
 
 
 # ---- lines of Python ------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def score(
     pause_s: float = 0.0,
     size: int = 4,
     min_actors: int | None = None,
+    labels: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     from medlora.on_ray.scoring import score_stages
 
@@ -53,7 +54,7 @@ def score(
         {"t": questions},
         config,
         build,
-        ActorPlacement(workers=actors, min_workers=min_actors),
+        ActorPlacement(workers=actors, min_workers=min_actors, label_selector=labels or {}),
         cluster,
         lambda event: None,
         folder / "run.log",

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from tiny_run import configure, run_all, weights
 
 from medlora import runs
+from medlora.callbacks import Leaving
 from medlora.config import RunConfig
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, make_job
 from medlora.phases import run_phase
-from medlora.training import _AdapterTrainer
+from medlora.training import _AdapterTrainer, find_checkpoint
 
 
 class Killed(BaseException):
@@ -380,3 +381,18 @@ def test_a_disk_that_fills_up_is_said_and_the_phase_goes_on_once_there_is_room(
         assert weights(small, "00") == weights(finished, "00")
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+def test_a_phase_that_must_leave_its_node_goes_on_from_where_it_left(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
+    config = configure(bases["gemma"], data, p00={"checkpoint_every_steps": 100})
+    job, folder = make_job(config, config.phases[0], ()), runs.RunFolder(tmp_path).phase("00")
+    asked = iter([False, False, True])
+    with pytest.raises(Leaving):
+        run_phase(job, folder, lambda event: None, is_leaving=lambda: next(asked))
+    assert find_checkpoint(folder.checkpoints / "normal") == folder.checkpoints / "normal" / "checkpoint-3"
+    said: list[str] = []
+    run_phase(job, folder, lambda event: said.append(event.get("text", "")), is_leaving=lambda: False)
+    assert "goes on from step 3 of 6" in said
+    assert weights(tmp_path, "00") == weights(finished, "00")

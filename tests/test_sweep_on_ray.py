@@ -133,7 +133,7 @@ def test_a_dead_trial_goes_on_twice_and_a_diverged_one_never(ray_cluster: Any, t
 
 
 def test_more_trials_at_a_time_than_there_is_room_for_are_refused(ray_cluster: Any) -> None:
-    from medlora.on_ray.cluster import find_concurrency
+    from medlora.on_ray.placement import find_concurrency
 
     assert find_concurrency(None, Placement(), ray_cluster) == find_concurrency(2, Placement(), ray_cluster) == 2
     with pytest.raises(

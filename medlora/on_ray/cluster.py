@@ -5,42 +5,89 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medlora.config import Placement
-from medlora.errors import InputError
+from medlora import runs
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 # Sources are named relative to where the driver runs, not to Ray Train's own folder.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray  # noqa: E402
 from ray.util.queue import Empty, Queue  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+
+_ACCELERATOR = "accelerator_type:"
 
 OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """What Ray has: CPUs, GPUs, kinds of accelerators, labels of its nodes."""
+class Node:
+    """What one node has: CPUs, GPUs, kinds of accelerators, labels."""
 
     cpus: float
     gpus: float
     accelerators: tuple[str, ...]
-    labels: tuple[dict[str, str], ...]
-    nodes: int
-    started_here: bool
+    labels: Mapping[str, str]
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
+        """A node from Ray's words for it."""
+        kinds = sorted(key.removeprefix(_ACCELERATOR) for key in resources if key.startswith(_ACCELERATOR))
+        return cls(resources.get("CPU", 0), resources.get("GPU", 0), tuple(kinds), dict(labels))
+
+    def is_like(self, kind: Node) -> bool:
+        """Whether this may be one of that kind: as large, with at least its accelerators and labels."""
+        same = (self.cpus, self.gpus) == (kind.cpus, kind.gpus) and set(kind.accelerators) <= set(self.accelerators)
+        return same and kind.labels.items() <= self.labels.items()
 
     def __str__(self) -> str:
         kinds = f" ({', '.join(self.accelerators)})" if self.accelerators else ""
-        return f"{self.nodes} node{'s' * (self.nodes != 1)}, {self.cpus:g} CPUs, {self.gpus:g} GPUs{kinds}"
+        shown = [f"{key}={value}" for key, value in sorted(self.labels.items()) if not key.startswith("ray.io/")]
+        return f"{self.cpus:g} CPUs, {self.gpus:g} GPUs{kinds}" + (f", {' '.join(shown)}" if shown else "")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The nodes that are there, and those that its autoscaler may add, each with how many of them."""
+
+    there: tuple[Node, ...]
+    may_add: tuple[tuple[Node, int], ...] = ()
+    grows_unseen: bool = False
+    """An autoscaler adds nodes of kinds that are not known here."""
+    started_here: bool = False
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that are there."""
+        return len(self.there)
+
+    @property
+    def cpus(self) -> float:
+        """CPUs that are there."""
+        return sum(node.cpus for node in self.there)
+
+    def kinds(self) -> list[tuple[Node, int]]:
+        """Every node that is there or may come, and how many of it."""
+        return [*((node, 1) for node in self.there), *self.may_add]
+
+    def __str__(self) -> str:
+        accelerators = sorted({kind for node in self.there for kind in node.accelerators})
+        kinds = f" ({', '.join(accelerators)})" if accelerators else ""
+        gpus = sum(node.gpus for node in self.there)
+        text = f"{self.nodes} node{'s' * (self.nodes != 1)}, {self.cpus:g} CPUs, {gpus:g} GPUs{kinds}"
+        if self.may_add:
+            text += "; its autoscaler may add " + ", ".join(f"{count} x [{node}]" for node, count in self.may_add)
+        return text + ("; its autoscaler may add more" if self.grows_unseen else "")
 
 
 @contextmanager
@@ -76,79 +123,42 @@ def _protect_token() -> None:
 
 
 def _look_around(started_here: bool) -> Cluster:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    resources = ray.cluster_resources()
-    kinds = sorted(name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:"))
-    labels = tuple(node.get("Labels", {}) for node in nodes)
-    return Cluster(resources.get("CPU", 0), resources.get("GPU", 0), tuple(kinds), labels, len(nodes), started_here)
+    there = tuple(Node.of(node["Resources"], node.get("Labels", {})) for node in ray.nodes() if node["Alive"])
+    if started_here:
+        return Cluster(there, started_here=True)
+    # `ray up` leaves on the head, where a submitted job's driver runs, what its autoscaler reads.
+    launched = runs.read_json(Path("~/ray_bootstrap_config.yaml").expanduser())
+    if launched is None:
+        # KubeRay's autoscaler runs beside the head, with limits that no Ray process knows.
+        return Cluster(there, grows_unseen="--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", ""))
+    return Cluster(there, find_addable(launched, there))
 
 
-def count_gpus(placement: Placement, cluster: Cluster) -> float:
-    """GPUs that one worker gets: as configured, else one where the cluster has any."""
-    return placement.gpus_per_worker if placement.gpus_per_worker is not None else float(cluster.gpus > 0)
+def find_addable(launched: Mapping[str, Any], there: Sequence[Node]) -> tuple[tuple[Node, int], ...]:
+    """The kinds of nodes that the autoscaler of a launched cluster may add to those that are there, and how many of each.
+
+    On-premise hosts, whose resources only Ray on them finds out, are left out: they are up from the start.
+    """
+    left = launched.get("max_workers", 0) - (len(there) - 1)
+    addable = []
+    for name, kind in launched.get("available_node_types", {}).items():
+        node = Node.of(kind["resources"], kind.get("labels", {}))
+        count = min(left, kind.get("max_workers", 0) - sum(each.is_like(node) for each in there))
+        if count > 0 and kind["resources"] and name != launched.get("head_node_type"):
+            addable.append((node, count))
+    return tuple(addable)
 
 
-def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
-    """Raise InputError when the cluster can never hold the placement, saying what it has."""
-    workers = placement.least_workers
-    gpus = workers * count_gpus(placement, cluster)
-    if gpus > cluster.gpus:
-        raise InputError(
-            f"{key}: {workers} workers x {count_gpus(placement, cluster):g} GPUs = {gpus:g} GPUs asked; the cluster has {cluster}; "
-            f"lower {key}.workers or {key}.gpus_per_worker, or add nodes"
-        )
-    cpus = workers * placement.cpus_per_worker
-    if cpus > cluster.cpus:
-        raise InputError(
-            f"{key}: {workers} workers x {placement.cpus_per_worker} CPUs = {cpus} CPUs asked; the cluster has {cluster}; "
-            f"lower {key}.cpus_per_worker"
-        )
-    if placement.accelerator_type and placement.accelerator_type not in cluster.accelerators:
-        raise InputError(
-            f"{key}.accelerator_type: {placement.accelerator_type!r} is not there; the cluster has {cluster}"
-        )
-    wanted = placement.label_selector
-    if wanted and not any(
-        all(labels.get(name) == value for name, value in wanted.items()) for labels in cluster.labels
-    ):
-        raise InputError(f"{key}.label_selector: no node has {wanted}; the nodes have {list(cluster.labels)}")
-
-
-def count_slots(placement: Placement, cluster: Cluster) -> int:
-    """How many trials the cluster has room for at a time."""
-    gpus = count_gpus(placement, cluster)
-    slots = 0
-    for node in ray.nodes():
-        has, labels = node["Resources"], node.get("Labels", {})
-        if not node["Alive"] or any(labels.get(name) != value for name, value in placement.label_selector.items()):
-            continue
-        if placement.accelerator_type and f"accelerator_type:{placement.accelerator_type}" not in has:
-            continue
-        room = has.get("CPU", 0) // placement.cpus_per_worker
-        if gpus:
-            cards = has.get("GPU", 0)
-            room = min(room, cards * (1 // gpus) if gpus <= 1 else cards // gpus)
-        slots += int(room)
-    return slots
-
-
-def find_concurrency(concurrency: int | None, placement: Placement, cluster: Cluster) -> int:
-    """Trials at a time; raises InputError when there is no room for so many, saying what the cluster has."""
-    slots = count_slots(placement, cluster)
-    gpus = count_gpus(placement, cluster)
-    each = f"{placement.cpus_per_worker} CPU" + (f" and {gpus:g} GPU" if gpus else "")
-    if slots < (concurrency or 1):
-        raise InputError(
-            f"concurrency: {concurrency or 1} trials at a time with {each} each; the cluster ({cluster}) has room for "
-            f"{slots}; lower concurrency, placement.cpus_per_worker or placement.gpus_per_worker"
-        )
-    return concurrency or slots
+def beside_driver() -> dict[str, Any]:
+    """Options of a helper actor that must not be lost with a worker's node: it lives and dies with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 @contextmanager
 def listen(on_event: OnEvent) -> Iterator[Queue]:
     """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
-    inbox = Queue(actor_options={"num_cpus": 0})
+    inbox = Queue(actor_options=beside_driver())
     ended = threading.Event()
 
     def deliver() -> None:

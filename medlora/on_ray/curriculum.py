@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,6 @@ from medlora.lineage import (
     start_chain,
 )
 from medlora.quarantine import check_rows, describe_quarantine
-
-log = logging.getLogger("medlora.run")
 
 OnEvent = Any
 
@@ -50,11 +48,42 @@ def check_run(config: RunConfig, run: runs.RunFolder, redo: str | None) -> None:
             raise refuse(run, job, differences)
 
 
+@dataclass
+class Begun:
+    """A run that nothing is wrong with: its phases that stand, those that are left, and the chain to train on from."""
+
+    config: RunConfig
+    run: runs.RunFolder
+    redo: str | None
+    on_event: OnEvent
+    done: dict[str, dict[str, Any]]
+    left: list[PhaseConfig]
+    chain: tuple[Link, ...]
+    stages: dict[str, tuple[Link, ...]]
+    report: dict[str, Any] | None
+    """The report that stands where no phase is left."""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the run has come to where nothing is left to do."""
+        nothing_left = not self.left and (self.report is not None or self.config.evaluation is None)
+        return Outcome(self.done, self.report, worked=False) if nothing_left else None
+
+
 def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_event: OnEvent) -> Outcome:
     """Train what is not trained yet, score what is not scored yet; a phase that still stands is reused.
 
     The caller holds the run's lock. Raises InputError for what only the user can mend.
     """
+    begun = begin(config, run, redo, on_event)
+    if begun.outcome is not None:
+        return begun.outcome
+    with connect_for([begun]) as cluster:
+        return go_on(begun, cluster)
+
+
+def begin(config: RunConfig, run: runs.RunFolder, redo: str | None, on_event: OnEvent) -> Begun:
+    """Look at everything that can be wrong with a run before Ray is touched; raises InputError."""
     check_rows(config, run.quarantine)
     check_run(config, run, redo)
     known = runs.read_json(run.data)
@@ -80,44 +109,58 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
         done[phase.name] = manifest
         chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
         on_event({"event": "reused", "phase": phase.name})
-    if not left:
-        report = _find_report(config, run, stages)
-        if report or config.evaluation is None:
-            return Outcome(done, report, worked=False)
+    report = None if left else _find_report(config, run, stages)
+    return Begun(config, run, redo, on_event, done, left, chain, stages, report)
 
-    from medlora.on_ray.cluster import check_placement, connect
-    from medlora.on_ray.train import train_on_ray
+
+@contextmanager
+def connect_for(begun: Sequence[Begun]) -> Iterator[Any]:
+    """The cluster, when it can hold all that the runs have left; raises InputError for what it never can."""
+    from medlora.on_ray.cluster import connect
+    from medlora.on_ray.placement import check_placement
 
     started = time.monotonic()
     with connect() as cluster:
-        on_event(
-            {
-                "event": "cluster",
-                "text": str(cluster),
-                "started_here": cluster.started_here,
-                "seconds": time.monotonic() - started,
-            }
-        )
-        for phase in left:
-            check_placement(
-                phase.placement or config.placement,
-                cluster,
-                f"phases.{phase.name}.placement" if phase.placement else "placement",
-            )
-        for phase in left:
-            began = time.monotonic()
-            if manifest := _find_finished(config, run, phase, chain, done, redo):
-                on_event({"event": "reused", "phase": phase.name})
-            else:
-                manifest = train_on_ray(
-                    make_job(config, phase, chain), run, phase.placement or config.placement, cluster, on_event
-                )
-                seconds = manifest["seconds"]["all"]
-                around_s = time.monotonic() - began - seconds
-                on_event({"event": "finished", "phase": phase.name, "seconds": seconds, "around_s": around_s})
-            done[phase.name] = manifest
-            chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
-        report = _find_report(config, run, stages) or _evaluate(config, run, stages, done, cluster, on_event)
+        seconds = time.monotonic() - started
+        event = {"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": seconds}
+        for each in begun:
+            each.on_event(event)
+        for each in begun:
+            for phase in each.left:
+                key = f"phases.{phase.name}.placement" if phase.placement else "placement"
+                check_placement(phase.placement or each.config.placement, cluster, key)
+            if each.config.evaluation is not None:
+                placement, key = find_evaluation_placement(each.config)
+                check_placement(placement, cluster, key)
+        yield cluster
+
+
+def find_evaluation_placement(config: RunConfig) -> tuple[ActorPlacement, str]:
+    """Where stages are scored, and the key that says so."""
+    own = config.evaluation.placement if config.evaluation else None
+    placement = own or ActorPlacement.model_validate(config.placement.model_dump())
+    return placement, "evaluation.placement" if own else "placement"
+
+
+def go_on(begun: Begun, cluster: Any) -> Outcome:
+    """Train the phases that are left and score every stage."""
+    from medlora.on_ray.train import train_on_ray
+
+    config, run, on_event = begun.config, begun.run, begun.on_event
+    done, chain, stages = begun.done, begun.chain, begun.stages
+    for phase in begun.left:
+        began = time.monotonic()
+        if manifest := _find_finished(config, run, phase, chain, done, begun.redo):
+            on_event({"event": "reused", "phase": phase.name})
+        else:
+            placement = phase.placement or config.placement
+            manifest = train_on_ray(make_job(config, phase, chain), run, placement, cluster, on_event)
+            seconds = manifest["seconds"]["all"]
+            around_s = time.monotonic() - began - seconds
+            on_event({"event": "finished", "phase": phase.name, "seconds": seconds, "around_s": around_s})
+        done[phase.name] = manifest
+        chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+    report = _find_report(config, run, stages) or _evaluate(config, run, stages, done, cluster, on_event)
     return Outcome(done, report, worked=True)
 
 
@@ -183,15 +226,13 @@ def _evaluate(
     cluster: Any,
     on_event: OnEvent,
 ) -> dict[str, Any] | None:
-    from medlora.on_ray.cluster import check_placement
     from medlora.on_ray.evaluate import make_builder
     from medlora.on_ray.scoring import score_stages
 
     fingerprint, asked = _describe_evaluation(config, stages)
     if config.evaluation is None or fingerprint is None or asked is None:
         return None
-    placement = config.evaluation.placement or ActorPlacement.model_validate(config.placement.model_dump())
-    check_placement(placement, cluster, "evaluation.placement" if config.evaluation.placement else "placement")
+    placement, _ = find_evaluation_placement(config)
     if runs.find_differences(runs.read_json(run.evaluation / FINGERPRINT), fingerprint) or runs.read_manifest(
         run.evaluation
     ):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import socket
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -20,10 +21,9 @@ from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
 from medlora.evaluation import Asked, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link
-from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen, quiet_ray_data, ray
+from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
+from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.records import McqRecord, Prediction
-
-log = logging.getLogger("medlora.run")
 
 _WHOLE_TRIES = 2
 
@@ -115,17 +115,21 @@ def answer_on_ray(
     most = min(placement.workers, len(batches))
     least = min(placement.least_workers, most)
     refusals: list[str] = []
+    begun = threading.Event()
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "refused":
             refusals.append(event["text"])
+        elif event["event"] == "loading":
+            begun.set()
         else:
             on_event(event)
 
-    attempts = ray.remote(num_cpus=0)(Attempts).remote(most, placement.retries)
+    attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
     rows = [{"batch": json.dumps([[test, asdict(record)] for test, record in batch])} for batch in batches]
     failure: Exception | None = None
-    with listen(hear) as inbox, _stderr_to(log_file), warnings.catch_warnings():
+    waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
+    with listen(hear) as inbox, waiting, _stderr_to(log_file), warnings.catch_warnings():
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         asked = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -197,6 +201,7 @@ class BatchAnswerer:
         self, build: Callable[[], AnswersQuestions], stages: list[str], attempts: Any, retries: int, inbox: Any
     ) -> None:
         self.stages, self.attempts, self.retries, self.inbox = stages, attempts, retries, inbox
+        inbox.put({"event": "loading"})
         if not ray.get(attempts.begin_load.remote()):
             raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
         try:
@@ -205,6 +210,7 @@ class BatchAnswerer:
             inbox.put({"event": "refused", "text": str(error)})
             raise
         ray.get(attempts.end_load.remote())
+        self._note(f"an actor is ready on {socket.gethostname()}")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
         """One batch as JSON -> its predictions as JSON."""
@@ -254,15 +260,29 @@ class BatchAnswerer:
         self.inbox.put({"event": "note", "phase": "evaluation", "text": text})
 
 
+_REDIRECTED = threading.Lock()
+_redirections: list[int] = []
+
+
 @contextmanager
 def _stderr_to(log_file: Path) -> Iterator[None]:
-    """Send what Ray's C++ core writes to this process's stderr into a file: advice about actors no user can act on."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with log_file.open("ab") as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    """Send what Ray's C++ core writes to this process's stderr into a file: advice about actors no user can act on.
+
+    Of evaluations side by side the first one's file gets it all, until the last one has ended.
+    """
+    with _REDIRECTED:
+        if not _redirections:
+            sys.stderr.flush()
+            _redirections.append(os.dup(2))
+            with log_file.open("ab") as file:
+                os.dup2(file.fileno(), 2)
+        _redirections.append(0)
+    try:
+        yield
+    finally:
+        with _REDIRECTED:
+            _redirections.pop()
+            if len(_redirections) == 1:
+                kept = _redirections.pop()
+                os.dup2(kept, 2)
+                os.close(kept)

@@ -55,7 +55,7 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
         common = {"job": job.model_dump_json(), "source": source.model_dump_json(), "cwd": os.getcwd()}
         pieces = [
             {**common, "file": file, "start": start, "stop": stop, "part": str(folder / f"part-{n:05}.arrow")}
-            for n, (file, start, stop) in enumerate(cut_pieces(found, int(cluster.cpus) * _PIECES_PER_CPU))
+            for n, (file, start, stop) in enumerate(cut_pieces(found, max(1, int(cluster.cpus)) * _PIECES_PER_CPU))
         ]
         rows = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map(_write_piece)
         done = 0

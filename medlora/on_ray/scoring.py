@@ -24,8 +24,9 @@ from medlora.evaluation import (
     read_ledger,
     sort_predictions,
 )
-from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect
+from medlora.on_ray.cluster import Cluster, OnEvent, connect
 from medlora.on_ray.evaluate import AnswersQuestions, answer_on_ray, make_builder
+from medlora.on_ray.placement import check_placement
 from medlora.page import write_page
 from medlora.quarantine import write_quarantine
 from medlora.records import McqRecord

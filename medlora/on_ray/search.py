@@ -17,7 +17,8 @@ from typing import Any, Literal
 from medlora import runs
 from medlora.config import Placement
 from medlora.errors import InputError
-from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus
+from medlora.on_ray.cluster import Cluster, OnEvent
+from medlora.on_ray.placement import count_gpus
 from medlora.sweep_ledger import START, Ledger, Trial
 from medlora.sweep_population import WAIT, Proposal
 from medlora.sweep_search import Suggester

@@ -14,7 +14,8 @@ from medlora import runs
 from medlora.data_card import check_data, describe_findings, describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, find_obstacle, make_job, refuse, start_chain
-from medlora.on_ray.cluster import Cluster, OnEvent, check_placement, connect, count_gpus, find_concurrency, listen
+from medlora.on_ray.cluster import Cluster, OnEvent, connect, listen
+from medlora.on_ray.placement import check_placement, count_gpus, find_concurrency
 from medlora.on_ray.prepare import prepare_on_ray
 from medlora.on_ray.search import Halving, Search, search_on_ray
 from medlora.on_ray.sweep_scoring import score_best, score_once

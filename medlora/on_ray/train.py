@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import socket
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from medlora import runs
 from medlora.config import Placement
 from medlora.errors import InputError
 from medlora.lineage import PhaseJob
-from medlora.on_ray.cluster import Cluster, OnEvent, count_gpus, listen
+from medlora.on_ray.cluster import Cluster, OnEvent, listen
+from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
 from medlora.on_ray.prepare import prepare_on_ray
-
-log = logging.getLogger("medlora.run")
 
 
 def train_on_ray(
@@ -24,34 +24,49 @@ def train_on_ray(
     """Train one phase on the workers its placement asks for and return its manifest.
 
     A worker or node that dies costs one of `placement.retries`: the phase goes on from its last whole checkpoint, which
-    is ours (hashed, sealed by a manifest) rather than Ray's. An exception in the phase is raised at once, since it would
+    is ours (hashed, sealed by a manifest) rather than Ray's. A node that is drained (preempted) costs none: the phase
+    makes a checkpoint and goes on elsewhere. An exception in the phase is raised at once, since it would
     come again. Raises InputError for what only the user can mend.
     """
+    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+
+    class _Trainer(TorchTrainer):
+        """Leaves SIGINT alone where it cannot be caught: in the threads of runs side by side."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            if threading.current_thread() is threading.main_thread():
+                super()._register_sigint_handler(controller)
 
     prepare_on_ray(job, cluster, on_event)
     gpus = count_gpus(placement, cluster)
     folder = run.phase(job.phase.name)
     refusals: list[str] = []
+    begun, leaving = threading.Event(), threading.Event()
 
     def hear(event: dict[str, Any]) -> None:
+        begun.set()
         if event["event"] == "refused":
             refusals.append(event["text"])
+        elif event["event"] == "leaving":
+            leaving.set()
         else:
             on_event(event)
 
-    each = f"{placement.cpus_per_worker} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    def tell(text: str) -> None:
+        on_event({"event": "note", "phase": job.phase.name, "text": text})
+
     count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
-    on_event({"event": "note", "phase": job.phase.name, "text": f"starting {count} with {each} each"})
+    text = f"starting {count} with {describe_worker(placement, gpus)} each"
+    on_event({"event": "note", "phase": job.phase.name, "text": text})
     attempts = 0
     failure: Exception | None = None
     with listen(hear) as inbox:
         while True:
             # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
-            trainer = TorchTrainer(
+            trainer = _Trainer(
                 _train_loop,
                 train_loop_config={
                     "job": job.model_dump(mode="json"),
@@ -59,6 +74,7 @@ def train_on_ray(
                     "inbox": inbox,
                     "cwd": os.getcwd(),
                     "gpu": gpus > 0,
+                    "say_host": cluster.nodes > 1,
                 },
                 scaling_config=ScalingConfig(
                     num_workers=placement.workers,
@@ -68,22 +84,32 @@ def train_on_ray(
                     label_selector=placement.label_selector or None,
                 ),
                 torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-                run_config=RayRunConfig(name=f"{job.phase.name}-{uuid.uuid4().hex[:8]}", storage_path=str(run.ray)),
+                run_config=RayRunConfig(
+                    name=f"{job.phase.name}-{uuid.uuid4().hex[:8]}",
+                    storage_path=str(run.ray),
+                    # Retries are ours: Ray's would take a worker that has left for one that has finished.
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                ),
             )
+            begun.clear()
             try:
-                trainer.fit()
-                break
+                with say_while_waiting(placement, gpus, placement.workers, job.phase.name, begun.is_set, on_event):
+                    trainer.fit()
+                if not leaving.is_set():
+                    break
+                tell("its node is about to be taken away: goes on from the checkpoint just made, on another")
+            except PreemptionError:
+                tell("its node was taken away before a step had ended: goes on from the last checkpoint")
             except WorkerGroupError as error:
                 died = _find_deaths(error)
                 if not died or attempts == placement.retries:
                     failure = error
                     break
                 attempts += 1
-                text = f"{died}; attempt {attempts} of {placement.retries} to go on from the last checkpoint"
-                log.warning("phase %s: %s", job.phase.name, text)
-                on_event({"event": "note", "phase": job.phase.name, "text": text})
+                tell(f"{died}; attempt {attempts} of {placement.retries} to go on from the last checkpoint")
             finally:
                 runs.remove(run.ray)
+            leaving.clear()
     if refusals:
         raise InputError(refusals[0])
     if failure is not None:
@@ -106,8 +132,20 @@ def _find_deaths(error: Any) -> str:
     return f"worker {', '.join(map(str, sorted(dead)))} died" if dead else ""
 
 
+def _is_leaving() -> bool:
+    """Whether Ray has told this worker that a node of its group is drained.
+
+    `ray.train.get_preemption_info` would say so too, by way of an actor that every step would wait for and that may be on
+    the node that goes.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
 def _train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: rebuild the job from plain values and hand it to `run_phase`."""
+    import ray.train
     import torch.distributed as dist
 
     alone = dist.get_world_size() == 1
@@ -118,16 +156,23 @@ def _train_loop(config: dict[str, Any]) -> None:
         dist.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
+    from medlora.callbacks import Leaving
     from medlora.phases import run_phase
 
     inbox = config["inbox"]
+    if config["say_host"]:
+        text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
+        inbox.put({"event": "note", "phase": config["job"]["phase"]["name"], "text": text})
     try:
         run_phase(
             PhaseJob.model_validate(config["job"]),
             runs.PhaseFolder(Path(config["folder"])),
             inbox.put,
             "cuda" if config["gpu"] else "cpu",
+            is_leaving=_is_leaving,
         )
+    except Leaving:
+        inbox.put({"event": "leaving"})
     except InputError as error:
         inbox.put({"event": "refused", "text": str(error)})
         if not alone:

@@ -1,0 +1,204 @@
+"""Where work lands on a cluster of several nodes, and what is left of it when one of them goes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from test_evaluate_on_ray import ask, journal, ray_cluster, score  # noqa: F401
+from test_on_ray import finish, start, wait_for_step, write_config
+from tiny_run import configure, run_all, weights
+
+from medlora import runs
+from medlora.config import RunConfig
+from medlora.evaluation import PREDICTIONS
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+class AddedNode:
+    """A raylet of its own beside the session's cluster, with one CPU and the label pool=`pool`."""
+
+    def __init__(self, env: dict[str, str], pool: str, name: str, more: tuple[str, ...] = ()) -> None:
+        self.env, self.name = env, name
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        labels = f"pool={pool},name={name}"
+        command = [RAY, "start", f"--address={env['RAY_ADDRESS']}", "--block", "--num-cpus=1", f"--labels={labels}"]
+        self.process = subprocess.Popen(
+            [*command, *more], env=env, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        end = time.monotonic() + 60
+        while self.raylet is None or "Ray runtime started" not in self.read_log():
+            assert self.process.poll() is None and time.monotonic() < end, self.read_log()
+            time.sleep(0.2)
+
+    def read_log(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode()
+
+    @property
+    def raylet(self) -> psutil.Process | None:
+        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        found = [child for child in children if child.name() == "raylet"]
+        return found[0] if found else None
+
+    def holds(self, pid: int) -> bool:
+        """Whether a process is one of this node's workers."""
+        raylet = self.raylet
+        return raylet is not None and pid in [child.pid for child in raylet.children(recursive=True)]
+
+    def remove(self) -> None:
+        """Kill everything of the node at once, as a machine that is gone."""
+        if self.process.poll() is None:
+            processes = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+            for process in processes:
+                process.kill()
+        self.process.wait(timeout=30)
+
+
+@contextmanager
+def add_nodes(env: dict[str, str], *nodes: tuple[str, ...]) -> Iterator[list[AddedNode]]:
+    """Nodes by pool, name and more arguments of `ray start`; gone at the end."""
+    added: list[AddedNode] = []
+    try:
+        for pool, name, *more in nodes:
+            added.append(AddedNode(env, pool, name, tuple(more)))
+        yield added
+    finally:
+        for node in added:
+            node.remove()
+
+
+def one_phase(bases: dict[str, str], data: Path, steps: int, every: int = 20) -> RunConfig:
+    config = configure(
+        bases["gemma"], data, p00={"max_steps": steps, "checkpoint_every_steps": every, "log_every_steps": 1}
+    )
+    return config.model_copy(update={"phases": config.phases[:1]})
+
+
+def worker_pid(run: Path) -> int:
+    pid: int = runs.read_json(run / "phases" / ".00.lock.json")["pid"]
+    return pid
+
+
+def recover(run: Path, process: subprocess.Popen[str], step: int, disturb: Callable[[], None], what: str) -> int:
+    """Disturb a run at that step or later and wait until it is there again; returns where it was disturbed."""
+    wait_for_step(run, "00", step, process)
+    pid, began = worker_pid(run), time.monotonic()
+    disturb()
+    metrics = runs.RunFolder(run).phase("00").metrics
+    time.sleep(0.1)
+    lost = max(row["step"] for row in runs.read_json_lines(metrics))
+    while worker_pid(run) == pid or max((row["step"] for row in runs.read_json_lines(metrics)), default=0) < lost:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    print(f"{what} at step {lost}: step {lost} was reached again after {time.monotonic() - began:.0f} s")
+    return lost
+
+
+def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_of_its_node(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    config = one_phase(bases, data, 300, every=150)
+    run_all(config, tmp_path / "undisturbed", ("00",))
+    run = tmp_path / "run"
+    selected = "placement={label_selector: {pool: spot}, retries: 1}"
+    with add_nodes(cluster, ("spot", "a"), ("spot", "b"), ("spot", "c")) as nodes:
+
+        def find_node() -> AddedNode:
+            (node,) = [node for node in nodes if node.holds(worker_pid(run))]
+            return node
+
+        def drain() -> None:
+            raylet = find_node().raylet
+            assert raylet is not None
+            node_id = re.search(r"--node[_-]id=(\w+)", " ".join(raylet.cmdline()))
+            assert node_id, raylet.cmdline()
+            notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+            command = [RAY, "drain-node", "--address", cluster["RAY_ADDRESS"], "--node-id", node_id[1], *notice]
+            subprocess.run([*command, "--deadline-remaining-seconds", "120"], env=cluster, check=True)
+
+        driver = start(write_config(config, tmp_path / "c.yaml"), run, cluster, "--set", selected)
+        wait_for_step(run, "00", 1, driver)
+        first = find_node()
+        recover(run, driver, 40, drain, "node drained")
+        second = find_node()
+        assert second is not first
+        first.remove()
+        lost = recover(run, driver, 160, lambda: find_node().remove(), "node removed")
+        assert find_node() not in (first, second)
+        out, _ = finish(driver)
+    assert "its node is about to be taken away: goes on from the checkpoint just made, on another" in out
+    assert "worker 0 died; attempt 1 of 1" in out  # the notice before it cost no retry
+    noticed, resumed = map(int, re.findall(r"goes on from step (\d+) of 300", out))
+    assert 40 <= noticed < 150, "only a checkpoint made on notice lies there: the config's own is made at 150"
+    assert resumed == 150 <= lost
+    steps = [row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase("00").metrics)]
+    assert steps == list(range(1, 301))
+    assert weights(run, "00") == weights(tmp_path / "undisturbed", "00")
+
+
+def test_an_evaluation_survives_the_loss_of_a_node(
+    cluster: dict[str, str],
+    ray_cluster: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    score(tmp_path / "quiet", ask(30), ray_cluster, actors=1)
+    with add_nodes(cluster, ("spot", "a"), ("spot", "b")) as nodes:
+        removed: list[float] = []
+
+        def remove_one() -> None:
+            while not (tmp_path / "e.journal").exists() or len(journal(tmp_path / "e", "ask")) < 6:
+                time.sleep(0.05)
+            last = int(journal(tmp_path / "e", "ask")[-1][2])
+            (node,) = [node for node in nodes if node.holds(last)]
+            node.remove()
+            removed.append(time.monotonic())
+
+        remover = threading.Thread(target=remove_one, daemon=True)
+        remover.start()
+        score(
+            tmp_path / "e", ask(30), ray_cluster, actors=2, pause_s=0.5, size=2, min_actors=1, labels={"pool": "spot"}
+        )
+        remover.join(timeout=10)
+    assert removed
+    print(f"node removed in an evaluation of 30 questions: it ended {time.monotonic() - removed[0]:.0f} s later")
+    assert (tmp_path / "e" / PREDICTIONS).read_bytes() == (tmp_path / "quiet" / PREDICTIONS).read_bytes()
+
+
+def test_what_must_wait_for_room_says_so(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    """A phase whose kind of node is taken by another run waits for it, and says for what."""
+    with add_nodes(cluster, ("only", "a")):
+        selected = ("--set", "placement.label_selector={pool: only}")
+        first = start(
+            write_config(one_phase(bases, data, 5000), tmp_path / "c.yaml"), tmp_path / "first", cluster, *selected
+        )
+        wait_for_step(tmp_path / "first", "00", 1, first)
+        code = "import sys; sys.path.insert(0, 'jobs'); import medlora.on_ray.placement as p; p.NOTE_EVERY_S = 2.0; "
+        code += "import curriculum; sys.exit(curriculum.main())"
+        config = write_config(one_phase(bases, data, 4), tmp_path / "d.yaml")
+        command = [sys.executable, "-c", code, "--config", config, "--run-dir", tmp_path / "second", *selected]
+        second = subprocess.Popen(
+            list(map(str, command)), env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).resolve().parent.parent,
+        )  # fmt: skip
+        log, end = tmp_path / "second" / "run.log", time.monotonic() + 120
+        while not (log.exists() and "waiting for" in log.read_text()):
+            assert second.poll() is None and first.poll() is None and time.monotonic() < end
+            time.sleep(0.2)
+        first.kill()
+        first.communicate()
+        finish(second)
+    asked = "00  waiting for 1 worker with 1 CPU on a node with pool=only each"
+    assert re.search(asked + r" \(\d+ s\); free now: .*1 x 0 CPUs, 0 GPUs, name=a pool=only", log.read_text())
