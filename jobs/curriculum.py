@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="override a key, e.g. phases.01.epochs=2; repeatable",
     )
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: <storage.folder>/<name>)"
+        "--run-dir", metavar="DIR", help="the run's folder or s3:// URI (default: <storage.folder>/<name>)"
     )
     parser.add_argument("--redo", metavar="PHASE", help="train this phase again; the old one is set aside")
     return parser.parse_args(argv)
@@ -41,18 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     from medlora.errors import InputError
 
     try:
-        from medlora import runs
+        from medlora import runs, storage
         from medlora.config_file import load
         from medlora.lineage import check_inputs
 
         config = load(arguments.config, arguments.overrides)
         check_inputs(config)
-        folder = arguments.run_dir or Path(config.storage.folder) / config.name
-        run = runs.open_run(runs.find_home(folder))
+        where = arguments.run_dir or storage.join(config.storage.folder, config.name)
+        run = runs.open_run(storage.find_copy(where, config.storage.cache))
         from medlora.display import Display, print_report
 
         with (
             runs.hold(run.lock, f"run {run.root}"),
+            storage.hold(run.root),
             runs.log_to((logging.getLogger("medlora.run"), run.log)),
             Display() as display,
         ):
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
             outcome = run_curriculum(config, run, arguments.redo, display.show)
         print_report(outcome.report, outcome.worked)
-        print(f"run: {run.root}")
+        print(f"run: {storage.name_place(run.root)}")
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)

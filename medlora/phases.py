@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.callbacks import Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle, PhaseConfig
@@ -53,6 +53,7 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
     transformers.logging.set_verbosity_error()
     with holding, logging_to:
         torch.set_num_threads(job.threads)
+        _pull(job, folder, world, main)
         try:
             return _run(job, folder, report if main else lambda event: None, device, world, main)
         except (OSError, RuntimeError) as error:
@@ -65,6 +66,16 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
             raise
         finally:
             clear_memory()
+
+
+def _pull(job: PhaseJob, folder: runs.PhaseFolder, world: int, main: bool) -> None:
+    """Fetch the phase so far and its parents where the run is in a store, rank 0 first: workers may share a machine."""
+    for turn in (True, False):
+        if main == turn:
+            for part in (folder.root, *(Path(link.folder) for link in job.parent)):
+                storage.pull(part)
+        if world > 1:
+            dist.barrier()
 
 
 def _run(
@@ -135,8 +146,12 @@ def _run(
             log.info("switches from full to normal prompts after %d steps: %s", result["steps"], why)
     best = None
     if phase.validation and phase.validation.keep_best:
+        if main:
+            storage.push(folder.root)
         if world > 1:
             dist.barrier()
+        if not main:
+            storage.pull(folder.best)
         load_adapter_weights(model, phase.name, folder.best)
         scored = [row for row in runs.read_json_lines(folder.validation) if row.get("best")]
         best = scored[-1] if scored else None
@@ -283,4 +298,5 @@ def _finish(
     }
     manifest = runs.commit(folder.root, about, passing=(folder.checkpoints, folder.best))
     runs.remove(folder.checkpoints, folder.best)
+    storage.push(folder.root)
     return manifest

@@ -26,6 +26,7 @@ LAYERS = {
             "answers",
             "scores",
             "runs",
+            "storage",
             "mixture",
             "overlap",
             "personal",
