@@ -20,6 +20,7 @@ from medlora.data_card import describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.mixture import derive_seed
+from medlora.object_store import is_store
 from medlora.quarantine import describe_quarantine
 from medlora.records import McqRecord, Prediction
 from medlora.sources import hash_records
@@ -94,7 +95,7 @@ def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple
 
 def _find_run(folder: str, cache: str | None) -> Path:
     """Where a finished run is read: its folder, or a copy of what is in a store, apart from the one it is trained in."""
-    if storage.is_store(folder):
+    if is_store(folder):
         return storage.find_copy(folder, cache, "read")
     return Path(folder).expanduser().absolute()
 

@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from medlora.errors import InputError
+from medlora.object_store import is_store, open_store
 from medlora.row_formats import Broken, Row, decode_line, read_array, read_csv, read_lines
-from medlora.storage import is_store, open_store
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 PACKED = (".gz", ".zst")

@@ -79,7 +79,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **CANARIES}
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
-    head = ["--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=2", f"--temp-dir={folder}"]
+    head = [
+        "--head",
+        "--block",
+        "--port=0",
+        "--dashboard-port=0",
+        "--dashboard-agent-listen-port=0",
+        "--num-cpus=2",
+        f"--temp-dir={folder}",
+    ]
     log = (folder / "head.log").open("w")
     # `ray stop` would end every Ray of the machine, the developer's own too: this one ends with its process group.
     process = subprocess.Popen(

@@ -27,6 +27,8 @@ LAYERS = {
             "scores",
             "runs",
             "storage",
+            "run_lock",
+            "object_store",
             "mixture",
             "overlap",
             "personal",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store_server import BUCKET, Rule, Store
+import yaml
+from store_server import BUCKET, Rule, Store, run_env
 
-from medlora import runs, storage
+from medlora import object_store, run_lock, runs, storage
 from medlora.errors import InputError
+from medlora.object_store import Objects
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,8 +37,9 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     server.seen.clear()
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_WAITS_S", (0.01, 0.01, 0.01, 0.01))
-    monkeypatch.setattr(storage, "SETTLE_S", 0.05)
+    monkeypatch.setattr(object_store, "WAITS_S", (0.01, 0.01, 0.01, 0.01))
+    monkeypatch.setattr(run_lock, "SETTLE_S", 0.05)
+    monkeypatch.setattr(storage, "SEEN_WAIT_S", 0.05)
     return server
 
 
@@ -131,29 +136,27 @@ def test_one_driver_has_a_run_and_a_dead_one_does_not_keep_it(
         ):
             pass
     assert [name for name in store.list(key(uri, "")) if "lock" in name] == []
-    code = f"from medlora import storage; from pathlib import Path; storage._take_lock(storage._Copy.of(Path({str(here)!r})))"
+    code = f"from medlora.run_lock import take_lock as t; from medlora.object_store import Objects; t(Objects.open({uri!r}))"
     subprocess.run([sys.executable, "-c", code], check=True)  # ends without giving the lock back
     with storage.hold(there):
         assert (there / "run.json").is_file()  # pulled
     # From another machine nobody sees that the process is dead: its lock falls with age, by the store's clock.
     subprocess.run([sys.executable, "-c", code], check=True)
-    monkeypatch.setattr(storage, "_name_machine", lambda: "another")
+    monkeypatch.setattr(run_lock, "_name_machine", lambda: "another")
     with pytest.raises(InputError, match="is in use"), storage.hold(there):
         pass
-    monkeypatch.setattr(storage, "EXPIRY_S", 1.0)
+    monkeypatch.setattr(run_lock, "EXPIRY_S", 1.0)
     time.sleep(2)
     with storage.hold(there):
         pass
 
 
 def test_who_lost_the_lock_writes_nothing_more(store: Store, tmp_path: Path, uri: str) -> None:
-    here, there = machine(tmp_path, "one", uri), machine(tmp_path, "two", uri)
+    here = machine(tmp_path, "one", uri)
     with pytest.raises(InputError, match="has taken this run over; nothing more is written"), storage.hold(here):
         fill(here, {"run.json": "first"})
         storage.push(here)
-        taken = storage._Copy.of(there)
-        assert taken is not None
-        taken.write("lock.json", lambda: __import__("io").BytesIO(storage._describe_me("other")))
+        Objects.open(uri).write(run_lock.LOCK, run_lock.describe_me("other"))
         fill(here, {"run.json": "second"})
     assert store.read(key(uri, "run.json")) == b"first"
     assert json.loads(store.read(key(uri, "lock.json")))["token"] == "other"
@@ -163,9 +166,12 @@ def test_a_folder_of_others_in_the_store_is_no_run(store: Store, tmp_path: Path,
     stranger = machine(tmp_path, "one", uri)
     fill(stranger, {"thesis.doc": "x"})
     storage.push(stranger)
-    with pytest.raises(InputError, match=r"holds other files \(thesis.doc\) and is no medlora run"):
-        with storage.hold(machine(tmp_path, "two", uri)):
-            pass
+    other = machine(tmp_path, "two", uri)
+    with (
+        pytest.raises(InputError, match=r"holds other files \(thesis.doc\) and is no medlora run"),
+        storage.hold(other),
+    ):
+        pass
     assert store.list(key(uri, "")) == [key(uri, "thesis.doc")]
 
 
@@ -270,3 +276,70 @@ def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_b
     assert {"00/manifest.json", "00/adapter/adapter_model.safetensors", "01/manifest.json"} <= kept
     whole = store.read(key(uri, "phases/01/adapter/adapter_model.safetensors"))
     assert whole == weights(finished, "01")
+
+
+def run_job(job: str, env: dict[str, str], *arguments: str, code: int = 0) -> str:
+    command = [sys.executable, f"jobs/{job}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_a_curriculum_and_an_evaluation_live_in_the_store(
+    store: Store, bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, uri: str
+) -> None:
+    from tiny_run import configure, weights
+
+    config = configure(bases["gemma"], data).model_dump(mode="json")
+    config["phases"] = config["phases"][:2]
+    shutil.copy(data / "mcq.jsonl", tmp_path / "test.jsonl")
+    config["evaluation"] = {"tests": [{"name": "mcq", "source": str(tmp_path / "test.jsonl")}]}
+    config["storage"] = {"folder": uri, "cache": None}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    arguments = ("--config", str(tmp_path / "c.yaml"))
+    home, other = tmp_path / "home", tmp_path / "other"
+    sockets = tempfile.mkdtemp(prefix="ml")
+    try:
+        env = {**run_env(store, home), "RAY_TMPDIR": sockets}
+        store.rule = fail("503", "optimizer.pt", 2)
+        assert f"run: {uri}/tiny\n" in run_job("curriculum", env, *arguments)
+        for phase in ("00", "01"):
+            name = f"tiny/phases/{phase}/adapter/adapter_model.safetensors"
+            assert store.read(key(uri, name)) == weights(finished, phase)
+        kept = store.list(key(uri, "tiny/"))
+        assert {key(uri, f"tiny/{name}") for name in ("run.json", "run.log", "data.json", "config.yaml")} <= set(kept)
+        assert key(uri, "tiny/evaluation/report.html") in kept and key(uri, "tiny/evaluation/manifest.json") in kept
+        assert not [
+            name for name in kept if "lock" in name or "ledger" in name or re.search("checkpoint-.*[^/]$", name)
+        ]
+        # Another machine finds all of it done; a difference is refused there as it is here.
+        stranger = {**env, "HOME": str(other)}
+        assert "everything is done already" in run_job("curriculum", stranger, *arguments)
+        said = run_job("curriculum", stranger, *arguments, "--set", "phases.01.learning_rate=5e-3", code=2)
+        assert "phases.01.learning_rate: was 0.01, now 0.005" in said
+
+        evaluate = {
+            "name": "scored",
+            "base": config["base"],
+            "stages": [f"{uri}/tiny:base,01"],
+            "evaluation": {**config["evaluation"], "batch_size": 8},
+        }
+        (tmp_path / "e.yaml").write_text(yaml.safe_dump(evaluate), encoding="utf-8")
+        chosen = ("--config", str(tmp_path / "e.yaml"), "--out", f"{uri}/scored")
+        assert f"evaluation: {uri}/scored\n" in run_job("evaluate_mcq", stranger, *chosen)
+        assert store.read(key(uri, "scored/predictions.parquet"))[:4] == b"PAR1"
+        assert "everything is done already" in run_job("evaluate_mcq", env, *chosen)
+        said = run_job("evaluate_mcq", env, *chosen, "--set", "seed=1", code=2)
+        assert "holds another evaluation" in said
+    finally:
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+def test_a_store_that_denies_ends_a_run_with_one_message(store: Store, data: Path, tmp_path: Path, uri: str) -> None:
+    phase = {"name": "00", "chain": "new", "sources": [{"source": str(data / "text.jsonl")}]}
+    config = {"name": "x", "base": {"model": "miniature"}, "phases": [phase], "storage": {"folder": uri}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    store.rule = lambda method, path, count: "403"
+    said = run_job("curriculum", run_env(store, tmp_path), "--config", str(tmp_path / "c.yaml"), code=2)
+    assert f"{uri}/x" in said and "ACCESS_DENIED" in said and said.startswith("medlora: ")
