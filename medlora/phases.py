@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ def run_phase(job: PhaseJob, folder: runs.PhaseFolder, report: Report, device: s
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
     )
-    folder.root.mkdir(parents=True, exist_ok=True)
-    logging_to = runs.log_to(*sinks) if main else nullcontext()
     transformers.logging.set_verbosity_error()
-    with holding, logging_to:
-        torch.set_num_threads(job.threads)
+    with ExitStack() as stack:
+        stack.enter_context(holding)
+        # Before the logs are opened: what is pulled replaces them.
         _pull(job, folder, world, main)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(runs.log_to(*sinks) if main else nullcontext())
+        torch.set_num_threads(job.threads)
         try:
             return _run(job, folder, report if main else lambda event: None, device, world, main)
         except (OSError, RuntimeError) as error:

@@ -264,6 +264,8 @@ def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_b
     manifest = run_all(config, there, ("00",))["00"]
     assert manifest["segments"][0]["resumed_from_step"] == 2
     assert weights(there, "00") == weights(finished, "00")
+    log = store.read(key(uri, "phases/00/phase.log")).decode()
+    assert "normal goes on from step 2 of" in log and log.count("phase 00 (new) on") == 2
     # The next phase, on a third machine, finds its parent in the store.
     third = machine(tmp_path, "three", uri)
     storage.pull(third, passing=("checkpoints",))
