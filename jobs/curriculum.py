@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="override a key, e.g. phases.01.epochs=2; repeatable",
     )
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: <storage.folder>/<name>)"
+        "--run-dir", metavar="DIR", help="the run's folder or s3:// URI (default: <storage.folder>/<name>)"
     )
     parser.add_argument("--redo", metavar="PHASE", help="train this phase again; the old one is set aside")
     arguments = parser.parse_args(argv)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     from medlora.errors import InputError
 
     try:
-        from medlora import runs
+        from medlora import runs, storage
         from medlora.config_file import load
         from medlora.lineage import check_inputs
 
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         configs = [load(path, arguments.overrides) for path in arguments.config]
         for config in configs:
             check_inputs(config)
-        folders = [
-            runs.open_run(runs.find_home(arguments.run_dir or Path(config.storage.folder) / config.name))
-            for config in configs
-        ]
+        folders = []
+        for config in configs:
+            where = arguments.run_dir or storage.join(config.storage.folder, config.name)
+            folders.append(runs.open_run(storage.find_copy(where, config.storage.cache)))
         from medlora.display import Display, print_report
 
         if len(configs) > 1:
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         (config,), (run,) = configs, folders
         with (
             runs.hold(run.lock, f"run {run.root}"),
+            storage.hold(run.root),
             runs.log_to((logging.getLogger("medlora.run"), run.log)),
             Display() as display,
         ):
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
             outcome = run_curriculum(config, run, arguments.redo, display.show)
         print_report(outcome.report, outcome.worked)
-        print(f"run: {run.root}")
+        print(f"run: {storage.name_place(run.root)}")
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int:
     """Runs side by side; everything that can be wrong with any of them is said before one starts."""
-    from medlora import runs
+    from medlora import runs, storage
     from medlora.display import Display, print_reports
     from medlora.errors import InputError
     from medlora.on_ray.curriculum import begin
@@ -111,6 +112,7 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
         begun = []
         for config, run in zip(configs, folders, strict=True):
             held.enter_context(runs.hold(run.lock, f"run {run.root}"))
+            held.enter_context(storage.hold(run.root))
             held.enter_context(runs.log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
             begun.append(begin(config, run, None, Display(name=run.name, beside=first).show))
         ends = run_side_by_side(begun)
@@ -121,7 +123,7 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
         bool(failed) or any(end.worked for end in outcomes.values()),
     )
     for run in folders:
-        print(f"run: {run.root}" + (" (failed)" if run.name in failed else ""))
+        print(f"run: {storage.name_place(run.root)}" + (" (failed)" if run.name in failed else ""))
     for name, error in failed.items():
         if not isinstance(error, InputError):
             traceback.print_exception(error)

@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key; repeatable"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the folder to write (default: <storage.folder>/<name>)"
+        "--out", metavar="DIR", help="the folder or s3:// URI to write (default: <storage.folder>/<name>)"
     )
     parser.add_argument(
         "--force", action="store_true", help="score adapters made for another base or prompt style; the report says so"
@@ -38,22 +38,22 @@ def main(argv: list[str] | None = None) -> int:
     from medlora.errors import InputError
 
     try:
-        from medlora import runs
+        from medlora import runs, storage
         from medlora.evaluation import FINGERPRINT, check_evaluation, find_report, load_evaluate_config, refuse_other
 
         config = load_evaluate_config(arguments.config, arguments.overrides)
         plan = check_evaluation(config, arguments.force)
-        out = runs.open_run(
-            runs.find_home(arguments.out or Path(config.storage.folder) / config.name), mark=FINGERPRINT
-        )
-        refuse_other(out.root, plan.fingerprint)
+        where = arguments.out or storage.join(config.storage.folder, config.name)
+        out = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
         from medlora.display import Display, print_report
 
         with (
             runs.hold(out.lock, f"evaluation {out.root}"),
+            storage.hold(out.root, mark=FINGERPRINT),
             runs.log_to((logging.getLogger("medlora.run"), out.log)),
             Display() as display,
         ):
+            refuse_other(out.root, plan.fingerprint)
             report = find_report(out.root, plan.fingerprint)
             worked = report is None
             if report is None:
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
                 report = run_evaluation(config, plan, out, display.show)
         print_report(report, worked)
-        print(f"evaluation: {out.root}")
+        print(f"evaluation: {storage.name_place(out.root)}")
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key; repeatable"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's folder (default: <storage.folder>/<name>)")
+    parser.add_argument("--out", metavar="DIR", help="the sweep's folder (default: <storage.folder>/<name>)")
     parser.add_argument(
         "--final-test", action="store_true", help="at the end score the winner on the run config's tests, once"
     )
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         from medlora import runs
+        from medlora.object_store import is_store
         from medlora.sweep import FINGERPRINT, LEDGER, load_sweep_config
         from medlora.sweep_checks import check_sweep, refuse_other
         from medlora.sweep_ledger import Ledger
@@ -46,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         plan = check_sweep(config)
         if arguments.final_test and plan.run.evaluation is None:
             raise InputError(f"--final-test: {config.config} has no evaluation; name the tests there")
-        folder = runs.open_run(
-            runs.find_home(arguments.out or Path(config.storage.folder) / config.name), mark=FINGERPRINT
-        )
+        where = str(arguments.out or Path(config.storage.folder) / config.name)
+        if is_store(config.storage.folder) or is_store(where):
+            raise InputError(
+                "storage.folder: a sweep needs a folder, or a mount that every node sees; its runs may read from stores"
+            )
+        folder = runs.open_run(runs.find_home(Path(where)), mark=FINGERPRINT)
         refuse_other(folder.root, plan)
         from medlora.sweep_display import SweepDisplay, print_sweep
         from medlora.sweep_report import find_summary

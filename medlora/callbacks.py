@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.chains import save_adapter
 from medlora.config import PhaseConfig
 from medlora.encoding import Row
@@ -175,13 +175,18 @@ class MCQValidationCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Seals each checkpoint with a manifest once every worker has written its part."""
+    """Seals each checkpoint with a manifest once every worker has written its part, and takes it to the run's store."""
+
+    def __init__(self, folder: runs.PhaseFolder) -> None:
+        self.folder = folder
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.world_size > 1:
-            dist.barrier()
+            _gather_random_states(checkpoint, args)
         if state.is_world_process_zero:
-            runs.commit(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", {"step": state.global_step})
+            runs.commit(checkpoint, {"step": state.global_step})
+            storage.push(self.folder.root)
 
 
 class Leaving(Exception):
@@ -213,3 +218,13 @@ class LeaveCallback(TrainerCallback):
         if self.noticed:
             log.warning("leaves its node after step %d, with a checkpoint", state.global_step)
             raise Leaving
+
+
+def _gather_random_states(checkpoint: Path, args: TrainingArguments) -> None:
+    """Bring what each worker wrote on its own machine to rank 0; also a barrier."""
+    own = checkpoint / f"rng_state_{args.process_index}.pth"
+    written: list[Any] = [None] * args.world_size
+    dist.all_gather_object(written, (own.name, own.read_bytes()))
+    for name, content in written if args.process_index == 0 else ():
+        if not (checkpoint / name).is_file():
+            runs.write_bytes(checkpoint / name, content)

@@ -220,9 +220,10 @@ class Storage(Section):
     """Where things are kept."""
 
     folder: str = "runs"
-    """The folder of all runs; on a cluster, a mount that every node sees."""
+    """The folder of all runs; on a cluster, a mount that every node sees, or `s3://bucket/folder` or `gs://bucket/folder`.
+    Endpoint and credentials of a store come from the environment."""
     cache: str | None = None
-    """Where a miniature base is kept; unset = `~/.cache/medlora`."""
+    """Where a miniature base, tokens and working copies of runs in a store are kept; unset = `~/.cache/medlora`."""
 
 
 class RunConfig(Section):

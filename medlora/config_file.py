@@ -37,9 +37,34 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_VALUES = 100_000
+"""More than any config has; aliases of aliases make billions of a few lines."""
+
+
 def read_yaml(text: str) -> Any:
-    """YAML text as plain values, with YAML 1.2 numbers; raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    """YAML text as plain values, with YAML 1.2 numbers; raises yaml.YAMLError, also for aliases that grow without bound."""
+    try:
+        values = _count_values(yaml.compose(text, _Loader), {})
+        if values > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or an alias holds itself") from None
+
+
+def _count_values(node: yaml.Node | None, known: dict[yaml.Node, int]) -> int:
+    """How many values a node stands for once every alias is written out."""
+    if node in known:
+        return known[node]
+    inside: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inside = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inside = [part for pair in node.value for part in pair]
+    count = 1 + sum(_count_values(part, known) for part in inside)
+    if node is not None:
+        known[node] = count
+    return count
 
 
 def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from medlora import prompts, runs
+from medlora import prompts, runs, storage
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, Storage
 from medlora.config_file import load
 from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
@@ -20,6 +20,7 @@ from medlora.data_card import describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.mixture import derive_seed
+from medlora.object_store import is_store
 from medlora.quarantine import describe_quarantine
 from medlora.records import McqRecord, Prediction
 from medlora.sources import hash_records
@@ -67,21 +68,22 @@ def find_stages(config: EvaluateConfig) -> dict[str, tuple[Link, ...]]:
     """The stages by name, each adapter found; raises InputError naming the key of what is not there or there twice."""
     stages: dict[str, tuple[Link, ...]] = {}
     for i, stage in enumerate(config.stages):
-        for name, chain in _expand(stage, f"stages.{i}"):
+        for name, chain in _expand(stage, f"stages.{i}", config.storage.cache):
             if name in stages:
                 raise InputError(f"stages.{i}: there is a stage {name!r} already; give it another name")
             stages[name] = chain
     return stages
 
 
-def _expand(stage: str | StageConfig, key: str) -> list[tuple[str, tuple[Link, ...]]]:
+def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple[str, tuple[Link, ...]]]:
     if isinstance(stage, StageConfig):
         links = [
             _find_link(f"{stage.name}-{j}", folder, f"{key}.adapters.{j}") for j, folder in enumerate(stage.adapters)
         ]
         return [(stage.name, tuple(links))]
     folder, colon, names = stage.rpartition(":")
-    run = runs.RunFolder(Path(folder).expanduser().absolute())
+    run = runs.RunFolder(_find_run(folder, cache))
+    storage.pull(run.root, passing=("checkpoints", "best", "evaluation", ".replaced"))
     if not colon or not run.config.is_file():
         raise InputError(f"{key}: {stage!r} names no run; write FOLDER:STAGE,STAGE, e.g. runs/quickstart:base,02")
     found = []
@@ -89,6 +91,13 @@ def _expand(stage: str | StageConfig, key: str) -> list[tuple[str, tuple[Link, .
         chain = () if name == "base" else find_chain(run, name)
         found.append((name, tuple(_find_link(link.name, link.folder, key) for link in chain)))
     return found
+
+
+def _find_run(folder: str, cache: str | None) -> Path:
+    """Where a finished run is read: its folder, or a copy of what is in a store, apart from the one it is trained in."""
+    if is_store(folder):
+        return storage.find_copy(folder, cache, "read")
+    return Path(folder).expanduser().absolute()
 
 
 def _find_link(name: str, folder: str, key: str) -> Link:
@@ -101,7 +110,8 @@ def _find_link(name: str, folder: str, key: str) -> Link:
 def find_notes(config: EvaluateConfig) -> list[str]:
     """What the data cards of the runs have to say that the stages were taken from."""
     folders = {stage.rpartition(":")[0] for stage in config.stages if isinstance(stage, str)}
-    cards = [(name, runs.read_json(runs.RunFolder(Path(name).expanduser()).data) or {}) for name in sorted(folders)]
+    found = {name: runs.RunFolder(_find_run(name, config.storage.cache)) for name in sorted(folders)}
+    cards = [(name, runs.read_json(run.data) or {}) for name, run in found.items()]
     return [f"{name}: {note}" for name, card in cards for note in describe_overlap(card)]
 
 

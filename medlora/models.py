@@ -218,6 +218,10 @@ def _local_folder(base: BaseModelConfig, weights: bool = False) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if "custom code" in str(error):
+        return (
+            "it brings code of its own, which base.trust_remote_code: true runs; set it only where you trust its author"
+        )
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

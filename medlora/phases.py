@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.callbacks import Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle
@@ -57,10 +57,13 @@ def run_phase(
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
     )
-    folder.root.mkdir(parents=True, exist_ok=True)
-    logging_to = runs.log_to(*sinks) if main else nullcontext()
     transformers.logging.set_verbosity_error()
-    with holding, logging_to:
+    with ExitStack() as stack:
+        stack.enter_context(holding)
+        # Before the logs are opened: what is pulled replaces them.
+        _pull(job, folder, world, main)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(runs.log_to(*sinks) if main else nullcontext())
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         try:
@@ -75,6 +78,16 @@ def run_phase(
             raise
         finally:
             clear_memory()
+
+
+def _pull(job: PhaseJob, folder: runs.PhaseFolder, world: int, main: bool) -> None:
+    """Fetch the phase so far and its parents where the run is in a store, rank 0 first: workers may share a machine."""
+    for turn in (True, False):
+        if main == turn:
+            for part in (folder.root, *(Path(link.folder) for link in job.parent)):
+                storage.pull(part)
+        if world > 1:
+            dist.barrier()
 
 
 def _run(
@@ -160,8 +173,12 @@ def _run(
         report({"event": "note", "phase": phase.name, "text": text})
     best = None
     if phase.validation and phase.validation.keep_best:
+        if main:
+            storage.push(folder.root)
         if world > 1:
             dist.barrier()
+        if not main:
+            storage.pull(folder.best)
         load_adapter_weights(model, phase.name, folder.best)
         scored = [row for row in runs.read_json_lines(folder.validation) if row.get("best")]
         best = scored[-1] if scored else None
@@ -270,4 +287,5 @@ def _finish(
     }
     manifest = runs.commit(folder.root, about, passing=(folder.checkpoints, folder.best))
     runs.remove(folder.checkpoints, folder.best)
+    storage.push(folder.root)
     return manifest

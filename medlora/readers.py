@@ -14,12 +14,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from medlora.errors import InputError
+from medlora.object_store import is_store, open_store
 from medlora.row_formats import Broken, Row, decode_line, read_array, read_csv, read_lines
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 PACKED = (".gz", ".zst")
 """Endings that may stand behind SUFFIXES: pyarrow unpacks them."""
-STORES = ("s3://", "gs://")
 _GLOB = re.compile(r"[*?\[]")
 _MARKS = {
     b"\xff\xfe": "UTF-16",
@@ -38,7 +38,7 @@ def list_files(name: str, kind: str = "auto") -> list[str]:
     """
     if name.startswith(("hf:", "miniature:")) or "|" in name:
         return [name]
-    if name.startswith(STORES):
+    if is_store(name):
         return _list_store(name, kind)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -80,7 +80,7 @@ def _list_store(name: str, kind: str) -> list[str]:
     from pyarrow import ArrowException, fs
 
     try:
-        store, path = fs.FileSystem.from_uri(name)
+        store, path = open_store(name)
         found = store.get_file_info(path)
         if found.type == fs.FileType.Directory:
             inside = store.get_file_info(fs.FileSelector(path, recursive=True))
@@ -101,10 +101,8 @@ def _list_store(name: str, kind: str) -> list[str]:
 
 def sign_file(name: str) -> str:
     """What changes when a file changes, without reading it: path, size and time; the name alone where it is no file."""
-    if name.startswith(STORES):
-        from pyarrow import fs
-
-        store, path = fs.FileSystem.from_uri(name)
+    if is_store(name):
+        store, path = open_store(name)
         found = store.get_file_info(path)
         return f"{name} {found.size} {found.mtime_ns}"
     if name.startswith(("hf:", "miniature:")):
@@ -141,10 +139,8 @@ def _open(name: str) -> io.BufferedReader[Any]:
     """A binary stream of a file, unpacked, that holds something and begins like text."""
     packed = name.partition("?")[0].endswith(PACKED)
     try:
-        if packed or name.startswith(STORES):
-            from pyarrow import fs
-
-            store, path = fs.FileSystem.from_uri(name if name.startswith(STORES) else str(Path(name).absolute()))
+        if packed or is_store(name):
+            store, path = open_store(name if is_store(name) else str(Path(name).absolute()))
             raw: io.RawIOBase = _RawStream(store.open_input_stream(path, compression="detect"), name)
         else:
             raw = io.FileIO(name)
@@ -184,10 +180,10 @@ def _check_beginning(name: str, first: bytes) -> None:
 
 def _read_parquet(name: str) -> Iterator[Row]:
     import pyarrow
-    from pyarrow import fs, parquet
+    from pyarrow import parquet
 
     try:
-        store, path = fs.FileSystem.from_uri(name if name.startswith(STORES) else str(Path(name).absolute()))
+        store, path = open_store(name if is_store(name) else str(Path(name).absolute()))
         with parquet.ParquetFile(store.open_input_file(path)) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):

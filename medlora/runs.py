@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from medlora.errors import InputError
 
 MANIFEST = "manifest.json"
-_LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
+LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
 """Files at the top of a folder that go on changing; no manifest holds them."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SAFE_PATH = re.compile(r"[\w./~ +,@=:-]+")
@@ -171,7 +171,7 @@ def open_run(folder: Path, mark: str = "run.json") -> RunFolder:
     run = RunFolder(Path(os.path.abspath(folder.expanduser())))
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"{run.root}: is a file; a run needs a folder of its own")
-    strangers = [p.name for p in run.root.iterdir() if p.name not in _LIVING] if run.root.is_dir() else []
+    strangers = [p.name for p in run.root.iterdir() if p.name not in LIVING] if run.root.is_dir() else []
     if strangers and not (run.root / mark).exists():
         raise InputError(
             f"{run.root}: holds other files ({', '.join(sorted(strangers)[:3])}) and is no medlora run; choose another folder"
@@ -312,7 +312,7 @@ def hash_json(content: Any) -> str:
 
 def hash_files(folder: Path, passing: Sequence[Path] = ()) -> dict[str, str]:
     """sha256 of every file below `folder` by relative path, but of its manifest and what stands in folders `passing`."""
-    ours = {folder / name for name in (MANIFEST, *_LIVING)}
+    ours = {folder / name for name in (MANIFEST, *LIVING)}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
     kept = [path for path in files if not any(path.is_relative_to(other) for other in passing)]
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in kept}

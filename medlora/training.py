@@ -150,7 +150,7 @@ def train(
         arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; Ray gives each worker its own
     batch = phase.batch_size * phase.accumulation * world
     logging_callback = LossLoggingCallback(folder, segment, phase.name, batch, report)
-    callbacks: list[TrainerCallback] = [logging_callback, CheckpointCallback()]
+    callbacks: list[TrainerCallback] = [logging_callback, CheckpointCallback(folder)]
     validation_callback = None
     if segment.validate is not None and phase.validation is not None:
         validation_callback = MCQValidationCallback(folder, segment, phase, adapter, logging_callback, report)

@@ -34,6 +34,9 @@ def import_ray() -> Any:
     return ray
 
 
+CANARIES = {"HF_TOKEN": "canary-hf-2f6d0c1b", "AWS_SECRET_ACCESS_KEY": "canary-s3-9e41a7d8"}
+"""Secrets that every process of the tests' cluster has in its environment, and that must be found nowhere."""
+
 REAL_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
@@ -82,9 +85,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     token.chmod(0o600)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"HF_HUB_OFFLINE": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    # A cluster of one machine: nothing of it listens on other addresses than 127.0.0.1.
+    env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **CANARIES}
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
-    head = ["--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=2", f"--temp-dir={folder}"]
+    head = [
+        "--head",
+        "--block",
+        "--port=0",
+        "--dashboard-port=0",
+        "--dashboard-agent-listen-port=0",
+        "--num-cpus=2",
+        f"--temp-dir={folder}",
+    ]
     log = (folder / "head.log").open("w")
     # `ray stop` would end every Ray of the machine, the developer's own too: this one ends with its process group.
     process = subprocess.Popen(
@@ -99,7 +112,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         said = (folder / "head.log").read_text()
         dashboard = re.search(r"RAY_API_SERVER_ADDRESS='([^']+)'|http://([0-9.]+:[0-9]+)", said)
         env["RAY_ADDRESS"] = current.read_text().strip()
-        yield {**env, "DASHBOARD": dashboard[1] or f"http://{dashboard[2]}" if dashboard else ""}
+        address = dashboard[1] or f"http://{dashboard[2]}" if dashboard else ""
+        yield {**env, "DASHBOARD": address, "SESSION": str(folder)}
     finally:
         for other in psutil.process_iter(["cmdline"]):
             if any(str(folder) in part for part in other.info["cmdline"] or []):

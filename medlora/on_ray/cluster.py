@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ class Cluster:
 def connect() -> Iterator[Cluster]:
     """Connect to the running cluster, or start a local one with token authentication where there is none.
 
-    Whatever was started here ends with the block; a cluster that was found is only left.
+    RAY_ADDRESS names the cluster where several are there; `local` starts one whatever is there. Whatever was started here
+    ends with the block; a cluster that was found is only left.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -102,12 +104,15 @@ def connect() -> Iterator[Cluster]:
     started_here = False
     if not already:
         try:
+            if os.environ.get("RAY_ADDRESS") == "local":
+                raise ConnectionError
             ray.init(address="auto", **options)
         except ConnectionError:
             # Ray 2.60 turns token authentication on for a cluster of its own when RAY_AUTH_MODE is not set.
-            ray.init(include_dashboard=False, **options)
+            _write_token()
+            with _on_loopback():
+                ray.init(address="local", include_dashboard=False, **options)
             started_here = True
-            _protect_token()
     try:
         yield _look_around(started_here)
     finally:
@@ -115,11 +120,36 @@ def connect() -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def _protect_token() -> None:
-    """Ray writes a new token readable by everybody on the machine (2.60)."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if token.is_file() and token.stat().st_mode & 0o077:
-        token.chmod(0o600)
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that is started inside listen on 127.0.0.1 alone: its servers listen on every address (2.60) unless the
+    node's own is that one, which `_node_ip_address` refuses to be; this switch, meant for laptops, is the way."""
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
+
+
+def _write_token() -> None:
+    """A token that its owner alone can read, where there is none: Ray would write one for everybody (2.60)."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        path.chmod(path.stat().st_mode & ~0o077)
 
 
 def _look_around(started_here: bool) -> Cluster:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.config import ActorPlacement, PhaseConfig, RunConfig
 from medlora.data_card import check_data, describe_findings, describe_overlap
 from medlora.errors import InputError
@@ -99,7 +99,8 @@ def begin(config: RunConfig, run: runs.RunFolder, redo: str | None, on_event: On
     if redo is not None:
         run_phase_folder = run.phase(redo).root
         if (moved := runs.set_aside(run_phase_folder)) is not None:
-            on_event({"event": "note", "phase": redo, "text": f"the old phase is kept in {moved}"})
+            on_event({"event": "note", "phase": redo, "text": f"the old phase is kept in {storage.name_place(moved)}"})
+    storage.push(run.root)
     done: dict[str, dict[str, Any]] = {}
     chain = start_chain(config)
     stages: dict[str, tuple[Link, ...]] = {"base": (), **({"start": chain} if chain else {})}

@@ -53,12 +53,20 @@ def build_stages(
         os.chdir(cwd)
     import torch
 
+    from medlora import storage
     from medlora.memory import keep_freed_memory
     from medlora.stages import StageModel, locate_base
 
     torch.set_num_threads(threads)
     keep_freed_memory()
     chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
+    for folder in {Path(link.folder) for chain in chains.values() for link in chain}:
+        storage.pull(folder)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: the actor on {socket.gethostname()} does not see this adapter; runs must be on a mount that "
+                "every node sees, or in s3:// or gs://"
+            )
     located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
     return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed, shots, worked, letters)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medlora import prompts, runs
+from medlora import prompts, runs, storage
 from medlora.config import ActorPlacement, EvaluationConfig
 from medlora.evaluation import (
     FINGERPRINT,
@@ -31,6 +31,9 @@ from medlora.page import write_page
 from medlora.quarantine import write_quarantine
 from medlora.records import McqRecord
 from medlora.report import build_report, sum_seconds, write_predictions, write_seconds
+
+_PUSH_EVERY_S = 10.0
+"""How often the ledger goes to a run's store: what a driver lost since then is asked again."""
 
 
 def score_stages(
@@ -61,10 +64,14 @@ def score_stages(
     on_event({"event": "evaluating", "total": total, "known": total - left})
     started = time.monotonic()
     first_s: float | None = None
+    pushed = started
     for answered in answer_on_ray(batches, list(stages), build, placement, cluster, on_event, log_file):
         first_s = first_s if first_s is not None else time.monotonic() - started
         runs.append_json(ledger, {"predictions": [pack_prediction(p) for p in answered]})
         predictions += answered
+        if time.monotonic() - pushed > _PUSH_EVERY_S:
+            storage.push(folder)
+            pushed = time.monotonic()
     seconds = time.monotonic() - started
     ordered = sort_predictions(predictions, list(stages), tests)
     running_s = seconds - (first_s or 0)
@@ -90,6 +97,7 @@ def score_stages(
     write_page(folder / PAGE, report, ordered, tests)
     runs.commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, passing=(ledger,))
     ledger.unlink(missing_ok=True)
+    storage.push(folder)
     return report
 
 

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.config import Placement
 from medlora.errors import InputError
 from medlora.lineage import PhaseJob
@@ -61,6 +61,7 @@ def train_on_ray(
     count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
     text = f"starting {count} with {describe_worker(placement, gpus)} each"
     on_event({"event": "note", "phase": job.phase.name, "text": text})
+    nonce = storage.leave_nonce(run.root)
     attempts = 0
     failure: Exception | None = None
     with listen(hear) as inbox:
@@ -71,6 +72,8 @@ def train_on_ray(
                 train_loop_config={
                     "job": job.model_dump(mode="json"),
                     "folder": str(folder.root),
+                    "run": str(run.root),
+                    "nonce": nonce,
                     "inbox": inbox,
                     "cwd": os.getcwd(),
                     "gpu": gpus > 0,
@@ -114,11 +117,12 @@ def train_on_ray(
         raise InputError(refusals[0])
     if failure is not None:
         raise failure
+    storage.pull(folder.root)
     manifest = runs.read_manifest(folder.root)
     if manifest is None:
         raise InputError(
             f"phase {job.phase.name} ended without a manifest in {folder.root}: its worker writes elsewhere; "
-            "storage.folder must be a mount that every node sees"
+            "storage.folder must be a mount that every node sees, or s3:// or gs://"
         )
     return manifest
 
@@ -164,6 +168,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
         inbox.put({"event": "note", "phase": config["job"]["phase"]["name"], "text": text})
     try:
+        storage.check_seen(Path(config["run"]), config["nonce"])
         run_phase(
             PhaseJob.model_validate(config["job"]),
             runs.PhaseFolder(Path(config["folder"])),

@@ -1,0 +1,134 @@
+"""An S3 server on loopback (moto's) behind a proxy that can be told to fail."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+BUCKET = "lab"
+_SERVE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
+Rule = Callable[[str, str, int], str | None]
+"""Method, path and the count of requests so far -> `503`, `403`, `drop` (after half of the body), or None: passed on."""
+
+
+class Store:
+    """The server and its proxy; `env` is what a process needs to reach the proxy, `seen` every request that came."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.rule: Rule = lambda method, path, count: None
+        self.seen: list[tuple[str, str]] = []
+        log = (folder / "moto.log").open("w")
+        self.process = subprocess.Popen([sys.executable, "-c", _SERVE, str(self.port)], stdout=log, stderr=log)
+        end = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                break
+            except OSError:
+                assert time.monotonic() < end and self.process.poll() is None, (folder / "moto.log").read_text()
+                time.sleep(0.1)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request("PUT", f"/{BUCKET}")
+        assert connection.getresponse().status == 200
+        self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+        self.env = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.server_port}",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    def close(self) -> None:
+        self.proxy.shutdown()
+        self.proxy.server_close()
+        self.process.kill()
+        self.process.wait()
+
+    def list(self, prefix: str) -> list[str]:
+        """The keys below a prefix, asked of the server itself."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request("GET", f"/{BUCKET}?list-type=2&max-keys=1000&prefix={prefix}")
+        return re.findall(r"<Key>([^<]+)</Key>", connection.getresponse().read().decode())
+
+    def read(self, key: str) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request("GET", f"/{BUCKET}/{key}")
+        response = connection.getresponse()
+        assert response.status == 200, (key, response.status)
+        return response.read()
+
+
+def _make_handler(store: Store) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self) -> None:
+            chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
+            length = int(self.headers.get("Content-Length") or 0)
+            store.seen.append((self.command, self.path))
+            fault = store.rule(self.command, self.path, len(store.seen))
+            if fault == "drop":
+                self.rfile.read(length // 2 if not chunked else 1)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            body = self.read_chunks() if chunked else self.rfile.read(length)
+            if fault:
+                code = {"503": b"SlowDown", "403": b"AccessDenied"}[fault]
+                self.answer(int(fault), {}, b"<Error><Code>" + code + b"</Code><Message>injected</Message></Error>")
+                return
+            connection = http.client.HTTPConnection("127.0.0.1", store.port, timeout=60)
+            ours = ("expect", "transfer-encoding", "content-length")
+            passing = {name: value for name, value in self.headers.items() if name.lower() not in ours}
+            connection.request(self.command, self.path, body, {**passing, "Content-Length": str(len(body))})
+            response = connection.getresponse()
+            self.answer(response.status, dict(response.getheaders()), response.read())
+            connection.close()
+
+        def read_chunks(self) -> bytes:
+            body = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass
+            return body
+
+        def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                    self.send_header(name, value)
+            length = headers.get("Content-Length") if self.command == "HEAD" else None
+            self.send_header("Content-Length", length or str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
+
+        def log_message(self, format: str, *args: object) -> None:
+            return None
+
+    return Handler
+
+
+def run_env(store: Store, home: Path) -> dict[str, str]:
+    """The environment of a job on a machine of its own: its home, its Ray, the store."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_"))}
+    return {**env, **store.env, "HOME": str(home), "RAY_ADDRESS": "local"}

@@ -1,0 +1,467 @@
+"""What medlora refuses, and what it never writes down: tokens, names, pickles, code of others, markup, secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import CANARIES
+from hostile import NAMES, XSS, write_pickle
+from test_report import TWO_TESTS
+
+from medlora import runs
+from medlora.config_file import load
+from medlora.errors import InputError
+from medlora.evaluation import check_evaluation, load_evaluate_config
+from medlora.page import write_page
+from medlora.records import McqRecord
+from medlora.report import build_report
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENT = "850101-1234566"
+"""A resident registration number with the right checksum, of nobody."""
+
+
+@contextmanager
+def refused_at_once(said: str, marker: Path | None = None) -> Iterator[None]:
+    """What is inside is refused with `said`, in under a second, and nothing of it ran."""
+    started = time.monotonic()
+    with pytest.raises(InputError, match=said):
+        yield
+    assert time.monotonic() - started < 1
+    assert marker is None or not marker.exists()
+
+
+# ---- the cluster ----------------------------------------------------------------------------------------------------
+
+
+def ask(url: str, token: str | None, body: bytes | None = None) -> int:
+    """The HTTP status of a request with that token, or none."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def read_token(cluster: dict[str, str]) -> str:
+    return Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_jobs_api_and_dashboard_refuse_who_has_no_token(cluster: dict[str, str], token: str | None) -> None:
+    run = json.dumps({"entrypoint": "touch /nowhere"}).encode()
+    refusal = 401 if token is None else 403
+    for path, body in (
+        ("/api/jobs/", None),
+        ("/api/jobs/", run),
+        ("/api/version", None),
+        ("/nodes?view=summary", None),
+        ("/api/v0/tasks", None),
+        ("/api/v0/logs?node_id=x", None),
+        ("/logical/actors", None),
+    ):
+        assert ask(cluster["DASHBOARD"] + path, token, body) == refusal, path
+    assert ask(cluster["DASHBOARD"] + "/api/jobs/", read_token(cluster)) == 200
+
+
+CLIENT = """
+import sys, ray
+from ray._raylet import GcsClient
+try:
+    print("IN", GcsClient(address=sys.argv[1]).internal_kv_keys(b"", b"fun"))
+except Exception as error:
+    print("OUT", type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("token", ["absent", "wrong", "right"])
+def test_the_cluster_takes_no_client_without_its_token(cluster: dict[str, str], tmp_path: Path, token: str) -> None:
+    (tmp_path / "token").write_text("0" * 64)
+    changes = {
+        "absent": {"RAY_AUTH_MODE": "disabled"},
+        "wrong": {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+        "right": {},
+    }
+    env = {**cluster, **changes[token], "HOME": str(tmp_path), "RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
+    if token == "absent":
+        del env["RAY_AUTH_TOKEN_PATH"]
+    out = subprocess.run(
+        [sys.executable, "-c", CLIENT, cluster["RAY_ADDRESS"]], env=env, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert out.startswith("IN" if token == "right" else "OUT") and ("InvalidAuthToken" in out) == (token != "right"), (
+        out
+    )
+
+
+def list_addresses(processes: list[psutil.Process]) -> dict[str, list[str]]:
+    """The addresses that processes and all that they started listen on, and who does."""
+    found: dict[str, list[str]] = {}
+    for process in {each for root in processes for each in [root, *root.children(recursive=True)]}:
+        try:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(connection.laddr.ip, []).append(process.name())
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_cluster_of_one_machine_listens_on_loopback_alone(cluster: dict[str, str]) -> None:
+    ours = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(cluster["SESSION"] in part for part in process.info["cmdline"] or [])
+    ]
+    found = list_addresses(ours)
+    assert set(found) <= LOOPBACK, found
+    assert {"gcs_server", "raylet"} <= {name for names in found.values() for name in names}
+    assert Path(cluster["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o077 == 0
+
+
+HERE = """
+import json, os, psutil, sys
+from medlora.on_ray.cluster import connect, ray
+with connect() as cluster:
+    from test_safety import list_addresses
+    print(json.dumps([cluster.started_here, list_addresses([psutil.Process()]), ray.get_runtime_context().gcs_address]), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_ray_that_medlora_starts_listens_on_loopback_with_a_token_that_is_its_owner_s(tmp_path: Path) -> None:
+    sockets = Path(tempfile.mkdtemp(prefix="ml"))
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {
+        "HOME": str(tmp_path),
+        "RAY_TMPDIR": str(sockets),
+        "RAY_ADDRESS": "local",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    code = f"import os; os.umask(0o022)\n{HERE}"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdin is not None and driver.stdout is not None
+    try:
+        started_here, found, address = json.loads(driver.stdout.readline())
+        assert started_here and set(found) <= LOOPBACK and any("raylet" in names for names in found.values()), found
+        assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+        stranger = {**env, "HOME": str(tmp_path / "stranger"), "RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
+        for changes in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_MODE": "token"}):
+            out = subprocess.run(
+                [sys.executable, "-c", CLIENT, address],
+                env={**stranger, **changes},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            ).stdout
+            assert out.startswith("OUT") and "InvalidAuthToken" in out, out
+    finally:
+        driver.stdin.close()
+        driver.wait(timeout=60)
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+# ---- secrets --------------------------------------------------------------------------------------------------------
+
+
+def find_text(folder: Path, texts: dict[str, str]) -> list[str]:
+    """Which of the texts stand in which files below `folder`, in the bytes of whatever kind of file."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            found += [f"{name} in {path}" for name, text in texts.items() if text.encode() in content]
+    return found
+
+
+def test_secrets_and_a_patient_s_number_are_found_nowhere(
+    cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    from tiny_run import configure
+
+    (tmp_path / "cache").mkdir()
+    rows = (data / "text.jsonl").read_text(encoding="utf-8")
+    row = json.dumps({"text": f"환자 {PATIENT} 은 아스피린 을 먹는다"}, ensure_ascii=False)
+    (tmp_path / "patients.jsonl").write_text(rows + row + "\n", encoding="utf-8")
+    phase = {"sources": [{"source": str(tmp_path / "patients.jsonl")}], "checkpoint_every_steps": 2, "max_steps": 4}
+    config = configure(bases["gemma"], data, p00=phase).model_dump(mode="json")
+    config["phases"] = config["phases"][:1]
+    config["storage"]["cache"] = str(tmp_path / "cache")
+    config["evaluation"] = {"tests": [{"name": "mcq", "source": str(data / "mcq.jsonl")}]}
+    run = tmp_path / "run"
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    job = [sys.executable, "jobs/curriculum.py", "--config", str(tmp_path / "c.yaml"), "--run-dir", str(run)]
+    env = {**cluster, **CANARIES}
+
+    stopped = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert stopped.returncode == 2 and "patients.jsonl:41: resident number" in stopped.stderr, stopped.stderr
+    submit = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--"]
+    # Checkpoints go when a phase is finished: they are looked at while they are there.
+    seen: list[str] = []
+    texts = {**CANARIES, "token": read_token(cluster), "patient": PATIENT, "patient's digits": PATIENT.replace("-", "")}
+    command = [*submit, "env", "-C", str(ROOT), *job, "--set", "data.max_personal=1"]
+    going = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kept = tmp_path / "checkpoint"
+    while going.poll() is None:
+        for checkpoint in run.glob("phases/00/checkpoints/*/checkpoint-*/manifest.json"):
+            if not kept.exists():
+                shutil.copytree(checkpoint.parent, kept)
+        time.sleep(0.05)
+    out = going.stdout.read() if going.stdout else ""
+    assert going.returncode == 0 and (run / "evaluation" / "report.html").is_file(), out
+    assert (kept / "optimizer.pt").is_file()
+    with urllib.request.urlopen(
+        urllib.request.Request(
+            f"{cluster['DASHBOARD']}/api/jobs/", headers={"Authorization": f"Bearer {read_token(cluster)}"}
+        ),
+        timeout=30,
+    ) as response:
+        metadata = response.read().decode()
+    assert "jobs/curriculum.py" in metadata
+    for what, text in (("stdout", out), ("stderr", stopped.stderr + stopped.stdout), ("metadata", metadata)):
+        seen += [f"{name} in {what}" for name, secret in texts.items() if secret in text]
+    for folder in (run, kept, Path(cluster["SESSION"])):
+        seen += find_text(folder, texts)
+    assert seen == []
+    assert find_text(tmp_path, {"patient": PATIENT}) == [f"patient in {tmp_path / 'patients.jsonl'}"]
+
+
+# ---- files of others ------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_a_pickle_is_refused_unread(finished: Path, tmp_path: Path) -> None:
+    from medlora.lineage import find_adapter
+
+    folder, marker = tmp_path / "adapter", tmp_path / "ran"
+    shutil.copytree(runs.RunFolder(finished).phase("00").adapter, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    write_pickle(folder / "adapter_model.bin", marker)
+    with refused_at_once("adapter_model.bin is a pickle, which can run code on loading", marker):
+        find_adapter(folder)
+    # The same pickle under the right name is no safetensors file.
+    (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
+    from medlora.adapter_files import read_tensors
+
+    with refused_at_once("adapter_model.safetensors: cannot be read", marker):
+        read_tensors(folder)
+
+
+def test_a_base_that_is_a_pickle_or_brings_code_is_refused_unread(bases: dict[str, str], tmp_path: Path) -> None:
+    from medlora.config import BaseModelConfig
+    from medlora.models import load_base, load_tokenizer
+
+    honest = BaseModelConfig(model=bases["gemma"])
+    tokenizer = load_tokenizer(honest)
+    load_base(honest, tokenizer)  # so that what is imported lazily is there
+    marker = tmp_path / "ran"
+    pickled = tmp_path / "pickled"
+    shutil.copytree(bases["gemma"], pickled)
+    (pickled / "model.safetensors").unlink()
+    write_pickle(pickled / "pytorch_model.bin", marker)
+    with refused_at_once("model.safetensors", marker):
+        load_base(BaseModelConfig(model=str(pickled)), tokenizer)
+
+    coded = tmp_path / "coded"
+    shutil.copytree(bases["gemma"], coded)
+    code = f"open({str(marker)!r}, 'w')\nclass Evil: pass\n"
+    for name in ("configuration_evil.py", "modeling_evil.py", "tokenization_evil.py"):
+        (coded / name).write_text(code)
+    config = json.loads((coded / "config.json").read_text())
+    config |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
+    }
+    (coded / "config.json").write_text(json.dumps(config))
+    with refused_at_once("it brings code of its own, which base.trust_remote_code", marker):
+        load_base(BaseModelConfig(model=str(coded)), tokenizer)
+    told = json.loads((coded / "tokenizer_config.json").read_text())
+    told |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}
+    (coded / "tokenizer_config.json").write_text(json.dumps(told))
+    with refused_at_once("it brings code of its own, which base.trust_remote_code", marker):
+        load_tokenizer(BaseModelConfig(model=str(coded)))
+
+
+class Killed(BaseException):
+    """What a test raises in the middle of a phase."""
+
+
+def test_a_poisoned_optimizer_is_never_opened(
+    bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+) -> None:
+    from tiny_run import configure, run_all, weights
+
+    from medlora.training import find_checkpoint
+
+    config = configure(bases["gemma"], data, p00={"log_every_steps": 1})
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_all(config, tmp_path / "run", ("00",), kill)
+    checkpoints = runs.RunFolder(tmp_path / "run").phase("00").checkpoints / "normal"
+    marker = tmp_path / "ran"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        write_pickle(checkpoints / "checkpoint-4" / name, marker)
+    started = time.monotonic()
+    assert find_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
+    assert time.monotonic() - started < 1
+    manifest = run_all(config, tmp_path / "run", ("00",))["00"]
+    assert manifest["segments"][0]["resumed_from_step"] == 2 and not marker.exists()
+    assert weights(tmp_path / "run", "00") == weights(finished, "00")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: !!python/object/apply:os.system ['touch {marker}']", "not valid YAML: could not determine a constr"),
+        ("!!python/object/new:open ['{marker}', w]", "not valid YAML: could not determine a constructor"),
+        ("name: !!python/name:os.system", "not valid YAML: could not determine a constructor"),
+        (BOMB, "not valid YAML: its aliases stand for more than 100,000 values"),
+        (f"{BOMB}name: *i", "its aliases stand for more than 100,000 values"),
+        ("a: &a\n  <<: [*a]\n", "not valid YAML"),
+        ("a: &a [*a]", "not valid YAML: it is nested too deeply, or an alias holds itself"),
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "set"])
+def test_yaml_runs_nothing_and_does_not_explode(tmp_path: Path, text: str, said: str, by: str) -> None:
+    marker = tmp_path / "ran"
+    text = text.replace("{marker}", str(marker))
+    path = tmp_path / "c.yaml"
+    path.write_text(text if by == "file" else "name: x")
+    with refused_at_once(said if by == "file" else "not valid YAML", marker):
+        load(path, [] if by == "file" else [f"name={text}"])
+
+
+def test_ordinary_aliases_are_read(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: &a {r: 4}\nb: {<<: *a, alpha: 8}\nc: [*a, *a]\n")
+    from medlora.config_file import load_raw
+
+    assert load_raw(tmp_path / "c.yaml") == {"a": {"r": 4}, "b": {"r": 4, "alpha": 8}, "c": [{"r": 4}, {"r": 4}]}
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["run", "phase", "test", "evaluation", "stage", "stage of a run", "redo"])
+def test_hostile_names_are_refused_before_anything_is_written(tmp_path: Path, kind: str) -> None:
+    assert len(NAMES) >= 40
+    test = {"name": "t", "source": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "Q?", "A": "a", "B": "b", "answer": 1}) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    phase = {"name": "00", "chain": "new", "sources": [{"source": test["source"]}]}
+    run = {"name": "x", "base": {"model": "miniature"}, "phases": [phase], "evaluation": {"tests": [test]}}
+    scored = {
+        "name": "x",
+        "base": {"model": "miniature"},
+        "stages": [{"name": "base"}],
+        "evaluation": {"tests": [test]},
+    }
+    path = tmp_path.with_suffix(".yaml")
+    for name in NAMES:
+        config: dict[str, Any] = {
+            "run": {**run, "name": name},
+            "phase": {**run, "phases": [{**phase, "name": name}]},
+            "test": {**run, "evaluation": {"tests": [{**test, "name": name}]}},
+            "evaluation": {**scored, "name": name},
+            "stage": {**scored, "stages": [{"name": name}]},
+            "stage of a run": {**scored, "stages": [f"{tmp_path}:{name}"]},
+            "redo": run,
+        }[kind]
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        with refused_at_once("name|stages"):
+            if kind == "redo":
+                runs.RunFolder(tmp_path).phase(name)
+            elif kind in ("evaluation", "stage", "stage of a run"):
+                check_evaluation(load_evaluate_config(path), force=False)
+            else:
+                load(path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+class Markup(HTMLParser):
+    """The elements, attribute names and text of a page, white space as one space."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.texts: list[str] = []
+        self.feed(html)
+        self.text = " ".join("".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def write_hostile_page(folder: Path, payload: str) -> Markup:
+    """A report in which a payload stands wherever text comes from outside."""
+    predictions = [
+        replace(
+            p,
+            id=p.id + payload,
+            stage=p.stage + payload,
+            test=p.test + payload,
+            subject=p.subject + payload,
+            text=payload,
+            error=payload if p.choice is None else "",
+        )
+        for p in TWO_TESTS
+    ]
+    options = tuple(f"{option} {payload}" for option in "가나다라")
+    questions = {
+        test + payload: [McqRecord(f"q{i}{payload}", payload, options, "ABCD"[i % 4], payload) for i in range(8)]
+        for test in ("one", "two")
+    }
+    report = build_report(predictions, {"name": payload, "notes": [payload], "config": {payload: payload}}, seed=0)
+    write_page(folder / "report.html", report, predictions, questions)
+    return Markup((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_markup_in_data_names_and_outputs_stays_text(tmp_path: Path) -> None:
+    assert len(XSS) >= 50
+    plain = write_hostile_page(tmp_path, "harmless")
+    assert not plain.attributes & {"src", "href", "onerror", "onload"} and "script" not in plain.tags
+    for at in range(0, len(XSS), 10):
+        payloads = XSS[at : at + 10]
+        page = write_hostile_page(tmp_path, " ".join(payloads))
+        assert (page.tags, page.attributes) == (plain.tags, plain.attributes), payloads
+        for payload in payloads:
+            # As often as the harmless word, but for what is shortened: nothing was swallowed or read as markup.
+            assert page.text.count(payload) >= 0.9 * plain.text.count("harmless") > 50, payload
