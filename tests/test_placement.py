@@ -81,7 +81,9 @@ def prepared() -> dict[str, Any]:
 def test_what_the_autoscaler_may_add_counts() -> None:
     head = node(0, pool="head")
     grown = Cluster((head,), find_addable(prepared(), [head]))
-    assert str(grown).startswith("1 node, 0 CPUs, 0 GPUs; its autoscaler may add 4 x [16 CPUs, 1 GPUs (L4), pool=l4")
+    assert str(grown).startswith(
+        "1 node, 0 CPUs, 0 GPUs; its autoscaler may add 4 x [16 CPUs, 1 GPUs (L4), market=on-demand pool=l4]"
+    )
     assert count_gpus(Placement(), grown) == 1
     check_placement(Placement(workers=4, gpus_per_worker=1, accelerator_type="L40S"), grown, "placement")
     with pytest.raises(InputError, match="room for 4"):
