@@ -45,6 +45,7 @@ from medlora.config_sources import SourceConfig
 from medlora.encoding import IGNORED, Collator, Row, encode
 from medlora.flat import FlatCollator, flatten
 from medlora.memory import keep_freed_memory
+from medlora.norms import lighten_norms
 from medlora.prompts import render
 from medlora.records import McqRecord, Record, TextRecord
 from medlora.runs import get_versions
@@ -267,6 +268,7 @@ def main() -> None:
     bench = Bench.__new__(Bench)
     bench.model, bench.cuda = model, arguments.cuda
     rate = bench.measure_matrix_rate()
+    lighten_norms(model)
     model = add_adapter(model, "a", LoraSettings(r=16, alpha=32), [], seed=0).train()
     batches = make_batches(arguments.data, tokenizer, arguments.rows, arguments.steps + 1)
     about = {

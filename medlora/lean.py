@@ -1,4 +1,4 @@
-"""Forward passes without detours: LoRA branches added in place, trained rows looked up alone, norms in fewer passes.
+"""Forward passes of PEFT's layers without its detours: LoRA branches added in place, trained rows looked up alone.
 
 PEFT writes the outputs of a layer three times over for each adapter, and copies the whole embedding, twice, for the few
 rows of it that are trained. What comes out is the same within float error; `tests/test_lean.py` compares.
@@ -16,20 +16,12 @@ from torch.autograd.function import once_differentiable
 
 
 def lighten(model: torch.nn.Module) -> None:
-    """Give LoRA layers, layers of trained rows and RMS norms their lean forward passes; new ones, too, when called again."""
-    shifts: dict[type, float | None] = {}
+    """Give every LoRA layer and every layer of trained rows its lean forward pass; new ones, too, when called again."""
     for module in model.modules():
-        kind = type(module)
         if isinstance(module, TrainableTokensLayer):
             module.forward_adapters = MethodType(_look_up_rows, module)
         elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear):
             module.forward = MethodType(_add_branches, module)
-        elif kind.__name__.endswith("RMSNorm") and "forward" not in vars(module):
-            if kind not in shifts:
-                shifts[kind] = _find_shift(module)
-            if shifts[kind] is not None:
-                module.forward = MethodType(_normalise, module)
-                module.shift = shifts[kind]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -88,54 +80,6 @@ def _add_branches(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) 
         return type(layer).forward(layer, x)
     thin = torch.nn.functional.linear(x, a)
     return torch.addmm(out.flatten(0, -2), thin.flatten(0, -2), b.T).view(out.shape)
-
-
-class _RmsNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + epsilon) * weight for a frozen weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        size = x.shape[-1]
-        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(epsilon).rsqrt_()
-        normal = x * root
-        ctx.save_for_backward(normal, root, weight)
-        return normal * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        normal, root, weight = ctx.saved_tensors
-        gradient = gradient * weight
-        along = (gradient * normal).mean(-1, keepdim=True)
-        return gradient.addcmul_(normal, along, value=-1).mul_(root), None, None
-
-
-def _get_epsilon(norm: Any) -> float:
-    return float(getattr(norm, "eps", None) or norm.variance_epsilon)
-
-
-@torch.no_grad()
-def _find_shift(norm: Any) -> float | None:
-    """What a kind of RMS norm adds to its weight (Gemma 1, Llama 0), found by trying; None where it computes something else."""
-    weight = getattr(norm, "weight", None)
-    if (
-        weight is None
-        or weight.dtype != torch.float32
-        or not (hasattr(norm, "eps") or hasattr(norm, "variance_epsilon"))
-    ):
-        return None
-    x = torch.linspace(-1, 2, weight.numel(), device=weight.device)[None]
-    for shift in (0.0, 1.0):
-        if torch.allclose(_RmsNorm.apply(x, shift + weight, _get_epsilon(norm)), norm(x), atol=1e-5, rtol=1e-5):
-            return shift
-    return None
-
-
-def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Takes the place of an RMS norm's `forward`: in float32 and with a frozen weight, as it is on CPU."""
-    if x.dtype != torch.float32 or norm.weight.requires_grad:
-        return type(norm).forward(norm, x)
-    return _RmsNorm.apply(x, norm.shift + norm.weight, _get_epsilon(norm))
 
 
 def find_rows(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -76,6 +76,7 @@ LAYERS = {
             "head",
             "lean",
             "memory",
+            "norms",
             "preparation",
             "inspection",
             "models",

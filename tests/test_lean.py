@@ -102,3 +102,21 @@ def test_switching_stages_switches_rows_and_branches(bases: dict[str, str]) -> N
             known = seen.setdefault(tuple(stage), logits)
             assert torch.equal(known, logits)
     assert len({tuple(logits.flatten().tolist()) for logits in seen.values()}) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_give_what_the_family_s_own_give(bases: dict[str, str], family: str) -> None:
+    """Gemma's weights are counted from 1, Llama's from 0."""
+    base = BaseModelConfig(model=bases[family])
+    model = load_base(base, load_tokenizer(base))
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    assert norms and all("forward" in vars(norm) for norm in norms)
+    for norm in norms[:3]:
+        size = norm.weight.numel()
+        norm.weight.data.normal_(std=0.5, generator=torch.Generator().manual_seed(size))
+        x = torch.randn(2, 5, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        upstream = torch.randn(2, 5, size, generator=torch.Generator().manual_seed(2))
+        lean, plain = norm(x), type(norm).forward(norm, x)
+        torch.testing.assert_close(lean, plain, atol=1e-5, rtol=1e-5)
+        (lean_gradient,), (gradient,) = (torch.autograd.grad(out, x, upstream) for out in (lean, plain))
+        torch.testing.assert_close(lean_gradient, gradient, atol=1e-5, rtol=1e-5)
