@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--profile", action="store_true", help="where the time of one step of each phase goes")
+    parser.add_argument("--without", nargs="*", default=[], help="peers to leave out; all are measured without")
     parser.add_argument("--phases", nargs="*", default=[], help="those whose name begins so; all without")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -284,6 +285,7 @@ def main() -> None:
     kept = known if known.get("about", {}).get("date") == about["date"] else {"results": [], "profiles": {}}
     with tempfile.TemporaryDirectory() as folder:
         steps = make_steps(model, tokenizer, Path(folder), arguments.cuda)
+        steps = {who: step for who, step in steps.items() if who not in arguments.without}
         for phase, rows in batches.items():
             if arguments.phases and not phase.startswith(tuple(arguments.phases)):
                 continue

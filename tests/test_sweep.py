@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import yaml
+from hostile import XSS
 from rich.console import Console
+from test_safety import Markup
 
 from medlora import runs
 from medlora.config import RunConfig
@@ -495,6 +497,28 @@ def test_the_results_hold_what_happened_and_the_page_no_markup_of_the_data(
     assert find_summary(folder, swept, ledger, final_test=True) is None
     (folder / "best.yaml").unlink()
     assert find_summary(folder, swept, ledger, final_test=False) is None
+
+
+def test_markup_in_values_and_errors_stays_text(tmp_path: Path, run: dict[str, Any]) -> None:
+    pages = []
+    for name, words in (("plain", ["harmless"] * len(XSS)), ("hostile", list(XSS))):
+        words = [f"{word} {i}" for i, word in enumerate(words)]
+        swept = plan(tmp_path, run, {"lora.targets": ["all-linear", *([word] for word in words)]}, trials=60)
+        (tmp_path / name).mkdir()
+        ledger = Ledger(tmp_path / name / "trials.jsonl")
+        for n, params in enumerate([swept.start_params, *({"lora.targets": [word]} for word in words)]):
+            trial = ledger.begin(params)
+            ledger.report(trial.id, 25, n / 100, stop=False)
+            ledger.end(trial.id, "failed" if n % 5 == 4 else "finished", words[n - 1] if n % 5 == 4 else "")
+        write_results(
+            tmp_path / name, swept, ledger, compare_with_start(make_report({"000": 0.5, "001": 0.6})), None, 2
+        )
+        pages.append(Markup((tmp_path / name / "sweep.html").read_text(encoding="utf-8")))
+    plain, hostile = pages
+    assert (hostile.tags, hostile.attributes) == (plain.tags, plain.attributes) and "script" not in hostile.tags
+    bare = str.maketrans("", "", "\"'\\\n\t\r \0")  # a list is shown with quotes of its own
+    shown = hostile.text.translate(bare)
+    assert [p for i, p in enumerate(XSS) if f"{p}{i}".translate(bare) not in shown] == []
 
 
 @pytest.mark.parametrize("terminal", [True, False])
