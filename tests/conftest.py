@@ -26,10 +26,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""A cluster of one machine: nothing of it listens on other addresses than 127.0.0.1."""
+
+
 def import_ray() -> Any:
-    """Ray in the test process, able to talk to the `cluster` later: whether it sends a token it decides when imported."""
+    """Ray in the test process, able to talk to the `cluster` later: whether it sends a token, and whether 127.0.0.1 is a
+    node's address to it, it decides when imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
+        for name, value in ({"RAY_AUTH_MODE": "token"} | LOOPBACK).items():
+            patch.setenv(name, value)
         import ray
     return ray
 
@@ -85,8 +91,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     token.chmod(0o600)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"HF_HUB_OFFLINE": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    # A cluster of one machine: nothing of it listens on other addresses than 127.0.0.1.
-    env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **CANARIES}
+    env |= LOOPBACK | CANARIES
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
     head = [
@@ -126,10 +131,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 @pytest.fixture(scope="module")
 def ray_cluster(cluster: dict[str, str]) -> Any:
     """This process connected to the session's cluster; workers find what stands beside the tests by PYTHONPATH."""
-    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", *LOOPBACK)
     before = {key: os.environ.get(key) for key in keys}
     os.environ.update({key: cluster[key] for key in keys})
-    import ray
+    ray = import_ray()
 
     from medlora.on_ray.cluster import connect
 
