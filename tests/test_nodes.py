@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from test_evaluate_on_ray import ask, journal, ray_cluster, score  # noqa: F401
+from test_evaluate_on_ray import ask, journal, score
 from test_on_ray import finish, start, wait_for_step, write_config
 from tiny_run import configure, run_all, weights
 
