@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""A cluster of one machine: nothing of it listens on other addresses than 127.0.0.1."""
-
-
 def import_ray() -> Any:
-    """Ray in the test process, able to talk to the `cluster` later: whether it sends a token, and whether 127.0.0.1 is a
-    node's address to it, it decides when imported."""
+    """Ray in the test process, able to talk to the `cluster` later: whether it sends a token it decides when imported."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ({"RAY_AUTH_MODE": "token"} | LOOPBACK).items():
-            patch.setenv(name, value)
+        patch.setenv("RAY_AUTH_MODE", "token")
         import ray
     return ray
 
@@ -84,14 +79,20 @@ def finished(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a process that may use a real `ray start --head` cluster of two CPUs."""
+    """The environment of a process that may use a real `ray start --head` cluster of two CPUs, to which nodes may be added."""
+    with start_head(tmp_path_factory.mktemp("token") / "auth_token", {}) as env:
+        yield env
+
+
+@contextmanager
+def start_head(token: Path, more: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A `ray start --head` of two CPUs with a token of its own, and `more` in its environment, which it gives."""
     bin_folder = Path(sys.executable).parent
-    token = tmp_path_factory.mktemp("token") / "auth_token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"HF_HUB_OFFLINE": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    env |= LOOPBACK | CANARIES
+    env |= CANARIES | more
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
     head = [
@@ -131,7 +132,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 @pytest.fixture(scope="module")
 def ray_cluster(cluster: dict[str, str]) -> Any:
     """This process connected to the session's cluster; workers find what stands beside the tests by PYTHONPATH."""
-    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", *LOOPBACK)
+    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
     before = {key: os.environ.get(key) for key in keys}
     os.environ.update({key: cluster[key] for key in keys})
     ray = import_ray()
