@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from medlora.config import LoraSettings, PhaseConfig, RunConfig
@@ -75,7 +76,7 @@ def parse_domain(key: str, text: Any) -> Domain:
     if word == "choice":
         try:
             values = read_yaml(rest)
-        except Exception as error:
+        except yaml.YAMLError as error:
             raise InputError(f"{at}: {text!r}: the values are not valid YAML: {error}") from None
         return _make_choice(at, values)
     if word not in ("uniform", "loguniform", "int", "logint"):
