@@ -130,6 +130,10 @@ def answer_on_ray(
             refusals.append(event["text"])
         elif event["event"] == "loading":
             begun.set()
+        elif event["event"] == "ready":
+            if cluster.nodes > 1:
+                text = f"an actor is ready on {event['host']}"
+                on_event({"event": "note", "phase": "evaluation", "text": text})
         else:
             on_event(event)
 
@@ -218,7 +222,7 @@ class BatchAnswerer:
             inbox.put({"event": "refused", "text": str(error)})
             raise
         ray.get(attempts.end_load.remote())
-        self._note(f"an actor is ready on {socket.gethostname()}")
+        inbox.put({"event": "ready", "host": socket.gethostname()})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
         """One batch as JSON -> its predictions as JSON."""
