@@ -112,7 +112,9 @@ def fit_batch(
     most = max(int((_SHARE * free - fixed) / row), 1)
     total = phase.batch_size * phase.accumulation
     fits = max(size for size in range(1, min(most, total) + 1) if total % size == 0)
-    needs = f"{(fixed + row * phase.batch_size) / 2**30:.1f} GiB of {free / 2**30:.1f} free"
+    bytes_needed = fixed + row * phase.batch_size
+    amount = f"{bytes_needed / 2**30:.1f} GiB" if bytes_needed >= 2**30 else f"{bytes_needed / 2**20:.0f} MiB"
+    needs = f"{amount} of {free / 2**30:.1f} GiB free"
     if fits < phase.batch_size:
         smaller = phase.model_copy(update={"batch_size": fits, "accumulation": total // fits})
         say(f"a forward pass of {phase.batch_size} rows would take {needs}: {_describe_change(phase, smaller)}")

@@ -25,10 +25,10 @@ def configure(batch_size: int, accumulation: int, **more: Any) -> PhaseConfig:
 @pytest.mark.parametrize(
     ("free_gib", "batch_size", "said"),
     [
-        (100, 4, "takes 5.0 GiB of 100.0 free; batch_size 16, accumulation 1 would fit, too"),
-        (10, 4, "takes 5.0 GiB of 10.0 free"),  # 7 would fit; of the divisors of 16, 4 is the largest
-        (4, 2, "would take 5.0 GiB of 4.0 free: batch_size 4 becomes 2, accumulation 4 becomes 8"),
-        (1, 1, "would take 5.0 GiB of 1.0 free: batch_size 4 becomes 1, accumulation 4 becomes 16"),
+        (100, 4, "takes 5.0 GiB of 100.0 GiB free; batch_size 16, accumulation 1 would fit, too"),
+        (10, 4, "takes 5.0 GiB of 10.0 GiB free"),  # 7 would fit; of the divisors of 16, 4 is the largest
+        (4, 2, "would take 5.0 GiB of 4.0 GiB free: batch_size 4 becomes 2, accumulation 4 becomes 8"),
+        (1, 1, "would take 5.0 GiB of 1.0 GiB free: batch_size 4 becomes 1, accumulation 4 becomes 16"),
     ],
 )
 def test_the_largest_batch_that_fits_is_told_from_one_and_two_rows(
