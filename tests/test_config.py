@@ -170,3 +170,8 @@ def test_the_shipped_evaluation_config_is_valid() -> None:
 def test_the_shipped_schema_is_the_code_s(name: str, made: dict[str, Any], module: str) -> None:
     shipped = json.loads((ROOT / "configs" / f"{name}.json").read_text(encoding="utf-8"))
     assert shipped == made, f"run: python -m medlora.{module} > configs/{name}.json"
+
+
+def test_flat_batches_are_not_compiled(tmp_path: Path) -> None:
+    said = refusal(tmp_path, minimal(), "phases.01.compile=true", "phases.01.batching=flat")
+    assert "phases.1.compile: flat batches have another shape at every step" in said and "batching: padded" in said
