@@ -35,7 +35,7 @@ def import_ray() -> Any:
     return ray
 
 
-CANARIES = {"HF_TOKEN": "canary-hf-2f6d0c1b", "AWS_SECRET_ACCESS_KEY": "canary-s3-9e41a7d8"}
+CANARIES = {name: f"canary-{secrets.token_hex(8)}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
 """Secrets that every process of the tests' cluster has in its environment, and that must be found nowhere."""
 
 REAL_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

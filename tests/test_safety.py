@@ -34,8 +34,9 @@ from medlora.records import McqRecord
 from medlora.report import build_report
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENT = "850101-1234566"
-"""A resident registration number with the right checksum, of nobody."""
+PATIENT = "-".join(("850101", "1234566"))
+"""A resident registration number with the right checksum, of nobody; in one piece it stands in no file of the project,
+whose working folder other tests upload to the cluster that is searched for it."""
 
 
 @contextmanager
