@@ -24,7 +24,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key; repeatable"
     )
-    parser.add_argument("--out", metavar="DIR", help="the sweep's folder (default: <storage.folder>/<name>)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="the sweep's folder or s3:// URI (default: <storage.folder>/<name>)"
+    )
     parser.add_argument(
         "--final-test", action="store_true", help="at the end score the winner on the run config's tests, once"
     )
@@ -37,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from medlora.errors import InputError
 
     try:
-        from medlora import runs
-        from medlora.object_store import is_store
+        from medlora import runs, storage
         from medlora.sweep import FINGERPRINT, LEDGER, load_sweep_config
         from medlora.sweep_checks import check_sweep, refuse_other
         from medlora.sweep_ledger import Ledger
@@ -47,20 +48,17 @@ def main(argv: list[str] | None = None) -> int:
         plan = check_sweep(config)
         if arguments.final_test and plan.run.evaluation is None:
             raise InputError(f"--final-test: {config.config} has no evaluation; name the tests there")
-        where = str(arguments.out or Path(config.storage.folder) / config.name)
-        if is_store(config.storage.folder) or is_store(where):
-            raise InputError(
-                "storage.folder: a sweep needs a folder, or a mount that every node sees; its runs may read from stores"
-            )
-        folder = runs.open_run(runs.find_home(Path(where)), mark=FINGERPRINT)
-        refuse_other(folder.root, plan)
+        where = arguments.out or storage.join(config.storage.folder, config.name)
+        folder = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
         from medlora.sweep_display import SweepDisplay, print_sweep
         from medlora.sweep_report import find_summary
 
         with (
             runs.hold(folder.lock, f"sweep {folder.root}"),
+            storage.hold(folder.root, mark=FINGERPRINT),
             runs.log_to((logging.getLogger("medlora.run"), folder.log)),
         ):
+            refuse_other(folder.root, plan)
             ledger = Ledger(folder.root / LEDGER)
             summary = find_summary(folder.root, plan, ledger, arguments.final_test)
             worked = summary is None
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
                     summary = run_sweep(plan, folder, ledger, arguments.final_test, display.show)
         print_sweep(summary, ledger, worked)
-        print(f"sweep: {folder.root}")
+        print(f"sweep: {storage.name_place(folder.root)}")
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)

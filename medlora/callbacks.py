@@ -56,6 +56,8 @@ class LossLoggingCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock where the run starts or goes on."""
         self.since, self.last_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            self.report({"event": "training", "phase": self.phase, "segment": self.segment.name})
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -150,6 +152,7 @@ class MCQValidationCallback(TrainerCallback):
     def _validate(self, model: Any, step: int) -> float:
         assert self.segment.validate is not None and self.phase.validation is not None
         model = getattr(model, "module", model)  # DistributedDataParallel wraps it
+        began = time.monotonic()
         scores = self.segment.validate(model)
         best = max(
             (
@@ -164,7 +167,9 @@ class MCQValidationCallback(TrainerCallback):
             row["best"] = True
             save_adapter(model, self.adapter, self.folder.best)
         runs.append_json(self.folder.validation, row)
-        self.report({"event": "validation", "phase": self.phase.name, **row})
+        self.report(
+            {"event": "validation", "phase": self.phase.name, **row, "seconds": round(time.monotonic() - began, 3)}
+        )
         validation_log.info(
             "%s step %d  %s",
             self.segment.name,

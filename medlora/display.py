@@ -103,7 +103,7 @@ class Display:
         elif kind == "cluster":
             how = "started Ray here" if event["started_here"] else "connected to the running Ray cluster"
             self._say(f"{how}: {event['text']} ({event['seconds']:.1f} s)")
-        else:
+        elif kind != "training":
             self._say(f"{phase}  {event['text']}")
 
     def _measure_rate(self) -> float:

@@ -82,7 +82,7 @@ def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple
         ]
         return [(stage.name, tuple(links))]
     folder, colon, names = stage.rpartition(":")
-    run = runs.RunFolder(_find_run(folder, cache))
+    run = runs.RunFolder(find_run(folder, cache))
     storage.pull(run.root, passing=("checkpoints", "best", "evaluation", ".replaced"))
     if not colon or not run.config.is_file():
         raise InputError(f"{key}: {stage!r} names no run; write FOLDER:STAGE,STAGE, e.g. runs/quickstart:base,02")
@@ -93,7 +93,7 @@ def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple
     return found
 
 
-def _find_run(folder: str, cache: str | None) -> Path:
+def find_run(folder: str, cache: str | None) -> Path:
     """Where a finished run is read: its folder, or a copy of what is in a store, apart from the one it is trained in."""
     if is_store(folder):
         return storage.find_copy(folder, cache, "read")
@@ -110,7 +110,7 @@ def _find_link(name: str, folder: str, key: str) -> Link:
 def find_notes(config: EvaluateConfig) -> list[str]:
     """What the data cards of the runs have to say that the stages were taken from."""
     folders = {stage.rpartition(":")[0] for stage in config.stages if isinstance(stage, str)}
-    found = {name: runs.RunFolder(_find_run(name, config.storage.cache)) for name in sorted(folders)}
+    found = {name: runs.RunFolder(find_run(name, config.storage.cache)) for name in sorted(folders)}
     cards = [(name, runs.read_json(run.data) or {}) for name, run in found.items()]
     return [f"{name}: {note}" for name, card in cards for note in describe_overlap(card)]
 

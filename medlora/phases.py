@@ -23,11 +23,13 @@ from medlora.encoding import Collator
 from medlora.errors import InputError
 from medlora.fitting import train_in_memory
 from medlora.flat import FlatCollator
+from medlora.kept import Kept
 from medlora.lineage import PhaseJob, extend_chain
 from medlora.memory import clear_memory, describe_device, keep_freed_memory
 from medlora.mixture import derive_seed
 from medlora.models import added_token_ids, letter_token_ids, load_base, load_tokenizer
 from medlora.phase_rows import choose_worked_example, draw_rows, prepare_rows, report_lengths
+from medlora.preparation import hash_tokenizer
 from medlora.records import FIELDS, McqRecord
 from medlora.sources import remember, scan, stream
 from medlora.stages import load_stage_tokenizer, locate_base
@@ -42,10 +44,12 @@ def run_phase(
     report: Report,
     device: str = "cpu",
     is_leaving: Callable[[], bool] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Train a phase into its folder and return its manifest; goes on from the last whole checkpoint if there is one.
 
-    Runs the same in a Ray Train worker, one of several, as in a plain process. Raises InputError for what only the user
+    Runs the same in a Ray Train worker, one of several, as in a plain process. `kept` is what a process that trains one phase
+    after another keeps between them; the result has the same bytes without it. Raises InputError for what only the user
     can mend, callbacks.Leaving, after a checkpoint, where `is_leaving` says that the node is about to be taken away.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -67,7 +71,7 @@ def run_phase(
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         try:
-            return _run(job, folder, report if main else lambda event: None, device, world, main, is_leaving)
+            return _run(job, folder, report if main else lambda event: None, device, world, main, is_leaving, kept)
         except (OSError, RuntimeError) as error:
             # torch.save and safetensors say in words of their own that nothing more could be written.
             if runs.is_disk_full(error, folder.root):
@@ -98,6 +102,7 @@ def _run(
     world: int,
     main: bool,
     is_leaving: Callable[[], bool] | None,
+    kept: Kept | None,
 ) -> dict[str, Any]:
     phase, started = job.phase, time.monotonic()
     seed = derive_seed(job.seed, "phase", phase.name)
@@ -113,12 +118,15 @@ def _run(
 
     for packed in job.scans:
         remember(packed)
-    tokenizer = load_phase_tokenizer(job, base)
+    held = kept or Kept()
+    tokenizer = held.get("tokenizer", _describe_tokenizer(job), lambda: load_phase_tokenizer(job, base))
     found = [scan(source) for source in phase.sources]
     letter_token_ids(tokenizer, max((each.letters for each in found), key=len))
     worked = choose_worked_example(job, seed) if phase.full_prompt else None
     batch = phase.batch_size * phase.accumulation * world
-    segments = [("normal", "reasoning", prepare_rows(job, tokenizer, seed, report))]
+    words = hash_tokenizer(tokenizer)
+    rows = held.get("rows", _describe_rows(job, words), lambda: prepare_rows(job, tokenizer, seed, report))
+    segments = [("normal", "reasoning", rows)]
     if phase.full_prompt:
         segments.insert(0, ("full", "reasoning_full", prepare_rows(job, tokenizer, seed, report, worked)))
     counts = {
@@ -126,7 +134,11 @@ def _run(
     }
     report_lengths(counts, phase.name, phase.max_tokens, report)
 
-    model = load_base(base, tokenizer, device)
+    if kept is None:
+        model = load_base(base, tokenizer, device)
+    else:
+        made_from = [job.fingerprint["base"], job.fingerprint["base_files"], words, device]
+        model = kept.borrow_base(made_from, lambda: load_base(base, tokenizer, device))
     model = _attach(job, base, model, tokenizer, seed)
     prepared_s = time.monotonic() - started - base_s
     multimodal = model.config.model_type == "gemma3"
@@ -138,16 +150,16 @@ def _run(
     done = []
     for name, style, prepared in segments:
         steps, epoch_steps = _count_steps(job, name, sum(part.part.size for part in prepared.values()), batch)
-        rows = draw_rows(prepared, steps * batch, phase.weights == "tokens", seed)
-        padding = 0.0 if flat else rows.measure_padding(phase.batch_size)
+        drawn = draw_rows(prepared, steps * batch, phase.weights == "tokens", seed)
+        padding = 0.0 if flat else drawn.measure_padding(phase.batch_size)
         said = "flat batches, no padding" if flat else f"{padding:.1%} of the batches is padding"
         report({"event": "note", "phase": phase.name, "text": said})
         segment = Segment(
             name=name,
-            rows=rows,
+            rows=drawn,
             steps=steps,
             epoch_steps=epoch_steps,
-            longest=rows.find_longest(2),
+            longest=drawn.find_longest(2),
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
@@ -219,6 +231,25 @@ def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
             f"phases.{job.phase.name}.train_extra_tokens: the chain below has no added tokens; a vocabulary is extended by a `new` phase"
         )
     return tokenizer
+
+
+def _describe_tokenizer(job: PhaseJob) -> list[Any]:
+    """What the tokenizer of a phase depends on."""
+    extended = job.phase.chain == "new" and job.phase.train_extra_tokens
+    return [
+        job.fingerprint["base"],
+        job.fingerprint["base_files"],
+        job.fingerprint["parent"],
+        job.phase.chain,
+        extended,
+    ]
+
+
+def _describe_rows(job: PhaseJob, words: str) -> dict[str, Any]:
+    """What the rows of a phase depend on; `words` tells its tokenizer from others."""
+    phase = job.phase.model_dump(mode="json", include={"name", "sources", "replay", "max_tokens", "packing"})
+    rest = job.model_dump(mode="json", include={"replayed", "dropped", "seed", "cache"})
+    return phase | rest | {name: job.fingerprint[name] for name in ("data", "prompts")} | {"tokenizer": words}
 
 
 def _attach(job: PhaseJob, base: BaseModelConfig, model: Any, tokenizer: Any, seed: int) -> Any:

@@ -135,13 +135,14 @@ def plan_preparation(source: SourceConfig, style: str, tokenizer: Any, cache: Pa
         # Texts and pairs know one style.
         "style": style if found.kind == "mcq" else "",
         "prompts": prompts.version(),
-        "tokenizer": _hash_tokenizer(tokenizer),
+        "tokenizer": hash_tokenizer(tokenizer),
         "format": 1,
     }
     return Preparation(source, style, fingerprint, cache / "tokens" / runs.hash_json(fingerprint)[:20])
 
 
-def _hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
+    """What tells a tokenizer from others: its words, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     parts = [words, str(tokenizer.chat_template), str(tokenizer.bos_token_id), str(tokenizer.eos_token_id)]

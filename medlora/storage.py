@@ -120,8 +120,9 @@ def pull(folder: Path, passing: Sequence[str] = ()) -> None:
                 index.pop(name, None)
 
 
-def push(folder: Path) -> None:
-    """Make the store hold what a working copy, or a part of it, holds: what changed since, manifests last.
+def push(folder: Path, passing: Sequence[str] = ()) -> None:
+    """Make the store hold what a working copy, or a part of it, holds, but for folders named `passing` below it: what changed
+    since, manifests last.
 
     A file that was there and is here no more is then removed there, its folder's manifest first. Raises InputError when the
     store cannot be written, or the run's lock was taken by somebody else; what the store held whole it still holds.
@@ -131,8 +132,9 @@ def push(folder: Path) -> None:
         return
     check_lock(copy.objects)
     with copy.indexed() as index:
-        here = copy.list(folder)
-        gone = sorted(name for name in index if name not in here and (copy.root / name).is_relative_to(folder))
+        here = {name for name in copy.list(folder) if not _passes(name, passing)}
+        known = [name for name in index if not _passes(name, passing)]
+        gone = sorted(name for name in known if name not in here and (copy.root / name).is_relative_to(folder))
         for last in (False, True):
             changed = [n for n in sorted(here) if _is_manifest(n) == last and (index.get(n) or [])[:2] != copy.sign(n)]
             signs = {name: copy.sign(name) for name in changed}

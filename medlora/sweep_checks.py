@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.config import RunConfig
 from medlora.config_file import explain, load_raw
 from medlora.data_card import find_dropped
 from medlora.errors import InputError
+from medlora.evaluation import find_run
 from medlora.lineage import Link, check_inputs, extend_chain, find_obstacle, make_job, scan_source, start_chain
 from medlora.records import McqRecord
 from medlora.sources import stream
@@ -56,7 +57,7 @@ def check_sweep(config: SweepConfig) -> SweepPlan:
     _check_dev(plan)
     plan = replace(plan, dropped=find_dropped(plan.check_against()))
     if config.start:
-        find_start(plan, Path(config.start))
+        find_start(plan)
     return plan
 
 
@@ -172,10 +173,14 @@ def _check_dev(plan: SweepPlan) -> None:
             )
 
 
-def find_start(plan: SweepPlan, folder: Path) -> tuple[Link, ...]:
-    """The chain that every trial starts from, in a run whose earlier phases are finished; raises InputError otherwise."""
-    run = runs.RunFolder(folder.expanduser().absolute())
-    chain = start_chain(plan.run)
+def find_start(plan: SweepPlan) -> tuple[runs.RunFolder, tuple[Link, ...]]:
+    """The run named by `start`, whose earlier phases are finished, and the chain that every trial starts from.
+
+    Raises InputError where they are not, or were made from something else.
+    """
+    folder = str(plan.config.start)
+    run, chain = runs.RunFolder(find_run(folder, plan.config.storage.cache)), start_chain(plan.run)
+    storage.pull(run.root, passing=("checkpoints", "best", "evaluation", ".replaced"))
     for phase in list_earlier(plan):
         there = run.phase(phase.name)
         if runs.read_manifest(there.root) is None:
@@ -184,7 +189,7 @@ def find_start(plan: SweepPlan, folder: Path) -> tuple[Link, ...]:
             shown = "\n  ".join(differences[:5])
             raise InputError(f"start: phase {phase.name} of {folder} was made from something else:\n  {shown}")
         chain = extend_chain(chain, phase, there.adapter)
-    return chain
+    return run, chain
 
 
 def refuse_other(folder: Path, plan: SweepPlan) -> None:
@@ -193,5 +198,5 @@ def refuse_other(folder: Path, plan: SweepPlan) -> None:
     if was is not None and (differences := runs.find_differences(was, describe_sweep(plan))):
         shown = "\n  ".join(differences[:5])
         raise InputError(
-            f"{folder}: holds another sweep:\n  {shown}\ngive this one another name (--set name=...), or --out"
+            f"{storage.name_place(folder)}: holds another sweep:\n  {shown}\ngive this one another name (--set name=...), or --out"
         )

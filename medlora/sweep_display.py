@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from medlora.display import Display
 from medlora.sweep_ledger import Ledger, Trial
 from medlora.sweep_report import describe_pair
 from medlora.sweep_space import format_value
+
+log = logging.getLogger("medlora.run")
 
 _ROWS = 12
 """Trials that the live table shows beside those that run: the best so far."""
@@ -62,6 +65,9 @@ class SweepDisplay:
                 self.steps[event["trial"]] = event
             elif kind == "trial-note":
                 self._say(f"trial {event['trial']}  {event['text']}")
+            elif kind == "trial-seconds":
+                spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in event["seconds"].items())
+                log.info("trial %s: %s", event["trial"], spent)
             else:
                 self.display.show(event)
             if self.live:

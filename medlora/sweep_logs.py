@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from medlora import storage
+from medlora.errors import InputError
 from medlora.sweep import SweepConfig
 from medlora.sweep_ledger import Ledger, Trial
 from medlora.sweep_space import format_value
+
+log = logging.getLogger("medlora.run")
 
 _SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
 
@@ -18,22 +26,16 @@ _SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
 class TrialLogs:
     """Hears what happens to trials; writes `tensorboard/<trial>/` below the sweep's folder, losses and dev scores by step.
 
-    Once a trial has ended its values stand beside its last score, for TensorBoard's HParams page.
+    Once a trial has ended its values stand beside its last score, for TensorBoard's HParams page. Raises InputError where
+    MLflow is wanted and its server does not answer.
     """
 
     def __init__(self, folder: Path, config: SweepConfig) -> None:
-        self.folder, self.config = folder / "tensorboard", config
+        self.folder = folder / "tensorboard"
         self.writers: dict[str, Any] = {}
         self.seen: dict[str, int] = {}
         self.lock = threading.Lock()
-        self.client: Any = None
-        self.mlflow_runs: dict[str, str] = {}
-        if config.mlflow:
-            from mlflow.tracking import MlflowClient
-
-            self.client = MlflowClient()
-            found = self.client.get_experiment_by_name(config.mlflow.experiment)
-            self.experiment = found.experiment_id if found else self.client.create_experiment(config.mlflow.experiment)
+        self.mlflow = _Mlflow(config.mlflow.experiment, config.name, folder) if config.mlflow else None
 
     def __enter__(self) -> Self:
         return self
@@ -63,20 +65,14 @@ class TrialLogs:
         writer = self._open(trial)
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
-            if self.client:
-                self.client.log_metric(self.mlflow_runs[trial.id], name, value, step=step)
+        if self.mlflow:
+            self.mlflow.add(trial, scalars, step)
 
     def _open(self, trial: Trial) -> Any:
         if trial.id not in self.writers:
             from tensorboardX import SummaryWriter
 
             self.writers[trial.id] = SummaryWriter(str(self.folder / trial.id), flush_secs=10)
-            if self.client:
-                tags = {"mlflow.runName": f"{self.config.name}-{trial.id}"}
-                made = self.client.create_run(self.experiment, tags=tags)
-                self.mlflow_runs[trial.id] = made.info.run_id
-                for key, value in trial.params.items():
-                    self.client.log_param(made.info.run_id, key, format_value(value))
         return self.writers[trial.id]
 
     def _end(self, trial: Trial) -> None:
@@ -91,7 +87,77 @@ class TrialLogs:
             for summary in hparams(plain, {"dev/score": trial.score}):
                 writer.file_writer.add_summary(summary)
         writer.close()
-        if self.client:
-            self.client.set_tag(self.mlflow_runs[trial.id], "state", trial.state)
-            done = "FINISHED" if trial.state in ("finished", "stopped") else "FAILED"
-            self.client.set_terminated(self.mlflow_runs[trial.id], status=done)
+        if self.mlflow:
+            self.mlflow.end(trial)
+
+
+class _Mlflow:
+    """Trials as runs of an MLflow experiment: a sweep that goes on finds those it had.
+
+    The server is named by MLFLOW_TRACKING_URI. Where it stops answering, that is said and the sweep goes on without it.
+    """
+
+    def __init__(self, experiment: str, sweep: str, folder: Path) -> None:
+        # By default a server that is not there is asked for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        self.failure, self.sweep, self.place = MlflowException, sweep, storage.name_place(folder)
+        self.runs: dict[str, str] = {}
+        self.lost = False
+        try:
+            self.client = MlflowClient()
+            found = self.client.get_experiment_by_name(experiment)
+            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
+        except MlflowException as error:
+            raise InputError(
+                f"mlflow: the server does not answer as it should: {_shorten(error)}\nMLFLOW_TRACKING_URI in the environment names "
+                "it; mend it, or remove the key"
+            ) from error
+
+    def add(self, trial: Trial, scalars: Mapping[str, float], step: int) -> None:
+        """Log values of one step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value in scalars.items()]
+        self._try(trial, lambda run: self.client.log_batch(run, metrics=metrics))
+
+    def end(self, trial: Trial) -> None:
+        """Say how the trial ended."""
+        status = "FINISHED" if trial.state in ("finished", "stopped") else "FAILED"
+
+        def act(run: str) -> None:
+            self.client.set_tag(run, "medlora.state", trial.state)
+            self.client.set_terminated(run, status=status)
+
+        self._try(trial, act)
+
+    def _try(self, trial: Trial, act: Any) -> None:
+        if self.lost:
+            return
+        try:
+            act(self._find(trial))
+        except self.failure as error:
+            self.lost = True
+            log.warning("MLflow does not answer any more, trials are logged to TensorBoard alone: %s", _shorten(error))
+
+    def _find(self, trial: Trial) -> str:
+        """The id of the trial's run, made where there is none."""
+        if trial.id not in self.runs:
+            tags = {"medlora.sweep": self.place, "medlora.trial": trial.id}
+            wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+            there = self.client.search_runs([self.experiment], wanted, max_results=1)
+            if not there:
+                tags["mlflow.runName"] = f"{self.sweep}-{trial.id}"
+                there = [self.client.create_run(self.experiment, tags=tags)]
+                for key, value in trial.params.items():
+                    self.client.log_param(there[0].info.run_id, re.sub(r"[^\w./ -]", "_", key), format_value(value))
+            self.runs[trial.id] = there[0].info.run_id
+        return self.runs[trial.id]
+
+
+def _shorten(error: Exception) -> str:
+    """The first line of what went wrong, without the password that a server's address may hold."""
+    return re.sub(r"//[^@/\s]*@", "//", str(error).partition("\n")[0])[:300]

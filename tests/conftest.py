@@ -129,6 +129,19 @@ def start_head(token: Path, more: dict[str, str]) -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def submit(cluster: dict[str, str], job: list[str]) -> str:
+    """What a job prints that was given to the cluster with `ray job submit`, as users do; it must end well."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--", *job]
+    for _ in range(10):
+        done = subprocess.run(command, cwd=root, env=cluster, capture_output=True, text=True, timeout=1500)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(5)  # on a busy machine Ray's agent comes up after the cluster, and it says to try again
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def ray_cluster(cluster: dict[str, str]) -> Any:
     """This process connected to the session's cluster; workers find what stands beside the tests by PYTHONPATH."""

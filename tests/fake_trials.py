@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ def fake_trial(trial: dict[str, Any]) -> None:
     with tries.open("a") as file:
         file.write(f"{os.getpid()} {trial['x']}\n")
     first = len(tries.read_text().splitlines()) == 1
+    began = time.time()
     for step in range(1, trial["steps"] + 1):
         time.sleep(trial.get("sleep_s", 0.05))
         if step == 2 and (first or trial.get("always")):
@@ -28,4 +30,6 @@ def fake_trial(trial: dict[str, Any]) -> None:
                 tune.report({"ended": "failed", "why": "the loss is nan"})
                 return
         tune.report({"step": step, "score": trial["x"] * (1 - 0.5**step), "last": step == trial["steps"]})
+    ran = {"began": began, "ended": time.time(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    tries.with_suffix(".ran").write_text(json.dumps(ran))
     tune.report({"ended": "finished", "why": ""})

@@ -74,6 +74,7 @@ LAYERS = {
             "flat",
             "fitting",
             "head",
+            "kept",
             "lean",
             "memory",
             "norms",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import submit
 
 from medlora import runs
 from medlora.config_file import load
@@ -23,15 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def submitted(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[runs.RunFolder, str]:
     """The finished quickstart run and what the job printed."""
     folder = tmp_path_factory.mktemp("submitted") / "quickstart"
-    job = ["python", "jobs/curriculum.py", "--run-dir", str(folder)]
-    command = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--", *job]
-    for _ in range(10):
-        done = subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=1500)
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(5)  # on a busy machine Ray's agent comes up after the cluster, and it says to try again
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return runs.RunFolder(folder), done.stdout
+    said = submit(cluster, ["python", "jobs/curriculum.py", "--run-dir", str(folder)])
+    return runs.RunFolder(folder), said
 
 
 def test_the_curriculum_teaches_what_the_base_does_not_know(submitted: tuple[runs.RunFolder, str]) -> None:

@@ -21,7 +21,7 @@ from medlora import runs
 from medlora.config import RunConfig
 from medlora.config_file import load
 from medlora.errors import InputError
-from medlora.sweep import SweepPlan, load_sweep_config
+from medlora.sweep import Mlflow, SweepPlan, load_sweep_config
 from medlora.sweep_checks import check_sweep, refuse_other
 from medlora.sweep_display import SweepDisplay
 from medlora.sweep_ledger import Ledger, Trial
@@ -190,7 +190,6 @@ def test_the_config_as_it_stands_is_the_start_whatever_its_values(tmp_path: Path
         ({"lora.r": "int 1 8"}, {"search": "grid"}, "search: grid needs values, not a range"),
         ({"lora.r": [8]}, {"placement": {"workers": 2}}, "placement.workers: a trial trains in one process"),
         ({"lora.r": [8]}, {"start": "nowhere"}, "start: nowhere has no finished phase 00"),
-        ({"lora.r": [8]}, {"mlflow": {"experiment": "x"}}, "mlflow: is not installed here"),
         ({"lora.r": [8]}, {"trails": 3}, "trails: unknown key; did you mean 'trials'?"),
     ],
 )
@@ -198,6 +197,14 @@ def test_bad_input_is_refused(tmp_path: Path, run: dict[str, Any], space: Any, m
     with pytest.raises(InputError) as error:
         plan(tmp_path, run, space, **more)
     assert said in str(error.value)
+
+
+def test_mlflow_that_is_not_installed_is_refused(
+    tmp_path: Path, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(InputError, match="mlflow: is not installed here; pip install mlflow, or remove the key"):
+        plan(tmp_path, run, {"lora.r": [8]}, mlflow={"experiment": "x"})
 
 
 def test_a_test_cannot_be_named_nor_its_questions_used(tmp_path: Path, run: dict[str, Any]) -> None:
@@ -519,6 +526,40 @@ def test_markup_in_values_and_errors_stays_text(tmp_path: Path, run: dict[str, A
     bare = str.maketrans("", "", "\"'\\\n\t\r \0")  # a list is shown with quotes of its own
     shown = hostile.text.translate(bare)
     assert [p for i, p in enumerate(XSS) if f"{p}{i}".translate(bare) not in shown] == []
+
+
+def test_trials_are_runs_of_mlflow_where_it_is_installed(
+    done: tuple[SweepPlan, Ledger, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    from medlora.sweep_logs import TrialLogs
+
+    swept, ledger, folder = done
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    config = swept.config.model_copy(update={"mlflow": Mlflow(experiment="e")})
+    step = {"event": "trial-step", "phase": "02", "step": 10, "loss": 0.5, "learning_rate": 0.1, "grad_norm": 1.0}
+    for trial in ("000", "003"):  # a driver each: the second goes on with the experiment and its runs
+        with TrialLogs(folder, config) as logs:
+            logs.show({**step, "tokens_per_s": 7.0, "trial": "000"}, ledger)
+            logs.show({"event": "trial", "trial": trial}, ledger)
+    client = MlflowClient()
+    (first, failed) = client.search_runs([client.get_experiment_by_name("e").experiment_id], order_by=["start_time"])
+    assert (first.info.run_name, first.info.status, first.data.tags["medlora.state"]) == (
+        "sweep-000",
+        "FINISHED",
+        "finished",
+    )
+    assert first.data.params == {"lora.targets": "all-linear", "lora.r": "8"}
+    assert first.data.metrics["dev/score"] == 0.5 and first.data.metrics["02/loss"] == 0.5
+    scores = client.get_metric_history(first.info.run_id, "dev/score")
+    assert [(each.step, each.value) for each in scores] == [(25, 0.4), (50, 0.5)]
+    assert (failed.info.run_name, failed.info.status) == ("sweep-003", "FAILED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match="mlflow: the server does not answer as it should"):
+        TrialLogs(folder, config)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

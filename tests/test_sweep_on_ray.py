@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import submit
 from fake_trials import fake_trial
 
 from medlora import runs
@@ -29,7 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SPACE = {"x": Range(0.0, 1.0)}
 
 
-def search(folder: Path, cluster: Any, trials: int, does: dict[int, dict[str, Any]], halving: bool = True) -> Ledger:
+def search(
+    folder: Path,
+    cluster: Any,
+    trials: int,
+    does: dict[int, dict[str, Any]],
+    halving: bool = True,
+    placement: Placement | None = None,
+    concurrency: int = 2,
+) -> Ledger:
     """A search over fake trials; `does` says by number what a trial does."""
     from medlora.on_ray.search import Halving, Search, search_on_ray
 
@@ -60,8 +69,8 @@ def search(folder: Path, cluster: Any, trials: int, does: dict[int, dict[str, An
             propose=propose,
             describe=describe,
             trainable=fake_trial,
-            placement=Placement(),
-            concurrency=2,
+            placement=placement or Placement(),
+            concurrency=concurrency,
             on_event=lambda event: None,
         ),
         folder,
@@ -106,7 +115,7 @@ def test_a_stopped_trial_s_slot_is_free_at_once_and_no_placement_group_is_left(
     while find_groups() or ray.available_resources().get("CPU") != 2:
         assert time.monotonic() < end, (find_groups(), ray.available_resources())
         time.sleep(0.1)
-    assert not list((tmp_path / "s").glob(".tune-*"))
+    assert not (tmp_path / "s" / ".ray").exists()
 
 
 def test_a_dead_trial_goes_on_twice_and_a_diverged_one_never(ray_cluster: Any, tmp_path: Path) -> None:
@@ -144,8 +153,35 @@ def test_more_trials_at_a_time_than_there_is_room_for_are_refused(ray_cluster: A
         find_concurrency(None, Placement(gpus_per_worker=0.5), ray_cluster)
 
 
+def test_two_trials_share_a_gpu_and_a_third_waits(
+    cluster: dict[str, str], ray_cluster: Any, bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    from test_nodes import add_nodes
+
+    from medlora.on_ray.cluster import connect
+    from medlora.on_ray.placement import find_concurrency
+
+    half = Placement(gpus_per_worker=0.5)
+    with add_nodes(cluster, ("gpu", "gpu", "--num-gpus=1", "--num-cpus=3")), connect() as grown:
+        assert find_concurrency(None, half, grown) == 2
+        config = write_sweep(tmp_path, bases, data, {"lora.r": [2, 4]}, {})
+        refused = start(
+            config, tmp_path / "out", cluster, "--set", "placement={gpus_per_worker: 0.5}", "--set", "concurrency=3"
+        )
+        does = {i: {"sleep_s": 0.3, "steps": 4} for i in range(3)}
+        ledger = search(tmp_path / "s", grown, 3, does, halving=False, placement=half, concurrency=3)
+        _, err = finish(refused, code=2)
+    assert "concurrency: 3 trials at a time with 1 CPU and 0.5 GPU each" in err and "has room for 2" in err
+    assert not (tmp_path / "out" / "start").exists() and not (tmp_path / "out" / "trials.jsonl").exists()
+    assert [trial.state for trial in ledger.trials.values()] == ["finished"] * 3
+    first, second, third = sorted(
+        (runs.read_json(path) for path in (tmp_path / "s").glob("*.ran")), key=lambda ran: ran["began"]
+    )
+    assert {ran["gpus"] for ran in (first, second, third)} == {"0"}
+    assert second["began"] < first["ended"] and third["began"] >= min(first["ended"], second["ended"])
+
+
 def test_a_search_goes_on_from_its_ledger_alone(ray_cluster: Any, tmp_path: Path) -> None:
-    whole = search(tmp_path / "whole", ray_cluster, 6, {})
     folder = tmp_path / "s"
     folder.mkdir()
     ledger = Ledger(folder / "trials.jsonl")
@@ -157,7 +193,7 @@ def test_a_search_goes_on_from_its_ledger_alone(ray_cluster: Any, tmp_path: Path
         ledger.end(id, "finished")
     ledger.report("002", 1, 0.05, stop=False)  # the driver was killed here
     ledger = search(folder, ray_cluster, 6, {})
-    assert list(ledger.trials) == list(whole.trials)
+    assert list(ledger.trials) == [f"{i:03}" for i in range(6)]
     assert set(count_tries(folder)) == {"002", "003", "004", "005"}
     assert all(trial.ended for trial in ledger.trials.values())
     # What the earlier driver heard stands in the rungs: 0.9 and 0.1 at step 3, so a poor new trial is stopped by them.
@@ -171,13 +207,14 @@ def test_a_search_goes_on_from_its_ledger_alone(ray_cluster: Any, tmp_path: Path
 def write_sweep(
     folder: Path, bases: dict[str, str], data: Path, space: dict[str, Any], p02: dict[str, Any], **more: Any
 ) -> Path:
-    from tiny_run import configure
+    """A sweep of tests/tiny_run.py's run, whose test is of questions that it does not train on."""
+    from tiny_run import configure, question
 
+    folder.mkdir(exist_ok=True)
+    test = "".join(json.dumps(question(i), ensure_ascii=False) + "\n" for i in range(200, 206))
+    (folder / "test.jsonl").write_text(test, encoding="utf-8")
     config = configure(bases["gemma"], data, p02=p02).model_dump(mode="json")
-    config["evaluation"] = {"tests": [{"name": "t", "source": str(data / "mcq.jsonl")}], "scoring": "letter"}
-    for phase in config["phases"]:  # a test may not be trained on: questions come from dev here
-        for source in phase["sources"]:
-            source["source"] = source["source"].replace("mcq.jsonl", "dev.jsonl")
+    config["evaluation"] = {"tests": [{"name": "t", "source": str(folder / "test.jsonl")}], "scoring": "letter"}
     (folder / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     sweep = {"name": "s", "config": str(folder / "run.yaml"), "space": space, **more}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
@@ -204,23 +241,12 @@ def wait_for(process: subprocess.Popen[str], what: Any) -> Any:
     return found
 
 
-@pytest.fixture(scope="module")
-def shared(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the phases before 02, as `write_sweep` configures them."""
-    from tiny_run import run_all
-
-    folder = tmp_path_factory.mktemp("shared")
-    config = load(write_sweep(folder, bases, data, {"lora.r": [2]}, {}).with_name("run.yaml"))
-    run_all(config, folder / "run", ("00", "01"))
-    return folder / "run"
-
-
 def test_a_sweep_survives_its_trials_and_its_driver(
-    cluster: dict[str, str], bases: dict[str, str], data: Path, shared: Path, tmp_path: Path
+    cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
     space = {"phases.02.learning_rate": [1e-3, 5e-3, 1e30], "lora.r": [2, 8]}
     steps = {"max_steps": 40, "checkpoint_every_steps": 5, "log_every_steps": 1}
-    more = {"search": "grid", "trials": 6, "start": str(shared), "dev": {"every_steps": 10}, "best": 2}
+    more = {"search": "grid", "trials": 6, "start": str(finished), "dev": {"every_steps": 10}, "best": 2}
     config, out = write_sweep(tmp_path, bases, data, space, steps, **more), tmp_path / "sweep"
     ledger = out / "trials.jsonl"
 
@@ -239,12 +265,12 @@ def test_a_sweep_survives_its_trials_and_its_driver(
     before = {id: (out / "trials" / id / "phases" / "02" / "fingerprint.json").stat().st_mtime_ns for id in ended}
     assert ended and len(ended) < 6
 
-    said, _ = finish(start(config, out, cluster))
+    said, err = finish(start(config, out, cluster, "--final-test"))
     assert f"{len(ended)} of 6 trials are done already; none of them is run again" in said
+    assert "test t, trial" in said and "scored once" in said and err == ""
     assert {
         id: (out / "trials" / id / "phases" / "02" / "fingerprint.json").stat().st_mtime_ns for id in ended
     } == before
-    assert not {line["trial"] for line in runs.read_json_lines(ledger)[-1:]} & ended
     known = Ledger(ledger).trials
     assert list(known) == [f"{i:03}" for i in range(6)] and all(trial.ended for trial in known.values())
     diverged = [trial for trial in known.values() if trial.params["phases.02.learning_rate"] == 1e30]
@@ -253,14 +279,11 @@ def test_a_sweep_survives_its_trials_and_its_driver(
 
     summary = runs.read_json(out / "sweep.json")
     assert [row["trial"] for row in summary["dev"]["stages"]][0] == "000" and len(summary["dev"]["stages"]) <= 3
-    assert summary["dev"]["stages"][0]["n"] == 6 and summary["test"] is None
+    assert summary["dev"]["stages"][0]["n"] == 6 and summary["test"]["trial"] == summary["winner"]
     assert "on all of dev (6 questions), the config as it stands (trial 000)" in said
     for name in ("sweep.html", "trials.parquet", "best.yaml", "dev/report.html", "tensorboard/000"):
         assert (out / name).exists()
-    assert (out / "trials" / "000" / "phases" / "01").resolve() == shared / "phases" / "01"
-
-    said, err = finish(start(config, out, cluster, "--final-test"))
-    assert "test t, trial" in said and "scored once" in said and err == ""
+    assert (out / "trials" / "000" / "phases" / "01").resolve() == finished / "phases" / "01"
     record = (out / "test" / "report.json").read_bytes()
     said, _ = finish(start(config, out, cluster, "--final-test"))
     assert "everything is done already" in said and (out / "test" / "report.json").read_bytes() == record
@@ -272,50 +295,39 @@ def test_a_sweep_survives_its_trials_and_its_driver(
 
 
 def test_two_sweeps_side_by_side_do_not_touch_each_other(
-    cluster: dict[str, str], bases: dict[str, str], data: Path, shared: Path, tmp_path: Path
+    cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """One of them trains the phase before its own, once, into its folder."""
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    dev = {"every_steps": 3, "sources": [{"source": str(data / "dev.jsonl")}]}
-    small = {"trials": 3, "search": "random", "concurrency": 1, "scheduler": {"kind": "none"}, "dev": dev}
-    rate = "loguniform 1e-3 1e-2"
-    one = write_sweep(tmp_path / "a", bases, data, {"phases.02.learning_rate": rate}, {}, start=str(shared), **small)
-    two = write_sweep(tmp_path / "b", bases, data, {"phases.01.learning_rate": rate}, {}, phases=["01"], **small)
+    """One trains the phase before its own, once, into its folder; the other, a submitted job, ends as a schedule of phases."""
+    rate, dev = "loguniform 1e-3 3e-2", {"every_steps": 3, "sources": [{"source": str(data / "dev.jsonl")}]}
+    small = {"trials": 2, "search": "random", "concurrency": 1, "scheduler": {"kind": "none"}, "dev": dev}
+    one = write_sweep(tmp_path / "a", bases, data, {"phases.01.learning_rate": rate}, {}, phases=["01"], **small)
+    pbt = {"scheduler": {"kind": "pbt", "population": 2, "generations": 2}, "dev": {"every_steps": 4}}
+    more = {**pbt, "concurrency": 1, "best": 4, "start": str(finished)}
+    two = write_sweep(tmp_path / "b", bases, data, {"phases.02.learning_rate": rate}, {"max_steps": 8}, **more)
     outs = [tmp_path / "a" / "out", tmp_path / "b" / "out"]
-    drivers = [start(config, out, cluster) for config, out in zip((one, two), outs, strict=True)]
-    for driver in drivers:
-        finish(driver)
-    for out, phase in zip(outs, ("02", "01"), strict=True):
-        trials = Ledger(out / "trials.jsonl").trials
-        assert [trial.state for trial in trials.values()] == ["finished"] * 3
-        for id in trials:
-            adapter = out / "trials" / id / "phases" / phase
-            assert runs.check_files(adapter, runs.read_manifest(adapter) or {"files": {"-": ""}}) is None
-        assert len(json.loads((out / "sweep.json").read_text())["trials"]) == 3
-    assert runs.read_manifest(outs[1] / "start" / "phases" / "00") and not (outs[0] / "start").exists()
-    assert (outs[1] / "trials" / "002" / "phases" / "00").resolve() == outs[1] / "start" / "phases" / "00"
+    driver = start(one, outs[0], cluster)
+    said = submit(cluster, ["python", "jobs/sweep.py", "--config", str(two), "--out", str(outs[1])])
+    finish(driver)
+    assert f"sweep: {outs[1]}" in said and "Warning" not in said and "Traceback" not in said
+    ledgers = [Ledger(out / "trials.jsonl").trials for out in outs]
+    for out, trials, phase in zip(outs, ledgers, ("01", "02"), strict=True):
+        assert [trial.state for trial in trials.values()] == ["finished"] * len(trials)
+        for trial in trials.values():
+            last = f"{phase}-2" if trial.about.get("generation") == 2 else phase
+            trained = out / "trials" / trial.id / "phases" / last
+            assert runs.check_files(trained, runs.read_manifest(trained) or {"files": {"-": ""}}) is None
+        assert len(json.loads((out / "sweep.json").read_text())["trials"]) == len(trials)
+    assert [len(trials) for trials in ledgers] == [2, 5]
+    assert runs.read_manifest(outs[0] / "start" / "phases" / "00") and not (outs[1] / "start").exists()
+    assert (outs[0] / "trials" / "001" / "phases" / "00").resolve() == outs[0] / "start" / "phases" / "00"
 
-
-def test_a_population_ends_as_a_config_of_phases(
-    cluster: dict[str, str], bases: dict[str, str], data: Path, shared: Path, tmp_path: Path
-) -> None:
-    pbt = {"kind": "pbt", "population": 2, "generations": 2}
-    space, dev = {"phases.02.learning_rate": "loguniform 1e-3 3e-2"}, {"every_steps": 4}
-    config = write_sweep(
-        tmp_path, bases, data, space, {"max_steps": 8}, scheduler=pbt, dev=dev, best=4, start=str(shared)
-    )
-    out = tmp_path / "out"
-    finish(start(config, out, cluster))
-    trials = Ledger(out / "trials.jsonl").trials
-    assert [trial.state for trial in trials.values()] == ["finished"] * 5
+    out, trials = outs[1], ledgers[1]
     assert [trial.step for trial in trials.values()] == [8, 4, 4, 8, 8]
     for id in ("003", "004"):
         parent = trials[id].about["parent"]
         before = (out / "trials" / id / "phases" / "02").resolve()
         assert before == out / "trials" / parent / "phases" / "02"
-        lineage = runs.read_manifest(out / "trials" / id / "phases" / "02-2")
-        mother = runs.read_manifest(before)
+        lineage, mother = runs.read_manifest(out / "trials" / id / "phases" / "02-2"), runs.read_manifest(before)
         assert lineage is not None and mother is not None
         assert mother["adapter_hash"] in lineage["fingerprint"]["parent"]
     best, winner = load(out / "best.yaml"), runs.read_json(out / "sweep.json")["winner"]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,11 +146,16 @@ def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, c
         raise InputError(search.refusals[0])
 
 
-def _own_files(folder: Path) -> tempfile.TemporaryDirectory[str]:
+@contextmanager
+def _own_files(folder: Path) -> Iterator[Path]:
     """Where Tune writes what nobody reads again."""
-    for old in folder.glob(".tune-*"):
-        runs.remove(old)
-    return tempfile.TemporaryDirectory(prefix=".tune-", dir=folder, ignore_cleanup_errors=True)
+    place = runs.RunFolder(folder).ray
+    runs.remove(place)
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)  # a worker may still be writing
 
 
 class _Silent:
@@ -217,7 +223,7 @@ class _Judge(_Silent, FIFOScheduler):
         if known.ended:  # Tune repeats the last report of a function that has returned
             return self.CONTINUE
         if ended := result.get("ended"):
-            if ended == "full":
+            if ended == "refused":
                 search.refusals.append(result["why"])
                 return self.CONTINUE
             search.ledger.end(id, ended, result["why"])
@@ -276,7 +282,7 @@ class _Stopper(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """What one trial could not do for lack of room on the disk no other can."""
+        """What one trial could not do for lack of room on the disk, or of its store, no other can."""
         return bool(self.search.refusals)
 
 

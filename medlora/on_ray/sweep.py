@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.data_card import check_data, describe_findings, describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, find_obstacle, make_job, refuse, start_chain
@@ -32,6 +33,9 @@ from medlora.sweep_report import find_winner, read_record, write_results
 from medlora.sweep_search import Suggester
 
 log = logging.getLogger("medlora.run")
+
+_PUSH_EVERY_S = 10.0
+"""How often the ledger goes to the sweep's store: what a driver lost since then its trials report again."""
 
 
 def run_sweep(
@@ -56,14 +60,14 @@ def run_sweep(
         _note(on_event, "data", text)
     runs.write_json(folder.root / FINGERPRINT, describe_sweep(plan))
     runs.write_json(folder.data, card)
+    storage.push(folder.root, passing=("trials",))
     began = time.monotonic()
-    with connect() as cluster:
+    with TrialLogs(folder.root, plan.config) as logs, connect() as cluster:
         seconds = time.monotonic() - began
         on_event({"event": "cluster", "text": str(cluster), "started_here": cluster.started_here, "seconds": seconds})
         concurrency = find_concurrency(plan.config.concurrency, plan.config.placement, cluster)
-        start = _find_or_train_start(plan, folder, cluster, on_event)
-        with TrialLogs(folder.root, plan.config) as logs:
-            _search(plan, folder, ledger, start, card, concurrency, cluster, logs, on_event, reuse_actors)
+        start, chain = _find_or_train_start(plan, folder, cluster, on_event)
+        _search(plan, folder, ledger, start, chain, card, concurrency, cluster, logs, on_event, reuse_actors)
         notes = describe_overlap(card)
         comparison = score_best(plan, folder, ledger, concurrency, cluster, notes, on_event)
         winner = find_winner(comparison)
@@ -77,10 +81,10 @@ def _note(on_event: OnEvent, phase: str, text: str) -> None:
 
 def _find_or_train_start(
     plan: SweepPlan, folder: runs.RunFolder, cluster: Cluster, on_event: OnEvent
-) -> tuple[Link, ...]:
-    """The chain that every trial starts from; its phases are trained once, in the sweep's own folder, unless `start` has them."""
+) -> tuple[runs.RunFolder, tuple[Link, ...]]:
+    """The run that every trial starts from, and its chain; trained once, in the sweep's own folder, unless `start` has it."""
     if plan.config.start:
-        return find_start(plan, Path(plan.config.start))
+        return find_start(plan)
     run, chain = runs.RunFolder(folder.root / "start"), start_chain(plan.run)
     earlier = list_earlier(plan)
     if earlier:
@@ -100,14 +104,15 @@ def _find_or_train_start(
         else:
             on_event({"event": "reused", "phase": phase.name})
         chain = extend_chain(chain, phase, there.adapter)
-    return chain
+    return run, chain
 
 
 def _search(
     plan: SweepPlan,
     folder: runs.RunFolder,
     ledger: Ledger,
-    start: Sequence[Link],
+    start: runs.RunFolder,
+    chain: Sequence[Link],
     card: dict[str, Any],
     concurrency: int,
     cluster: Cluster,
@@ -135,8 +140,7 @@ def _search(
             return next((Proposal(None, params, {}) for params in grid if params not in tried), None)
         return Proposal(*found, {}) if (found := suggester.suggest()) else None
 
-    root = Path(config.start).expanduser().absolute() if config.start else folder.root / "start"
-    shared = {phase.name: str(root / "phases" / phase.name) for phase in list_earlier(plan)}
+    shared = {phase.name: str(start.phase(phase.name).root) for phase in list_earlier(plan)}
 
     def describe(trial: Trial) -> dict[str, Any]:
         *before, _ = lineage = find_lineage(ledger, trial)
@@ -149,11 +153,18 @@ def _search(
             "train": [names[trial.id]] if trial.about else list(plan.searched),
             "links": shared | own,
             "offset": sum(made.phase(name).max_steps or 0 for name in own),
+            "known": trial.step,
         }
+
+    mirror, refusals = _Mirror(folder.root), list[str]()
 
     def hear(event: dict[str, Any]) -> None:
         logs.show(event, ledger)
         on_event(event)
+        try:
+            mirror.push()
+        except InputError as error:
+            refusals.append(str(error))
 
     on_event({"event": "search", "concurrency": concurrency})
     with listen(hear) as inbox:
@@ -162,11 +173,12 @@ def _search(
             "scans": _pack_scans(plan),
             "dropped": plan.dropped,
             "card": card,
+            "nonce": storage.leave_nonce(folder.root),
             "inbox": inbox,
             "cwd": os.getcwd(),
             "gpu": count_gpus(config.placement, cluster) > 0,
         }
-        _prepare_tokens(plan, start, cluster, on_event)
+        _prepare_tokens(plan, chain, cluster, on_event)
         search = Search(
             ledger=ledger,
             suggester=suggester,
@@ -179,11 +191,27 @@ def _search(
             concurrency=concurrency,
             on_event=hear,
             reuse_actors=reuse_actors,
+            refusals=refusals,
         )
         try:
             search_on_ray(search, folder.root, cluster)
         finally:
             on_event({"event": "searched"})
+
+
+class _Mirror:
+    """Takes what the driver writes to the sweep's store, if it is in one, now and then; its workers push their trials."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.pushed = folder, time.monotonic()
+        self.lock = threading.Lock()
+
+    def push(self) -> None:
+        """Push where the last time is long enough ago; raises InputError."""
+        with self.lock:
+            if time.monotonic() - self.pushed > _PUSH_EVERY_S:
+                storage.push(self.folder, passing=("trials",))
+                self.pushed = time.monotonic()
 
 
 def _pack_scans(plan: SweepPlan) -> list[dict[str, Any]]:

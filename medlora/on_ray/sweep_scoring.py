@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.config import ActorPlacement, EvaluationConfig
 from medlora.config_file import load
 from medlora.errors import InputError
@@ -27,10 +27,11 @@ def _make_stages(folder: runs.RunFolder, trials: Sequence[Trial]) -> Stages:
     home = (folder.root / "trials").resolve()
     for trial in trials:
         run = runs.RunFolder(home / trial.id)
+        storage.pull(run.root)
         if not run.config.is_file():
             raise InputError(
                 f"trial {trial.id} is finished, and {run.root} is not here: its process writes elsewhere; "
-                "storage.folder must be a mount that every node sees"
+                "storage.folder must be a mount that every node sees, or s3:// or gs://"
             )
         links = []
         for link in find_chain(run, load(run.config).phases[-1].name):

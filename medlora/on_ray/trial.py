@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.config import RunConfig
 from medlora.errors import InputError
 from medlora.lineage import extend_chain, find_obstacle, make_job, start_chain
@@ -22,58 +25,106 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
     """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
 
     `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
-    offset (steps of generations before). `common` is what all trials share: folder, scans, dropped, card, inbox, cwd, gpu.
-    Every dev score of the judged phase is reported to Tune, which may end the trial there. What the config itself is to
-    blame for (a loss that is no number) is reported as the trial's end, so that it is not tried again.
+    offset (steps of generations before), known (the last step whose score was heard). `common` is what all trials share:
+    folder, scans, dropped, card, inbox, cwd, gpu. Every dev score of the judged phase is reported to Tune, which may end
+    the trial there. What the config itself is to blame for (a loss that is no number) is reported as the trial's end, so
+    that it is not tried again.
     """
     from ray import tune
 
+    clock = _Clock()
     if Path(common["cwd"]).is_dir():
         os.chdir(common["cwd"])
     # Tune gives a function 2 s to end before the actor may serve the next trial; a Trainer's way out may take longer.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_UNWIND_S)
+    from medlora.phases import run_phase
     from medlora.sources import remember
 
+    clock.turn_to("load")
     for packed in common["scans"]:
         remember(packed)
     folder = Path(common["folder"]) / "trials" / trial["id"]
     try:
-        row = _train(trial, folder, common, tune.report)
+        storage.check_seen(Path(common["folder"]), common["nonce"])
+        _train(trial, folder, common, tune.report, run_phase, clock)
     except (InputError, FloatingPointError) as error:
-        cause = error.__cause__
-        full = isinstance(cause, OSError | RuntimeError) and runs.is_disk_full(cause, folder)
-        tune.report({"ended": "full" if full else "failed", "why": str(error)})
+        clock.turn_to("wait")
+        tune.report({"ended": "refused" if _concerns_all(error, folder) else "failed", "why": str(error)})
     else:
-        tune.report({"ended": "finished", "why": "", **row})
+        clock.turn_to("wait")
+        tune.report({"ended": "finished", "why": ""})
+    finally:  # a trial that is stopped leaves by SystemExit
+        clock.turn_to("")
+        common["inbox"].put({"event": "trial-seconds", "trial": trial["id"], "seconds": clock.seconds})
+
+
+def _concerns_all(error: Exception, folder: Path) -> bool:
+    """Whether what went wrong is none of this trial's values, and would meet the others, too: a full disk, a store."""
+    cause = error.__cause__
+    unseen = not runs.RunFolder(folder).config.is_file()
+    return (
+        unseen or isinstance(cause, OSError) or (isinstance(cause, RuntimeError) and runs.is_disk_full(cause, folder))
+    )
+
+
+class _Clock:
+    """What a trial's seconds go into, one thing after another."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("import", "load", "train", "score", "wait", "save"), 0.0)
+        self.doing, self.since = "import", time.monotonic()
+
+    def turn_to(self, what: str) -> None:
+        """What is done from now on."""
+        now = time.monotonic()
+        self.seconds[self.doing] += now - self.since
+        self.doing, self.since = what, now
+
+    def move(self, seconds: float, was: str, to: str) -> None:
+        """So much of what was done was something else."""
+        self.seconds[was] -= seconds
+        self.seconds[to] += seconds
 
 
 def _train(
-    trial: dict[str, Any], folder: Path, common: dict[str, Any], report: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    from medlora.phases import run_phase
-
+    trial: dict[str, Any],
+    folder: Path,
+    common: dict[str, Any],
+    report: Callable[[dict[str, Any]], None],
+    run_phase: Callable[..., Any],
+    clock: _Clock,
+) -> None:
     config, run = RunConfig.model_validate(trial["config"]), runs.RunFolder(folder)
     _prepare(config, run, trial["links"], common["card"])
     chain = start_chain(config)
-    row: dict[str, Any] = {}
     for phase in config.phases:
         there = run.phase(phase.name)
         if phase.name in trial["train"]:
+            clock.turn_to("load")
             job = make_job(config, phase, chain, common["dropped"])
             if find_obstacle(job, there):
                 runs.set_aside(there.root)
-            if runs.read_manifest(there.root) is None:
-                judged = phase.name == trial["train"][-1]
-                hear = _Hook(trial["id"], there, report if judged else None, common["inbox"], trial["offset"])
-                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu")
-            scored = runs.read_json_lines(there.validation)
-            row = {"score": float(scored[-1]["accuracy"])} if scored and "accuracy" in scored[-1] else {}
+            judged = phase.name == trial["train"][-1]
+            hear = _Hook(trial, there, report if judged else None, common["inbox"], clock)
+            finished = runs.read_manifest(there.root) is not None
+            hear.tell_again(finished)
+            if not finished:
+                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", kept=_keep())
+            clock.turn_to("save")
         chain = extend_chain(chain, phase, there.adapter)
-    return row
+
+
+@cache
+def _keep() -> Any:
+    """What this process keeps from one trial to the next."""
+    from medlora.kept import Kept
+
+    return Kept()
 
 
 def _prepare(config: RunConfig, run: runs.RunFolder, links: dict[str, str], card: dict[str, Any]) -> None:
-    """An ordinary run folder; phases that several trials share are links to where they stand."""
+    """An ordinary run folder; phases that several trials share are links to where they stand, in a store copies of them."""
+    storage.pull(run.root)
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     runs.write_yaml(run.config, config.model_dump(mode="json"))
     about = {"name": config.name, "seed": config.seed, "versions": runs.get_versions()}
@@ -81,9 +132,13 @@ def _prepare(config: RunConfig, run: runs.RunFolder, links: dict[str, str], card
     runs.write_json(run.data, card)
     for name, target in links.items():
         link = run.phase(name).root
-        if not link.exists():
+        storage.pull(Path(target))
+        if storage.find_uri(link):
+            shutil.copytree(target, link, dirs_exist_ok=True)
+        elif not link.exists():
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    storage.push(run.root)
 
 
 class _Hook:
@@ -91,26 +146,41 @@ class _Hook:
 
     def __init__(
         self,
-        id: str,
+        trial: dict[str, Any],
         folder: runs.PhaseFolder,
         report: Callable[[dict[str, Any]], None] | None,
         inbox: Any,
-        offset: int,
+        clock: _Clock,
     ) -> None:
-        self.id, self.folder, self.report, self.inbox, self.offset = id, folder, report, inbox, offset
+        self.id, self.offset, self.known = trial["id"], trial["offset"], trial["known"]
+        self.folder, self.report, self.inbox, self.clock = folder, report, inbox, clock
         self.steps = 0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] == "step":
+        kind = event["event"]
+        if kind == "training":
+            self.clock.turn_to("train")
+        elif kind == "step":
             self.steps = event["steps"]
-        if event["event"] == "step":
             self.inbox.put({**event, "event": "trial-step", "trial": self.id})
-        elif event["event"] == "note" and event["text"].startswith(_TOLD):
+        elif kind == "note" and event["text"].startswith(_TOLD):
             self.inbox.put({"event": "trial-note", "trial": self.id, "text": event["text"]})
-        if event["event"] == "validation" and self.report:
-            # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
-            before = [row["step"] for row in runs.read_json_lines(self.folder.metrics) if row["segment"] == "full"]
-            normal = event["segment"] == "normal"
-            step = self.offset + event["step"] + (max(before, default=0) if normal else 0)
-            last = normal and event["step"] == self.steps
-            self.report({"step": step, "score": float(event["accuracy"]), "last": last})
+        elif kind == "validation":
+            self.clock.turn_to("wait")
+            self.clock.move(event["seconds"], "train", "score")
+            last = event["segment"] == "normal" and event["step"] == self.steps
+            self._tell(event, last)
+            self.clock.turn_to("save" if last else "train")
+
+    def tell_again(self, finished: bool) -> None:
+        """Report the scores of an earlier process that nobody heard, since the driver died before."""
+        rows = runs.read_json_lines(self.folder.validation)
+        for i, row in enumerate(rows):
+            self._tell(row, finished and i + 1 == len(rows))
+
+    def _tell(self, row: dict[str, Any], last: bool) -> None:
+        # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
+        before = [each["step"] for each in runs.read_json_lines(self.folder.metrics) if each["segment"] == "full"]
+        step = self.offset + row["step"] + (max(before, default=0) if row["segment"] == "normal" else 0)
+        if self.report and step > self.known:
+            self.report({"step": step, "score": float(row["accuracy"]), "last": last})
