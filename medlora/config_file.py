@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -159,7 +159,7 @@ def find_node(raw: dict[str, Any], parts: Sequence[str], make: bool = False) -> 
 
 def _position(items: list[Any], part: str) -> int:
     """Where `part` points in a list: an item of that name first, then a 0-based index."""
-    names = [_name_item(item) if isinstance(item, dict) else None for item in items]
+    names = [name_item(item) if isinstance(item, dict) else None for item in items]
     if names.count(part) == 1:
         return names.index(part)
     if re.fullmatch(r"0|[1-9][0-9]*", part) and int(part) < len(items):
@@ -168,7 +168,7 @@ def _position(items: list[Any], part: str) -> int:
     raise InputError(f"no item {part!r}; there are 0..{len(items) - 1}" + (f" or by name {known}" if known else ""))
 
 
-def _name_item(item: dict[str, Any]) -> Any:
+def name_item(item: Mapping[str, Any]) -> Any:
     """What an item of a list is called: its name, the phase that a replay repeats, the last part of where a source is."""
     for key in ("name", "phase"):
         if key in item:

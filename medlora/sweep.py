@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from medlora import runs
 from medlora.config import EvaluationConfig, PhaseConfig, Placement, RunConfig, Scoring, Storage, Validation
 from medlora.config_file import load
 from medlora.config_sources import Name, Section, SourceConfig
 from medlora.sweep_population import make_schedule, name_generation
-from medlora.sweep_space import Choice, Domain, Params, apply_params, validate
+from medlora.sweep_space import KINDS, Choice, Domain, Params, apply_params, validate
 
 FINGERPRINT, LEDGER, REPORT, TABLE, PAGE, BEST = (
     "fingerprint.json",
@@ -96,6 +96,14 @@ class SweepConfig(Section):
     mlflow: Mlflow | None = None
     """Also log the trials to MLflow, where it is installed; TensorBoard files are always written."""
     storage: Storage = Storage(folder="sweeps")
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _check_space(cls, space: Any) -> Any:
+        for key, text in space.items() if isinstance(space, dict) else ():
+            if not isinstance(text, str | list):
+                raise ValueError(f"{key} is {json.dumps(text, default=str)}, which is no domain; write {KINDS}")
+        return space
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +24,9 @@ from medlora.lineage import Link, check_inputs, extend_chain, find_obstacle, mak
 from medlora.records import McqRecord
 from medlora.sources import stream
 from medlora.sweep import FINGERPRINT, SweepConfig, SweepPlan, describe_sweep, list_earlier
-from medlora.sweep_space import Choice, Domain, apply_params, is_shape, parse_space, read_params
+from medlora.sweep_space import Choice, Domain, apply_params, is_shape, list_keys, parse_space, read_params
 
+_TEST_SPLIT = re.compile(r"(hf:.*:|miniature:mcq/)test(_\w+)?$")
 _COMBINATIONS = 512
 """So many combinations of values are all checked before a sweep starts; of more, each value and the corners."""
 
@@ -111,7 +114,10 @@ def _check_keys(raw: dict[str, Any], space: dict[str, Domain], searched: Sequenc
             RunConfig.model_validate(apply_params(raw, {key: value}, searched, everything))
         except ValidationError as error:
             if any(problem["type"] == "extra_forbidden" for problem in error.errors()):
-                raise InputError(f"space.{key}: {'; '.join(explain(error, RunConfig))}") from None
+                allowed = list_keys(raw, searched, everything)
+                near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"allowed are keys such as {', '.join(allowed[:4])}"
+                raise InputError(f"space.{key}: unknown key; {hint}") from None
         except InputError as error:
             raise InputError(f"space.{key}: {error}") from None
 
@@ -149,11 +155,15 @@ def _check_dev(plan: SweepPlan) -> None:
 
     tests = plan.run.evaluation.tests if plan.run.evaluation else ()
     named = {test.source: f"evaluation.tests.{i}" for i, test in enumerate(tests)}
+    # A test is the same under another path.
+    held = {scan_source(f"evaluation.tests.{i}", test).hash: f"evaluation.tests.{i}" for i, test in enumerate(tests)}
     for i, source in enumerate(plan.dev):
-        if source.source in named:
+        key = f"dev.sources.{i}"
+        if _TEST_SPLIT.match(source.source):
+            raise InputError(f"{key}.source: {source.source!r} is a test split; a sweep never looks at a test")
+        if (test := named.get(source.source) or held.get(scan_source(key, source).hash)) is not None:
             raise InputError(
-                f"dev.sources.{i}.source: {source.source!r} is the test {named[source.source]} of {plan.config.config}; "
-                "a sweep never looks at a test"
+                f"{key}.source: {source.source!r} is the test {test} of {plan.config.config}; a sweep never looks at a test"
             )
         if scan_source(f"dev.sources.{i}", source).kind != "mcq":
             raise InputError(

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from medlora.config import LoraSettings, PhaseConfig, RunConfig
-from medlora.config_file import explain, find_node, read_yaml, set_value
+from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig
+from medlora.config_file import explain, find_node, name_item, read_yaml, set_value
 from medlora.errors import InputError
 
 KINDS = "`choice [8, 16, 32]`, `uniform 0 0.1`, `loguniform 5e-5 5e-4`, `int 1 8`, or a list of values"
@@ -224,6 +224,19 @@ def read_params(
         else:
             found[key] = node.get(last)
     return found
+
+
+def list_keys(raw: Mapping[str, Any], searched: Sequence[str], everything: bool) -> list[str]:
+    """The keys that a space may name, to find the nearest to one that is none."""
+    lora = [f"lora.{name}" for name in (*LoraSettings.model_fields, "alpha_over_r")]
+    keys = [*lora, *(f"base.{name}" for name in BaseModelConfig.model_fields if everything)]
+    for name in searched:
+        phase = find_node(_copy(raw), ["phases", name])
+        own = [*PhaseConfig.model_fields, "global_batch", *lora]
+        for part in ("sources", "replay"):
+            own += [f"{part}.{name_item(item)}.share" for item in phase.get(part) or ()]
+        keys += [f"phases.{name}.{key}" for key in own]
+    return keys
 
 
 def validate(raw: Mapping[str, Any]) -> RunConfig:

@@ -167,8 +167,12 @@ def test_the_config_as_it_stands_is_the_start_whatever_its_values(tmp_path: Path
 @pytest.mark.parametrize(
     ("space", "more", "said"),
     [
-        ({"lora.rank": [8]}, {}, "space.lora.rank: phases.2.lora.rank: unknown key"),
-        ({"phases.02.learning_rat": [1e-3]}, {}, "unknown key; did you mean 'learning_rate'?"),
+        ({"lora.rank": [8]}, {}, "space.lora.rank: unknown key; did you mean 'lora.r'?"),
+        ({"phases.02.learning_rat": [1e-3]}, {}, "unknown key; did you mean 'phases.02.learning_rate'?"),
+        ({"learning_rate": [1e-3]}, {}, "unknown key; did you mean 'phases.02.learning_rate'?"),
+        ({"lora.alpha_over": [1]}, {}, "unknown key; did you mean 'lora.alpha_over_r'?"),
+        ({"phases.02.sources.train.shar": [0.5]}, {}, "did you mean 'phases.02.sources.train.share'?"),
+        ({"lora.r": 8}, {}, "space: lora.r is 8, which is no domain; write `choice"),
         ({"phases.02.replay.03.share": [0.1]}, {}, "no item '03'; there are 0..1 or by name 00, 01"),
         ({}, {}, "space: is empty"),
         ({"evaluation.scoring": ["letter"]}, {}, "a sweep never looks at the tests"),
@@ -212,9 +216,15 @@ def test_a_test_cannot_be_named_nor_its_questions_used(tmp_path: Path, run: dict
     with pytest.raises(InputError, match="is the test evaluation.tests.0 of .*never looks at a test"):
         plan(tmp_path, run, {"lora.r": [8]}, dev={"sources": [{"source": test}]})
     copied = tmp_path / "copied.jsonl"
-    copied.write_text(Path(test).read_text(encoding="utf-8"), encoding="utf-8")
+    write_rows(copied, range(199, 205))
     with pytest.raises(InputError, match="holds 5 questions of the tests: q200 is q200 of t"):
         plan(tmp_path, run, {"lora.r": [8]}, dev={"sources": [{"source": str(copied)}]})
+    run["data"] = {"overlap": "allow"}  # what is trained on is one thing, what is tuned on another
+    write_rows(copied, range(200, 205))
+    with pytest.raises(InputError, match="copied.jsonl' is the test evaluation.tests.0 of"):
+        plan(tmp_path, run, {"lora.r": [8]}, dev={"sources": [{"source": str(copied)}]})
+    with pytest.raises(InputError, match="miniature:mcq/test_asked' is a test split"):
+        plan(tmp_path, run, {"lora.r": [8]}, dev={"sources": [{"source": "miniature:mcq/test_asked"}]})
     with pytest.raises(InputError, match="a phase never reads a test"):
         plan(tmp_path, run, {"phases.02.sources.0.source": [test]})
 
@@ -225,7 +235,7 @@ def test_the_job_says_it_with_code_2_and_without_torch_or_ray(tmp_path: Path, ru
     code += "try: runpy.run_path('jobs/sweep.py', run_name='__main__')\n"
     code += "finally: print('HEAVY', sorted({'torch', 'ray', 'transformers', 'datasets', 'optuna'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("medlora: space.lora.x: phases.2.lora.x: unknown key")
+    assert done.returncode == 2 and done.stderr.startswith("medlora: space.lora.x: unknown key; did you mean 'lora.r'?")
     assert done.stdout == "HEAVY []\n"
 
 

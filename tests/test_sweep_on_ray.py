@@ -16,8 +16,9 @@ import pytest
 import yaml
 from conftest import submit
 from fake_trials import fake_trial
+from store_server import BUCKET, Store
 
-from medlora import runs
+from medlora import runs, storage
 from medlora.config import Placement
 from medlora.config_file import load
 from medlora.errors import InputError
@@ -221,7 +222,7 @@ def write_sweep(
     return folder / "sweep.yaml"
 
 
-def start(config: Path, out: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
+def start(config: Path, out: Path | str, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "jobs/sweep.py", "--config", str(config), "--out", str(out), *more]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -295,41 +296,60 @@ def test_a_sweep_survives_its_trials_and_its_driver(
 
 
 def test_two_sweeps_side_by_side_do_not_touch_each_other(
-    cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
+    cluster: dict[str, str],
+    bases: dict[str, str],
+    data: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One trains the phase before its own, once, into its folder; the other, a submitted job, ends as a schedule of phases."""
+    """One trains the phase before its own, once, into its folder; the other, a submitted job, lives in a store."""
     rate, dev = "loguniform 1e-3 3e-2", {"every_steps": 3, "sources": [{"source": str(data / "dev.jsonl")}]}
     small = {"trials": 2, "search": "random", "concurrency": 1, "scheduler": {"kind": "none"}, "dev": dev}
     one = write_sweep(tmp_path / "a", bases, data, {"phases.01.learning_rate": rate}, {}, phases=["01"], **small)
     pbt = {"scheduler": {"kind": "pbt", "population": 2, "generations": 2}, "dev": {"every_steps": 4}}
-    more = {**pbt, "concurrency": 1, "best": 4, "start": str(finished)}
+    more = {**pbt, "concurrency": 1, "best": 4, "start": str(finished), "storage": {"cache": str(tmp_path / "here")}}
     two = write_sweep(tmp_path / "b", bases, data, {"phases.02.learning_rate": rate}, {"max_steps": 8}, **more)
-    outs = [tmp_path / "a" / "out", tmp_path / "b" / "out"]
-    driver = start(one, outs[0], cluster)
-    said = submit(cluster, ["python", "jobs/sweep.py", "--config", str(two), "--out", str(outs[1])])
-    finish(driver)
-    assert f"sweep: {outs[1]}" in said and "Warning" not in said and "Traceback" not in said
-    ledgers = [Ledger(out / "trials.jsonl").trials for out in outs]
-    for out, trials, phase in zip(outs, ledgers, ("01", "02"), strict=True):
+    store, uri, out = Store(tmp_path), f"s3://{BUCKET}/sweeps/b", tmp_path / "a" / "out"
+    try:
+        driver = start(one, out, cluster)
+        job = ["--config", str(two), "--out", uri]
+        said = submit(cluster, ["python", "jobs/sweep.py", *job], store.env)
+        finish(driver)
+        assert f"sweep: {uri}\n" in said and "Warning" not in said and "Traceback" not in said
+        # Another machine finds in the store all that there is.
+        other = ("--set", f"storage.cache={tmp_path / 'other'}")
+        said, _ = finish(start(two, uri, {**cluster, **store.env}, *other))
+        assert "everything is done already" in said
+        for name, value in store.env.items():
+            monkeypatch.setenv(name, value)
+        stored = storage.find_copy(uri, str(tmp_path / "third"))
+        storage.pull(stored)
+    finally:
+        store.close()
+    ledgers = [Ledger(folder / "trials.jsonl").trials for folder in (out, stored)]
+    for folder, trials, phase in zip((out, stored), ledgers, ("01", "02"), strict=True):
         assert [trial.state for trial in trials.values()] == ["finished"] * len(trials)
         for trial in trials.values():
             last = f"{phase}-2" if trial.about.get("generation") == 2 else phase
-            trained = out / "trials" / trial.id / "phases" / last
+            trained = folder / "trials" / trial.id / "phases" / last
             assert runs.check_files(trained, runs.read_manifest(trained) or {"files": {"-": ""}}) is None
-        assert len(json.loads((out / "sweep.json").read_text())["trials"]) == len(trials)
+        assert len(runs.read_json(folder / "sweep.json")["trials"]) == len(trials)
     assert [len(trials) for trials in ledgers] == [2, 5]
-    assert runs.read_manifest(outs[0] / "start" / "phases" / "00") and not (outs[1] / "start").exists()
-    assert (outs[0] / "trials" / "001" / "phases" / "00").resolve() == outs[0] / "start" / "phases" / "00"
+    assert runs.read_manifest(out / "start" / "phases" / "00") and not (stored / "start").exists()
+    assert (out / "trials" / "001" / "phases" / "00").resolve() == out / "start" / "phases" / "00"
 
-    out, trials = outs[1], ledgers[1]
+    # The population ends as a schedule of phases that continue each other, every trial of it as a run that is whole.
+    trials = ledgers[1]
     assert [trial.step for trial in trials.values()] == [8, 4, 4, 8, 8]
     for id in ("003", "004"):
-        parent = trials[id].about["parent"]
-        before = (out / "trials" / id / "phases" / "02").resolve()
-        assert before == out / "trials" / parent / "phases" / "02"
-        lineage, mother = runs.read_manifest(out / "trials" / id / "phases" / "02-2"), runs.read_manifest(before)
+        phases, parent = stored / "trials" / id / "phases", stored / "trials" / trials[id].about["parent"] / "phases"
+        assert runs.read_manifest(phases / "02") == (mother := runs.read_manifest(parent / "02"))
+        lineage = runs.read_manifest(phases / "02-2")
         assert lineage is not None and mother is not None
         assert mother["adapter_hash"] in lineage["fingerprint"]["parent"]
-    best, winner = load(out / "best.yaml"), runs.read_json(out / "sweep.json")["winner"]
+        assert all(runs.read_manifest(phases / name) for name in ("00", "01"))
+    best, winner = load(stored / "best.yaml"), runs.read_json(stored / "sweep.json")["winner"]
     parts = ["02"] if winner == "000" or winner < "003" else ["02", "02-2"]
     assert [phase.name for phase in best.phases] == ["00", "01", *parts]
+    assert not [path for path in stored.rglob("*") if ".ray" in path.parts or "lock" in path.name]
