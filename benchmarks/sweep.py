@@ -70,12 +70,16 @@ def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row,
     """The sweep's search: what it took, the share of the slots' time in which trials held them and trained; its values."""
     marks: dict[str, float] = {}
     steps: dict[str, list[float]] = {}
+    spent: dict[str, dict[str, float]] = {}
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] in ("search", "searched"):
             marks[event["event"]] = time.time()
         elif event["event"] == "trial-step":
             steps.setdefault(event["trial"], []).append(time.time())
+        elif event["event"] == "trial-seconds":
+            spent[event["trial"]] = event["seconds"]
+            print(event["trial"], {k: round(v, 2) for k, v in event["seconds"].items()}, file=sys.stderr, flush=True)
 
     run = runs.open_run(folder, mark=FINGERPRINT)
     ledger = Ledger(folder / "trials.jsonl")
@@ -95,6 +99,7 @@ def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row,
         "steps": sum(trial.step for trial in ledger.trials.values()),
         "stopped": len(ledger.select("stopped")),
         "best": best.score,
+        "spent": {k: round(sum(each[k] for each in spent.values()) / slots_s, 3) for k in next(iter(spent.values()))},
     }
     return row, [trial.params for trial in ledger.trials.values()]
 

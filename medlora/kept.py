@@ -6,7 +6,7 @@ A phase that is trained with them ends with the same bytes as one in a fresh pro
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,29 +33,30 @@ class Kept:
         if (held := self.held.get("base")) and held[1].is_changed():
             del self.held["base"]
         whole: _Frozen = self.get("base", made_from, lambda: _Frozen(load()))
-        return copy.deepcopy(whole.model, {id(tensor): tensor for tensor in whole.tensors})
+        return whole.lend()
 
 
 class _Frozen:
     """A model nobody works with, and how often each of its tensors had been written to when it came."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        for module in model.modules():
-            # bitsandbytes moves an int8 layer's weights from the parameter, which copies share, to the layer in its first pass.
-            if getattr(getattr(module, "weight", None), "CB", None) is not None:
-                module.init_8bit_state()
         self.model = model
-        self.tensors = list({id(tensor): tensor for tensor in _find_tensors(model)}.values())
+        self.tensors = [*model.parameters(), *model.buffers()]
         self.versions = [tensor._version for tensor in self.tensors]
 
     def is_changed(self) -> bool:
         """Whether any of the tensors was written to since."""
         return [tensor._version for tensor in self.tensors] != self.versions
 
+    def lend(self) -> torch.nn.Module:
+        """The model with modules of its own on the same weights."""
+        return copy.deepcopy(self.model, {id(tensor): _share(tensor) for tensor in self.tensors})
 
-def _find_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        state = vars(module).get("state")  # of an int8 layer
-        yield from (value for value in vars(state).values() if torch.is_tensor(value)) if state is not None else ()
+
+def _share(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; of an int8 layer, whose first pass takes the weights out of its parameter, another parameter on them."""
+    if not hasattr(tensor, "SCB"):
+        return tensor
+    from bitsandbytes.nn import Int8Params
+
+    return Int8Params(tensor.data, requires_grad=False, has_fp16_weights=False, CB=tensor.CB, SCB=tensor.SCB)
