@@ -193,6 +193,7 @@ def main() -> None:
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     os.chdir(ROOT)
+    os.environ.setdefault("RAY_ADDRESS", "local")  # not on a Ray that something else runs on
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         changed = [*arguments.overrides, f"trials={arguments.trials}", "concurrency=2"]

@@ -52,8 +52,8 @@ class Scheduler(Section):
     population based training (arXiv 1711.09846), whose best schedule becomes phases that continue each other."""
     grace_steps: int | None = Field(None, ge=1)
     """No trial is stopped before so many steps of the last searched phase; unset = at its first score."""
-    reduction: int = Field(4, ge=2, le=16)
-    """4 as in the paper. At each rung the best 1/reduction goes on; the next rung is at `reduction` times the steps."""
+    reduction: int = Field(3, ge=2, le=16)
+    """At each rung the best 1/reduction goes on; the next rung is at `reduction` times the steps."""
     population: int = Field(4, ge=2)
     """Members of `pbt`."""
     generations: int = Field(3, ge=2)
