@@ -90,12 +90,14 @@ def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row,
     slots_s = summary["concurrency"] * (ended - began)
     last = {line["trial"]: line["time"] for line in lines if line["event"] in ("score", "ended")}
     trained_s = sum(last[id] - times[0] for id, times in steps.items() if id in last)
+    start_s = sum(spent[id]["import"] for id in list(ledger.trials)[: summary["concurrency"]])
     best = ledger.rank()[0]
     row = {
         "who": "ray" if reuse_actors else "ray, reuse_actors: false",
         "seconds": round(marks["searched"] - marks["search"], 1),
         "held": round(sum(trial.seconds for trial in ledger.trials.values()) / slots_s, 3),
         "trained": round(trained_s / slots_s, 3),
+        "trained_once_started": round(trained_s / (slots_s - start_s), 3),
         "steps": sum(trial.step for trial in ledger.trials.values()),
         "stopped": len(ledger.select("stopped")),
         "best": best.score,
@@ -168,10 +170,13 @@ def render(about: dict[str, Any], rows: list[Row]) -> str:
     """The measurements as Markdown."""
     ours = rows[0]["seconds"]
     lines = ["# A sweep beside its peers", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
-    lines += ["| | s | times `ray` | steps trained | trials stopped | best dev | slots held | slots trained |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| | s | times `ray` | steps trained | trials stopped | best dev | slots held | slots trained | once started |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        shares = [f"{row[name]:.0%}" if name in row else "" for name in ("held", "trained")]
+        names = ("held", "trained", "trained_once_started")
+        shares = [f"{row[name]:.0%}" if name in row else "" for name in names]
         lines.append(
             f"| {row['who']} | {row['seconds']:.0f} | {row['seconds'] / ours:.2f} | {row['steps']:,} | {row['stopped']} | "
             f"{row['best']:.3f} | {' | '.join(shares)} |"
@@ -180,7 +185,16 @@ def render(about: dict[str, Any], rows: list[Row]) -> str:
         "",
         "Held: share of the slots' time, from the first trial's begin to the last one's end, in which a trial had",
     ]
-    lines += ["the slot; trained: in which it stepped or was scored, loading of modules, base and data not counted."]
+    lines += [
+        "the slot; trained: in which it stepped or was scored, loading of modules, base and data not counted; once"
+    ]
+    lines += [
+        "started: of the time after a slot's first process had its modules. In all, of the slots' time from the first"
+    ]
+    lines += ["trial's begin to the last one's end, trials spent:", ""]
+    shown = [row for row in rows if "spent" in row]
+    lines += [f"| | {' | '.join(shown[0]['spent'])} |", "|---" * (1 + len(shown[0]["spent"])) + "|"]
+    lines += [f"| {row['who']} | {' | '.join(f'{share:.1%}' for share in row['spent'].values())} |" for row in shown]
     return "\n".join(lines) + "\n"
 
 

@@ -27,6 +27,8 @@ from ray.util.queue import Empty, Queue  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 _ACCELERATOR = "accelerator_type:"
+_END = "end"
+"""What an inbox hears last."""
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -189,22 +191,23 @@ def beside_driver() -> dict[str, Any]:
 def listen(on_event: OnEvent) -> Iterator[Queue]:
     """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
     inbox = Queue(actor_options=beside_driver())
-    ended = threading.Event()
 
     def deliver() -> None:
         while True:
             try:
-                on_event(inbox.get(timeout=0.2))
+                event = inbox.get(timeout=1)  # asked more often it would take a part of a core
             except Empty:
-                if ended.is_set():
-                    return
+                continue
+            if event == _END:
+                return
+            on_event(event)
 
     thread = threading.Thread(target=deliver, name="medlora-inbox", daemon=True)
     thread.start()
     try:
         yield inbox
     finally:
-        ended.set()
+        inbox.put(_END)
         thread.join(timeout=10)
         inbox.shutdown(force=True)
 
