@@ -67,6 +67,23 @@ def test_the_loss_is_that_of_the_whole_logits(
     check(model, ids)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_what_is_read(bases: dict[str, str], family: str) -> None:
+    """Its MLP sees supervised positions alone, and all of them again afterwards; the layer before it sees all."""
+    model, _ = build(bases[family], [LoraSettings(r=4, alpha=8)])
+    seen: list[int] = []
+    for layer in model.get_decoder().layers[-2:]:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0][..., 0].numel()))
+    head, ids = SupervisedHead(model), torch.arange(14).view(2, 7) + 40
+    seen.clear()
+    extra = {"token_type_ids": torch.zeros_like(ids)} if model.config.model_type == "gemma3" else {}
+    with head.at(torch.tensor([0, 3, 8])):
+        model(input_ids=ids, use_cache=False, **extra)
+    assert seen == [14, 3]
+    model(input_ids=ids, use_cache=False, **extra)
+    assert seen == [14, 3, 14, 14]
+
+
 def test_a_head_that_is_trained_whole_is_computed_again_in_the_backward_pass(
     bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,12 +71,13 @@ LAYERS = {
     2: (
         {
             "encoding",
+            "attention",
             "flat",
             "fitting",
             "head",
             "lean",
             "memory",
-            "norms",
+            "elementwise",
             "preparation",
             "inspection",
             "models",
