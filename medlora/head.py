@@ -36,7 +36,10 @@ class SupervisedHead:
         self.positions: torch.Tensor | None = None
         self.compute = self.head.forward
         self.deferred = self._is_last(model)
-        self.last_layer, self.pointwise = _find_pointwise(model)
+        self.last_layer, pointwise = _find_pointwise(model)
+        # Made once: torch.compile would compile a step anew for every new function that it meets in the model.
+        self.replacements = [(module, partial(_run_at, module.forward, self)) for module in pointwise]
+        self.replacements.append((self.head, self._pick))
 
     @torch.no_grad()
     def _is_last(self, model: Any) -> bool:
@@ -58,18 +61,17 @@ class SupervisedHead:
         So do the parts of the last layer whose outputs at other positions nobody reads, unless the layer is computed again in the
         backward pass, when these are no longer known.
         """
-
-        def pick(hidden: torch.Tensor) -> torch.Tensor:
-            chosen = hidden.flatten(0, 1).index_select(0, positions)
-            return chosen if self.deferred else self.compute(chosen)
-
         self.positions = positions
+        recomputed = getattr(self.last_layer, "gradient_checkpointing", False)
         with ExitStack() as stack:
-            stack.enter_context(_replaced(self.head, pick))
-            if not getattr(self.last_layer, "gradient_checkpointing", False):
-                for module in self.pointwise:
-                    stack.enter_context(_replaced(module, partial(_run_at, module.forward, positions)))
+            for module, forward in self.replacements[-1:] if recomputed else self.replacements:
+                stack.enter_context(_replaced(module, forward))
             yield
+
+    def _pick(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Takes the place of the head's `forward`."""
+        chosen = hidden.flatten(0, 1).index_select(0, self.positions)
+        return chosen if self.deferred else self.compute(chosen)
 
     def compute_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
@@ -136,11 +138,13 @@ def _find_pointwise(model: Any) -> tuple[Any, list[Any]]:
     return last, found if known and None not in found else []
 
 
-def _run_at(forward: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`forward` at these positions of the flattened x [rows, length, size]; zeros elsewhere."""
+def _run_at(forward: Callable[[torch.Tensor], torch.Tensor], head: SupervisedHead, x: torch.Tensor) -> torch.Tensor:
+    """`forward` at the head's positions of the flattened x [rows, length, size]; zeros elsewhere."""
+    if torch.compiler.is_compiling():
+        return forward(x)
     rows = x.flatten(0, -2)
-    out = forward(rows.index_select(0, positions)[None])[0]
-    whole = out.new_zeros(len(rows), out.shape[-1]).index_copy(0, positions, out)
+    out = forward(rows.index_select(0, head.positions)[None])[0]
+    whole = out.new_zeros(len(rows), out.shape[-1]).index_copy(0, head.positions, out)
     return whole.view(*x.shape[:-1], -1)
 
 
