@@ -38,14 +38,15 @@ import psutil
 import torch
 from evaluation import CPU_SHAPE, CUDA_SHAPE, Bench, build_model, build_tokenizer, describe_hardware
 from transformers import TrainingArguments
+from transformers.models.gemma3 import modeling_gemma3
 
 from medlora.chains import add_adapter
 from medlora.config import LoraSettings
 from medlora.config_sources import SourceConfig
+from medlora.elementwise import lighten_elementwise
 from medlora.encoding import IGNORED, Collator, Row, encode
 from medlora.flat import FlatCollator, flatten
 from medlora.memory import keep_freed_memory
-from medlora.norms import lighten_norms
 from medlora.prompts import render
 from medlora.records import McqRecord, Record, TextRecord
 from medlora.runs import get_versions
@@ -167,7 +168,10 @@ def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool) -> dict[str
     trl, trl_free = make_trl(False), make_trl(True)
     fused = {module: forward for module, forward in find_forwards(model).items() if module not in lean}
 
+    rotate = modeling_gemma3.apply_rotary_pos_emb
+
     def optimise_with(forwards: dict[Any, Any], gradients: Callable[[], float]) -> float:
+        modeling_gemma3.apply_rotary_pos_emb = rotate if forwards is lean else getattr(rotate, "own", rotate)
         for module in (*lean, *fused):
             vars(module).pop("forward", None)
         for module, forward in forwards.items():
@@ -269,7 +273,7 @@ def main() -> None:
     bench = Bench.__new__(Bench)
     bench.model, bench.cuda = model, arguments.cuda
     rate = bench.measure_matrix_rate()
-    lighten_norms(model)
+    lighten_elementwise(model)
     model = add_adapter(model, "a", LoraSettings(r=16, alpha=32), [], seed=0).train()
     batches = make_batches(arguments.data, tokenizer, arguments.rows, arguments.steps + 1)
     about = {
@@ -291,7 +295,7 @@ def main() -> None:
                 continue
             results = measure(phase, rows, steps, model, rate, arguments.cuda)
             if arguments.profile:
-                kept["profiles"][phase] = profile_step(steps["medlora"], rows[-1])
+                kept["profiles"][phase] = profile_step(steps["medlora"], rows[-1], model.config.hidden_size)
             kept = {**kept, "about": about, "results": [r for r in kept["results"] if r["phase"] != phase] + results}
             # After every phase: what was measured is kept when the time runs out.
             kept["results"].sort(key=lambda row: row["phase"])
@@ -343,18 +347,21 @@ def measure(
     return results
 
 
-def profile_step(step: Step, rows: list[Row]) -> dict[str, float]:
-    """Seconds of one step by what they went into, from torch's profiler, by operator and shapes."""
+def profile_step(step: Step, rows: list[Row], hidden_size: int) -> dict[str, float]:
+    """Seconds of one step by what they went into, from torch's profiler, by operator and shapes.
+
+    Every product of a layer has the hidden size among its sizes, those of attention have not.
+    """
     with torch.profiler.profile(record_shapes=True) as profiler:
         step(rows)
     spent: dict[str, float] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
         operator, sizes = event.key.removeprefix("aten::"), [n for shape in event.input_shapes for n in shape]
-        if operator in ("mm", "addmm", "addmm_"):
-            kind = "head" if 262_144 in sizes else "LoRA products" if 16 in sizes else "base products"
-        elif 262_144 in sizes:
+        if 262_144 in sizes:
             kind = "head"
-        elif operator in ("bmm", "baddbmm", "_softmax", "_softmax_backward_data") or "attention" in operator:
+        elif operator in ("mm", "addmm", "addmm_"):
+            kind = "LoRA products" if 16 in sizes else "base products" if hidden_size in sizes else "attention"
+        elif operator in ("_softmax", "_softmax_backward_data") or "attention" in operator.lower():
             kind = "attention"
         elif "Optimizer" in operator or "_foreach" in operator:
             kind = "optimizer"

@@ -6,8 +6,10 @@ supervised tokens are 17 GB of them in float32, twice with their gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from medlora.lean import find_rows
 
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
-"""Most memory of the float32 logits that exist at a time."""
+CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
+"""Most memory of the float32 logits that exist at a time; each chunk reads the head twice, whatever its size."""
 
 
 class SupervisedHead:
@@ -34,6 +36,10 @@ class SupervisedHead:
         self.positions: torch.Tensor | None = None
         self.compute = self.head.forward
         self.deferred = self._is_last(model)
+        self.last_layer, pointwise = _find_pointwise(model)
+        # Made once: torch.compile would compile a step anew for every new function that it meets in the model.
+        self.replacements = [(module, partial(_run_at, module.forward, self)) for module in pointwise]
+        self.replacements.append((self.head, self._pick))
 
     @torch.no_grad()
     def _is_last(self, model: Any) -> bool:
@@ -42,35 +48,30 @@ class SupervisedHead:
         given = torch.linspace(10, 20, 8, device=model.device)
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         try:
-            with self._replaced(lambda hidden: given.view(1, 1, 8)):
+            with _replaced(self.head, lambda hidden: given.view(1, 1, 8)):
                 logits = model.eval()(input_ids=ids, use_cache=False).logits
         finally:
             model.train(was_training)
         return torch.equal(logits.flatten().float(), given)
 
     @contextmanager
-    def _replaced(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        own = "forward" in vars(self.head)
-        self.head.forward = forward
-        try:
-            yield
-        finally:
-            if own:
-                self.head.forward = self.compute
-            else:
-                del self.head.forward
-
-    @contextmanager
     def at(self, positions: torch.Tensor) -> Iterator[None]:
-        """While inside, the head sees only `positions`: indices into the flattened [rows, length] of a batch."""
+        """While inside, the head sees only `positions`: indices into the flattened [rows, length] of a batch.
 
-        def pick(hidden: torch.Tensor) -> torch.Tensor:
-            chosen = hidden.flatten(0, 1).index_select(0, positions)
-            return chosen if self.deferred else self.compute(chosen)
-
+        So do the parts of the last layer whose outputs at other positions nobody reads, unless the layer is computed again in the
+        backward pass, when these are no longer known.
+        """
         self.positions = positions
-        with self._replaced(pick):
+        recomputed = getattr(self.last_layer, "gradient_checkpointing", False)
+        with ExitStack() as stack:
+            for module, forward in self.replacements[-1:] if recomputed else self.replacements:
+                stack.enter_context(_replaced(module, forward))
             yield
+
+    def _pick(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Takes the place of the head's `forward`."""
+        chosen = hidden.flatten(0, 1).index_select(0, self.positions)
+        return chosen if self.deferred else self.compute(chosen)
 
     def compute_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
@@ -95,7 +96,9 @@ class SupervisedHead:
             weight = self.head.token_adapter.base_layer.weight
             rows, values = find_rows(self.head.token_adapter)
         vocabulary = self.head.original_module.weight.shape[0] if weight is None else weight.shape[0]
-        size = max(1, CHUNK_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary))
+        most = max(1, CHUNK_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary))
+        chunks = max(1, math.ceil(len(hidden) / most))
+        size = max(1, math.ceil(len(hidden) / chunks))  # all alike: a last one of a few positions would cost as much
         if weight is not None and not weight.requires_grad and getattr(self.head, "bias", None) is None:
             return _ChunkedLoss.apply(hidden, weight, targets, rows, values, size)
         total = hidden.sum() * 0.0
@@ -105,6 +108,44 @@ class SupervisedHead:
 
     def _sum_plain(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(self.compute(hidden).float(), targets, reduction="sum")
+
+
+@contextmanager
+def _replaced(module: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _find_pointwise(model: Any) -> tuple[Any, list[Any]]:
+    """The last layer of a model's decoder, and the parts of it whose output at a position is read there alone.
+
+    These are its queries, the product behind attention, and the MLP; none where a layer is more than norms, attention and
+    an MLP of its own.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    last = layers[-1] if layers else None
+    parts = {name: part for name, part in last.named_children()} if last is not None else {}
+    attention, mlp = parts.pop("self_attn", None), parts.pop("mlp", None)
+    found = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), mlp]
+    known = hasattr(mlp, "down_proj") and all(type(part).__name__.endswith("RMSNorm") for part in parts.values())
+    return last, found if known and None not in found else []
+
+
+def _run_at(forward: Callable[[torch.Tensor], torch.Tensor], head: SupervisedHead, x: torch.Tensor) -> torch.Tensor:
+    """`forward` at the head's positions of the flattened x [rows, length, size]; zeros elsewhere."""
+    if torch.compiler.is_compiling():
+        return forward(x)
+    rows = x.flatten(0, -2)
+    out = forward(rows.index_select(0, head.positions)[None])[0]
+    whole = out.new_zeros(len(rows), out.shape[-1]).index_copy(0, head.positions, out)
+    return whole.view(*x.shape[:-1], -1)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -140,11 +181,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = (part @ weight.T).float()
             if trained is not None:
                 logits.index_copy_(1, rows, (part @ trained.T).float())
-            highest, place = logits.max(dim=1, keepdim=True)
+            highest = logits.amax(1, keepdim=True)
             aimed = logits.gather(1, wanted)
             # Softmax in place reads and writes a row while it is in the cache; its value at the highest logit is never 0.
             shares = torch.softmax(logits, 1, out=logits) if buffer is not None else logits.softmax(1)
-            total += (highest - shares.gather(1, place).log() - aimed).sum()
+            total += (highest - shares.amax(1, keepdim=True).log() - aimed).sum()
             if not ctx.needs_input_grad[0]:
                 continue
             shares.scatter_add_(1, wanted, torch.full_like(aimed, -1.0))

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from medlora.config import BaseModelConfig
+from medlora.elementwise import lighten_elementwise
 from medlora.errors import InputError
 from medlora.lineage import find_base
-from medlora.norms import lighten_norms
 from medlora.prompts import ANSWER_FIELD
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def load_base(
     if base.quantization == "nf4":
         _keep_four_bit_weights(model)
     _extend_vocabulary(model, tokenizer, _base_tokenizer(base))
-    lighten_norms(model)
+    lighten_elementwise(model)
     return model.eval()
 
 

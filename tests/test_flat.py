@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES
 
-from medlora import flat as flat_module
+from medlora import attention
 from medlora.chains import add_adapter
 from medlora.config import BaseModelConfig, LoraSettings
 from medlora.encoding import IGNORED, Collator, Row
@@ -65,12 +65,13 @@ def stacked(request: pytest.FixtureRequest, bases: dict[str, str]) -> Any:
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("most_scores", [2**20, 0])
+@pytest.mark.parametrize("piece_scores", [2**17, 128])
 def test_loss_and_gradients_are_those_of_the_padded_batch(
-    stacked: Any, monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, most_scores: int
+    stacked: Any, monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, piece_scores: int
 ) -> None:
-    """By products of our own and, for segments too long for them, by torch's attention."""
-    monkeypatch.setattr(flat_module, "MOST_SCORES", most_scores)
+    """Each segment's queries in one piece, and in pieces of eight that are computed again where they see many keys."""
+    monkeypatch.setattr(attention, "PIECE_SCORES", piece_scores)
+    monkeypatch.setattr(attention, "KEPT_KEYS", 1024 if piece_scores > 128 else 20)
     multimodal = stacked.config.model_type == "gemma3"
     padded = Collator(0, token_type_ids=multimodal)(BATCHES[name])
     flat = FlatCollator(share_prefix, token_type_ids=multimodal)(BATCHES[name])

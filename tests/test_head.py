@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_lean import build
 from tiny import FAMILIES
+from torch._dynamo.testing import CompileCounter
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from medlora import head as head_module
@@ -65,6 +66,39 @@ def test_the_loss_is_that_of_the_whole_logits(
         ids[0, 1], ids[1, 5] = added
     model.train() if family != "medgemma" else model.eval()
     check(model, ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_what_is_read(bases: dict[str, str], family: str) -> None:
+    """Its MLP sees supervised positions alone, and all of them again afterwards; the layer before it sees all."""
+    model, _ = build(bases[family], [LoraSettings(r=4, alpha=8)])
+    seen: list[int] = []
+    for layer in model.get_decoder().layers[-2:]:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0][..., 0].numel()))
+    head, ids = SupervisedHead(model), torch.arange(14).view(2, 7) + 40
+    seen.clear()
+    extra = {"token_type_ids": torch.zeros_like(ids)} if model.config.model_type == "gemma3" else {}
+    with head.at(torch.tensor([0, 3, 8])):
+        model(input_ids=ids, use_cache=False, **extra)
+    assert seen == [14, 3]
+    model(input_ids=ids, use_cache=False, **extra)
+    assert seen == [14, 3, 14, 14]
+
+
+def test_a_compiled_model_is_not_compiled_anew_at_every_step(bases: dict[str, str]) -> None:
+    """torch.compile gives up after eight times. The first backward pass, which makes gradients, counts once more."""
+    model, _ = build(bases["llama"], [LoraSettings(r=4, alpha=8)])
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled, head = torch.compile(model, backend=counter), SupervisedHead(model)
+    ids, counts = torch.arange(14).view(2, 7) + 40, []
+    for step in range(4):
+        with head.at(torch.tensor([step, 3, 8])):
+            loss = head.compute_loss(compiled(input_ids=ids, use_cache=False), LABELS.clamp(min=0))
+        loss.backward()
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[1] == counts[3]
+    torch._dynamo.reset()
 
 
 def test_a_head_that_is_trained_whole_is_computed_again_in_the_backward_pass(

@@ -71,13 +71,14 @@ LAYERS = {
     2: (
         {
             "encoding",
+            "attention",
             "flat",
             "fitting",
             "head",
             "kept",
             "lean",
             "memory",
-            "norms",
+            "elementwise",
             "preparation",
             "inspection",
             "models",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from tiny import EXTRA, FAMILIES
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from medlora import elementwise
+from medlora.attention import attend
 from medlora.chains import activate, add_adapter
 from medlora.config import BaseModelConfig, LoraSettings
 from medlora.models import added_token_ids, load_base, load_tokenizer
@@ -50,10 +56,14 @@ def compare(model: Any, ids: torch.Tensor, rel: float = 1e-5) -> None:
     logits, gradients = measure(model, ids)
     lean = [module for module in model.modules() if {"forward", "forward_adapters"} & set(vars(module))]
     assert lean
+    family = sys.modules[type(model.get_decoder().layers[0].self_attn).__module__]
+    rotate = family.apply_rotary_pos_emb
     for module in lean:
         vars(module).pop("forward", None)
         vars(module).pop("forward_adapters", None)
-    plain_logits, plain_gradients = measure(model, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "apply_rotary_pos_emb", rotate.own)
+        plain_logits, plain_gradients = measure(model, ids)
     torch.testing.assert_close(logits, plain_logits, atol=rel * plain_logits.abs().max().item(), rtol=rel)
     assert gradients.keys() == plain_gradients.keys() and gradients
     for name, gradient in plain_gradients.items():
@@ -120,3 +130,51 @@ def test_norms_give_what_the_family_s_own_give(bases: dict[str, str], family: st
         torch.testing.assert_close(lean, plain, atol=1e-5, rtol=1e-5)
         (lean_gradient,), (gradient,) = (torch.autograd.grad(out, x, upstream) for out in (lean, plain))
         torch.testing.assert_close(lean_gradient, gradient, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [7, 2**16])
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_gated_activations_are_torch_s(monkeypatch: pytest.MonkeyPatch, activation: str, pieces: int) -> None:
+    """Also where they are large, and in pieces that do not divide them."""
+    monkeypatch.setattr(elementwise, "PIECE", pieces)
+    gate = torch.linspace(-30, 30, 2 * 3 * 25).view(2, 3, 25).requires_grad_()
+    up = torch.randn(2, 3, 25, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    upstream = torch.randn(2, 3, 25, generator=torch.Generator().manual_seed(1))
+    plain = ACT2FN[activation](gate) * up
+    expected = torch.autograd.grad(plain, (gate, up), upstream)
+    # Copies, since the backward pass overwrites what it is given.
+    lean = elementwise._Gated.apply(gate * 1, up * 1, *elementwise.GATES[activation])
+    torch.testing.assert_close(lean, plain, atol=1e-6, rtol=1e-5)
+    for found, wanted in zip(torch.autograd.grad(lean, (gate, up), upstream), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_an_mlp_that_does_more_keeps_its_own_forward() -> None:
+    """Its parts have the usual names, but another activation, or something between them."""
+
+    class Odd(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).clamp(max=0.5)
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2)
+    relu = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2, hidden_act="relu"))
+    for mlp, lean in ((LlamaMLP(config), True), (Odd(config), False), (relu, False)):
+        elementwise.lighten_elementwise(mlp)
+        assert ("forward" in vars(mlp)) == lean
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("heads", [(4, 1), (4, 2), (2, 2)])
+def test_attention_within_segments_is_torch_s(window: int | None, heads: tuple[int, int]) -> None:
+    """In float64, where torch's own attention computes each segment; a shared beginning, and documents of their own."""
+    draw = torch.Generator().manual_seed(0)
+    for segments in ([(0, 9, 0), (9, 14, 9), (14, 25, 9)], [(0, 9, 0), (9, 10, 0), (10, 25, 0)]):
+        given = [torch.randn(1, n, 25, 8, generator=draw) for n in (heads[0], heads[1], heads[1])]
+        upstream = torch.randn(1, 25, heads[0], 8, generator=draw)
+        found = []
+        for kind in (torch.float32, torch.float64):
+            x = [tensor.to(kind).requires_grad_() for tensor in given]
+            out, _ = attend(torch.nn.Module(), *x, None, segments=segments, sliding_window=window, scaling=0.3)
+            found.append([out, *torch.autograd.grad(out, x, upstream.to(kind))])
+        for lean, plain in zip(*found, strict=True):
+            torch.testing.assert_close(lean.double(), plain, atol=1e-5, rtol=1e-4)

@@ -111,6 +111,7 @@ def test_a_killed_worker_and_a_killed_driver_leave_the_same_bytes(
 def test_two_workers_learn_what_one_learns(
     cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
+    """One without Ray, the other two as a cluster's; with the same global batch."""
     curves = []
     for workers, accumulation in ((1, 2), (2, 1)):
         config = configure(
@@ -121,15 +122,11 @@ def test_two_workers_learn_what_one_learns(
         )
         config = config.model_copy(update={"phases": config.phases[:1]})
         run = tmp_path / str(workers)
-        finish(
-            start(
-                write_config(config, tmp_path / f"{workers}.yaml"),
-                run,
-                cluster,
-                "--set",
-                f"placement.workers={workers}",
-            )
-        )
+        if workers == 1:
+            run_all(config, run)
+        else:
+            written = write_config(config, tmp_path / f"{workers}.yaml")
+            finish(start(written, run, cluster, "--set", f"placement.workers={workers}"))
         curves.append(
             [(row["loss"], row["grad_norm"]) for row in runs.read_json_lines(runs.RunFolder(run).phase("00").metrics)]
         )
@@ -141,7 +138,8 @@ def test_two_workers_learn_what_one_learns(
 def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
     cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    config = write_config(two_phases(bases, data), tmp_path / "c.yaml")
+    first = two_phases(bases, data)
+    config = write_config(first.model_copy(update={"phases": first.phases[:1]}), tmp_path / "c.yaml")
     drivers = [start(config, tmp_path / name, cluster) for name in ("a", "b")]
     wait_for_step(tmp_path / "a", "00", 1, drivers[0])
     _, err = finish(start(config, tmp_path / "a", cluster), code=2)
@@ -149,7 +147,7 @@ def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
     for driver in drivers:
         finish(driver)
     for name in ("a", "b"):
-        assert weights(tmp_path / name, "01") == weights(undisturbed, "01")
+        assert weights(tmp_path / name, "00") == weights(undisturbed, "00")
 
 
 @pytest.mark.parametrize(
@@ -164,8 +162,14 @@ def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
 def test_what_the_cluster_cannot_do_is_said_and_ends_with_code_2(
     cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, setting: str, said: str
 ) -> None:
-    only_questions = {"sources": [{"source": str(data / "mcq.jsonl")}], "replay": []}
+    only_questions = {
+        "chain": "new",
+        "train_extra_tokens": True,
+        "sources": [{"source": str(data / "mcq.jsonl")}],
+        "replay": [],
+    }
     config = configure(bases["gemma"], data, p01=only_questions)
+    config = config.model_copy(update={"phases": config.phases[1:2]})
     _, err = finish(
         start(write_config(config, tmp_path / "c.yaml"), tmp_path / "run", cluster, "--set", setting), code=2
     )
