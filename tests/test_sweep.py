@@ -282,6 +282,23 @@ def test_a_ledger_knows_after_a_kill_what_it_knew_before(tmp_path: Path) -> None
     assert Ledger(ledger.path).trials["002"].why == "its process died"
 
 
+def test_scores_that_no_driver_heard_are_told_again(tmp_path: Path) -> None:
+    """Of a trial with two segments, which count their steps from 0 each, on top of 10 steps of generations before."""
+    from medlora.on_ray.trial import _Clock, _Hook
+
+    folder = runs.PhaseFolder(tmp_path)
+    for segment, step, accuracy in (("full", 5, 0.1), ("normal", 3, 0.2), ("normal", 6, 0.3)):
+        row = {"segment": segment, "step": step, "accuracy": accuracy}
+        runs.append_json(folder.metrics, row)
+        runs.append_json(folder.validation, row)
+    for known, finished, steps in ((0, False, [15, 18, 21]), (15, True, [18, 21]), (21, True, [])):
+        told: list[dict[str, Any]] = []
+        hook = _Hook({"id": "001", "offset": 10, "known": known}, folder, told.append, None, _Clock())
+        hook.tell_again(finished)
+        assert [row["step"] for row in told] == steps
+        assert [row["last"] for row in told] == [finished and step == 21 for step in steps]
+
+
 SPACE = {"lr": Range(1e-4, 1e-2, log=True), "r": Choice((8, 16, [1, 2]))}
 
 
