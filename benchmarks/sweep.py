@@ -69,17 +69,15 @@ def train(
 def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row, list[dict[str, Any]]]:
     """The sweep's search: what it took, the share of the slots' time in which trials held them and trained; its values."""
     marks: dict[str, float] = {}
-    steps: dict[str, list[float]] = {}
     spent: dict[str, dict[str, float]] = {}
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] in ("search", "searched"):
             marks[event["event"]] = time.time()
-        elif event["event"] == "trial-step":
-            steps.setdefault(event["trial"], []).append(time.time())
         elif event["event"] == "trial-seconds":
             spent[event["trial"]] = event["seconds"]
-            print(event["trial"], {k: round(v, 2) for k, v in event["seconds"].items()}, file=sys.stderr, flush=True)
+            said = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in event["seconds"].items())
+            print(f"trial {event['trial']}: {said}", file=sys.stderr, flush=True)
 
     run = runs.open_run(folder, mark=FINGERPRINT)
     ledger = Ledger(folder / "trials.jsonl")
@@ -88,8 +86,7 @@ def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row,
     began = min(line["time"] for line in lines if line["event"] == "running")
     ended = max(line["time"] for line in lines)
     slots_s = summary["concurrency"] * (ended - began)
-    last = {line["trial"]: line["time"] for line in lines if line["event"] in ("score", "ended")}
-    trained_s = sum(last[id] - times[0] for id, times in steps.items() if id in last)
+    trained_s = sum(each["train"] + each["score"] for each in spent.values())
     start_s = sum(spent[id]["import"] for id in list(ledger.trials)[: summary["concurrency"]])
     best = ledger.rank()[0]
     row = {
@@ -181,17 +178,17 @@ def render(about: dict[str, Any], rows: list[Row]) -> str:
             f"| {row['who']} | {row['seconds']:.0f} | {row['seconds'] / ours:.2f} | {row['steps']:,} | {row['stopped']} | "
             f"{row['best']:.3f} | {' | '.join(shares)} |"
         )
+    lines += [""]
     lines += [
-        "",
-        "Held: share of the slots' time, from the first trial's begin to the last one's end, in which a trial had",
+        "Held: share of the slots' time, from the first trial's begin to the last one's end, in which a trial had the slot;"
     ]
     lines += [
-        "the slot; trained: in which it stepped or was scored, loading of modules, base and data not counted; once"
+        "trained: in which it stepped or was scored, by the clock of the trial's process: modules, base, data and saving not"
     ]
     lines += [
-        "started: of the time after a slot's first process had its modules. In all, of the slots' time from the first"
+        "counted; once started: the same without the time in which a slot's first process got its modules. Of all the slots'"
     ]
-    lines += ["trial's begin to the last one's end, trials spent:", ""]
+    lines += ["time, trials spent in importing, loading, training, scoring, waiting for Tune and saving:", ""]
     shown = [row for row in rows if "spent" in row]
     lines += [f"| | {' | '.join(shown[0]['spent'])} |", "|---" * (1 + len(shown[0]["spent"])) + "|"]
     lines += [f"| {row['who']} | {' | '.join(f'{share:.1%}' for share in row['spent'].values())} |" for row in shown]
