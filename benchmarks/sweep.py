@@ -205,6 +205,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     os.chdir(ROOT)
     os.environ.setdefault("RAY_ADDRESS", "local")  # not on a Ray that something else runs on
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the peers; 15, by default, loses to whatever else runs
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         changed = [*arguments.overrides, f"trials={arguments.trials}", "concurrency=2"]
