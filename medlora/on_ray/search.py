@@ -288,7 +288,10 @@ class _Stopper(tune.Stopper):
 
 def _explain(trial: Any) -> str:
     """Why a trial's process ended, from the text that Tune kept: its pickle is not opened."""
-    lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
+    # `trial.get_error` reads a copy that is made later; failures stand one below the other.
+    path = Path(trial.error_file) if trial.error_file else None
+    text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
+    lines = [line.strip() for line in text.rpartition("Failure # ")[2].splitlines() if line.strip()]
     if not lines or any("ActorDiedError" in line or "actor died" in line for line in lines):
         return "its process died"
     return lines[-1][:300]
