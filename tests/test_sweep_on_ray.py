@@ -154,6 +154,7 @@ def test_more_trials_at_a_time_than_there_is_room_for_are_refused(ray_cluster: A
 def test_two_trials_share_a_gpu_and_a_third_waits(
     cluster: dict[str, str], ray_cluster: Any, bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
+    import ray
     from test_nodes import add_nodes
 
     from medlora.on_ray.cluster import connect
@@ -169,6 +170,10 @@ def test_two_trials_share_a_gpu_and_a_third_waits(
         does = {i: {"sleep_s": 0.3, "steps": 4} for i in range(3)}
         ledger = search(tmp_path / "s", grown, 3, does, halving=False, placement=half, concurrency=3)
         _, err = finish(refused, code=2)
+    end = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) > 1:  # the next sweep would wait for a GPU that is gone
+        assert time.monotonic() < end
+        time.sleep(0.2)
     assert "concurrency: 3 trials at a time with 1 CPU and 0.5 GPU each" in err and "has room for 2" in err
     assert not (tmp_path / "out" / "start").exists() and not (tmp_path / "out" / "trials.jsonl").exists()
     assert [trial.state for trial in ledger.trials.values()] == ["finished"] * 3
