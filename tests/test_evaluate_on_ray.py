@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from fake_stages import FakeStages, die_while_loading
 
 from medlora import runs
 from medlora.config import ActorPlacement, EvaluationConfig
-from medlora.evaluation import LEDGER, PREDICTIONS
-from medlora.records import McqRecord
+from medlora.evaluation import LEDGER, PREDICTIONS, Batch
+from medlora.records import McqRecord, Prediction
 
 STAGES = {"a": [], "b": []}
 
@@ -40,6 +41,7 @@ def score(
     size: int = 4,
     min_actors: int | None = None,
     labels: dict[str, str] | None = None,
+    known: Sequence[Prediction] = (),
 ) -> dict[str, Any]:
     from medlora.on_ray.scoring import score_stages
 
@@ -60,6 +62,7 @@ def score(
         folder / "run.log",
         {},
         0,
+        known,
     )
 
 
@@ -167,10 +170,10 @@ def test_a_killed_driver_asks_only_what_is_not_answered_and_writes_the_same_byte
 def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, tmp_path: Path) -> None:
     from medlora.on_ray.evaluate import answer_on_ray
 
-    batches = [[("t", record)] for record in ask(2)]
+    batches = [Batch((("t", record),), ("a",)) for record in ask(2)]
     with pytest.raises(Exception, match="keep dying"):
         list(
             answer_on_ray(
-                batches, ["a"], die_while_loading, ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log"
+                batches, die_while_loading, ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log"
             )
         )

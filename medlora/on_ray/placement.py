@@ -120,7 +120,7 @@ def say_while_waiting(
             waited_s += NOTE_EVERY_S
             if has_begun():
                 return
-            free = _find_free()
+            free = find_free()
             if sum(count_room(placement, gpus, node) for node in free) >= workers:
                 continue  # there is room: it is starting
             asked = f"{workers} worker{'s' * (workers != 1)} with {describe_worker(placement, gpus)} each"
@@ -138,8 +138,8 @@ def say_while_waiting(
         thread.join(timeout=10)
 
 
-def _find_free() -> list[Node]:
-    """What is free on each node that takes work."""
+def find_free() -> list[Node]:
+    """What is free now on each node that takes work."""
     free = ray._private.state.available_resources_per_node()
     leaving = ray._private.state.state.get_draining_nodes()
     alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
