@@ -242,7 +242,7 @@ class RunConfig(Section):
     base: BaseModelConfig
     lora: LoraSettings = LoraSettings()
     start: tuple[str, ...] = ()
-    """Folders of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
+    """Folders or `s3://` / `gs://` URIs of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     evaluation: StageEvaluationConfig | None = None
     data: DataConfig = DataConfig()

@@ -18,7 +18,7 @@ from medlora.config_file import load
 from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
 from medlora.data_card import describe_overlap
 from medlora.errors import InputError
-from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
+from medlora.lineage import Link, fetch_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.mixture import derive_seed
 from medlora.object_store import is_store
 from medlora.quarantine import describe_quarantine
@@ -53,7 +53,7 @@ class StageConfig(Section):
 
     name: Name
     adapters: tuple[str, ...] = ()
-    """Folders of PEFT adapters, all active, oldest first; none = the plain base."""
+    """Folders or `s3://` / `gs://` URIs of PEFT adapters, all active, oldest first; none = the plain base."""
 
 
 class EvaluateConfig(Section):
@@ -89,7 +89,8 @@ def find_stages(config: EvaluateConfig) -> dict[str, tuple[Link, ...]]:
 def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple[str, tuple[Link, ...]]]:
     if isinstance(stage, StageConfig):
         links = [
-            _find_link(f"{stage.name}-{j}", folder, f"{key}.adapters.{j}") for j, folder in enumerate(stage.adapters)
+            _find_link(f"{stage.name}-{j}", folder, f"{key}.adapters.{j}", cache)
+            for j, folder in enumerate(stage.adapters)
         ]
         return [(stage.name, tuple(links))]
     folder, colon, names = stage.rpartition(":")
@@ -100,7 +101,7 @@ def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple
     found = []
     for name in names.split(","):
         chain = () if name == "base" else find_chain(run, name)
-        found.append((name, tuple(_find_link(link.name, link.folder, key) for link in chain)))
+        found.append((name, tuple(_find_link(link.name, link.folder, key, cache) for link in chain)))
     return found
 
 
@@ -111,9 +112,9 @@ def _find_run(folder: str, cache: str | None) -> Path:
     return Path(folder).expanduser().absolute()
 
 
-def _find_link(name: str, folder: str, key: str) -> Link:
+def _find_link(name: str, where: str, key: str, cache: str | None) -> Link:
     try:
-        return Link(name=name, folder=str(find_adapter(Path(folder).expanduser().absolute())))
+        return Link(name=name, folder=str(fetch_adapter(where, cache)))
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
 

@@ -205,6 +205,38 @@ def test_a_worker_that_does_not_see_the_driver_s_folder_says_so(store: Store, tm
                 storage.check_seen(folder, told)
 
 
+def test_adapters_in_a_store_are_what_a_run_begins_from_and_what_is_scored(
+    store: Store, finished: Path, tmp_path: Path, uri: str
+) -> None:
+    from medlora.config import RunConfig
+    from medlora.evaluation import EvaluateConfig, find_stages
+    from medlora.lineage import start_chain
+
+    there = machine(tmp_path, "owner", f"{uri}/mine")
+    shutil.copytree(runs.RunFolder(finished).phase("00").adapter, there / "adapter")
+    storage.push(there)
+    phase = {"name": "00", "chain": "stack", "sources": [{"source": "miniature:text"}]}
+    cache = {"storage": {"cache": str(tmp_path / "cache")}}
+    config = {"name": "x", "base": {"model": "miniature"}, "start": [f"{uri}/mine"], "phases": [phase], **cache}
+    (link,) = start_chain(RunConfig.model_validate(config))
+    whole = (there / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (Path(link.folder) / "adapter_model.safetensors").read_bytes() == whole
+    # A worker elsewhere fetches it by the link's path alone.
+    shutil.rmtree(tmp_path / "cache")
+    storage.pull(Path(link.folder))
+    assert (Path(link.folder) / "adapter_model.safetensors").read_bytes() == whole
+    tests = [{"name": "t", "source": "miniature:mcq/dev"}]
+    scored = {"name": "x", "base": {"model": "miniature"}, "evaluation": {"tests": tests}, **cache}
+    stages = [{"name": "mine", "adapters": [f"{uri}/mine/adapter"]}]
+    found = find_stages(EvaluateConfig.model_validate({**scored, "stages": stages}))
+    assert (Path(found["mine"][0].folder) / "adapter_model.safetensors").read_bytes() == whole
+    stages = [{"name": "mine", "adapters": [f"{uri}/none"]}]
+    with pytest.raises(
+        InputError, match=rf"stages.0.adapters.0: {uri}/none: no adapter here; looked for .*{uri}/none/"
+    ):
+        find_stages(EvaluateConfig.model_validate({**scored, "stages": stages}))
+
+
 def fail(fault: str, where: str, times: int) -> Rule:
     """The first `times` writes to a path that holds `where` fail."""
     failed = [0]
