@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import urllib.parse
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+from hosts import Host, Network
 
 BUCKET = "lab"
-_SERVE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
+_SERVE = "import sys; from moto.server import main; main(['-H', sys.argv[1], '-p', sys.argv[2]])"
 Rule = Callable[[str, str, int], str | None]
 """Method, path and the count of requests so far -> `503`, `403`, `drop` (after half of the body), or None: passed on."""
 
@@ -27,30 +31,36 @@ class Store:
 
     scheme = "s3"
 
-    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+    host = "127.0.0.1"
+
+    def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((self.host, 0))
             self.port = free.getsockname()[1]
         self.rule: Rule = lambda method, path, count: None
         self.seen: list[tuple[str, str]] = []
         log = (folder / f"{self.scheme}.log").open("w")
-        self.process = subprocess.Popen(self.serve(), stdout=log, stderr=log)
+        self.process: subprocess.Popen[Any] = subprocess.Popen(self.serve(), stdout=log, stderr=log)
+        self.wait()
+        self.proxy = ThreadingHTTPServer((self.host, 0), _make_handler(self))
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+        self.env = {**self.describe(f"{self.host}:{self.proxy.server_port}"), "NO_PROXY": self.host}
+
+    def wait(self) -> None:
+        """Until the server answers; then the bucket is made."""
         end = time.monotonic() + 60
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                socket.create_connection((self.host, self.port), 1).close()
                 break
             except OSError:
-                assert time.monotonic() < end and self.process.poll() is None, Path(log.name).read_text()
+                assert time.monotonic() < end and self.process.poll() is None
                 time.sleep(0.1)
         self.make_bucket()
-        self.proxy = ThreadingHTTPServer((address, 0), _make_handler(self))
-        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
-        self.env = {**self.describe(f"{address}:{self.proxy.server_port}"), "NO_PROXY": address}
 
     def serve(self) -> list[str]:
         """The command of the server."""
-        return [sys.executable, "-c", _SERVE, str(self.port)]
+        return [sys.executable, "-c", _SERVE, self.host, str(self.port)]
 
     def describe(self, host: str) -> dict[str, str]:
         """What says in a process's environment where the store is."""
@@ -73,7 +83,7 @@ class Store:
 
     def ask(self, method: str, path: str) -> tuple[int, bytes]:
         """Status and body of a request to the server itself."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection = http.client.HTTPConnection(self.host, self.port)
         connection.request(method, path)
         response = connection.getresponse()
         return response.status, response.read()
@@ -99,7 +109,7 @@ class GoogleStore(Store):
     scheme = "gs"
 
     def serve(self) -> list[str]:
-        place = [f"--port={self.port}", "--host=127.0.0.1", "--in-memory", f"--default-bucket={BUCKET}"]
+        place = [f"--port={self.port}", f"--host={self.host}", "--in-memory", f"--default-bucket={BUCKET}"]
         return [sys.executable, "-c", "from gcp_storage_emulator.__main__ import main; main()", "start", *place]
 
     def describe(self, host: str) -> dict[str, str]:
@@ -124,6 +134,16 @@ class GoogleStore(Store):
             if method == "POST"
         ]
         return [name for found in names for name in found]
+
+
+class HostStore(Store):
+    """A server of S3 on a host of tests/hosts.py, without a proxy."""
+
+    def __init__(self, network: Network, host: Host) -> None:
+        self.host, self.port = host.ip, 9000
+        self.process = network.start(host, shlex.join(self.serve()))
+        self.wait()
+        self.env = self.describe(f"{self.host}:{self.port}")
 
 
 def _make_handler(store: Store) -> type[BaseHTTPRequestHandler]:
