@@ -79,11 +79,12 @@ class Network:
     hosts: list[Host] = field(default_factory=list)
 
     def log_in(self, host: Host, command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-        """Run a command on the host over ssh, as root, with that on its stdin."""
-        return subprocess.run(self._ssh(host, command), text=True, capture_output=True, input=typed)
+        """Run a command on the host over ssh, as root, on a terminal where something is typed."""
+        ssh = self._ssh(host, command, *(["-tt"] if typed else []))
+        return subprocess.run(ssh, text=True, capture_output=True, input=typed)
 
     def start(self, host: Host, command: str) -> subprocess.Popen[str]:
-        """Start a command on the host over ssh, as root; it ends with the host, whatever becomes of this process's end."""
+        """Start a command on the host over ssh, as root; it ends with the host."""
         return subprocess.Popen(
             self._ssh(host, command),
             stdin=subprocess.DEVNULL,
@@ -92,10 +93,10 @@ class Network:
             text=True,
         )
 
-    def _ssh(self, host: Host, command: str) -> list[str]:
+    def _ssh(self, host: Host, command: str, *more: str) -> list[str]:
         options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=2", "LogLevel=ERROR")
         given = [part for option in options for part in ("-o", option)]
-        return ["ssh", "-i", str(self.key), *given, f"root@{host.ip}", command]
+        return ["ssh", "-i", str(self.key), *given, *more, f"root@{host.ip}", command]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fake_stages import FakeStages
-from test_evaluate_on_ray import ask, journal, score
+from test_evaluate_on_ray import answer_here, ask, journal, score
 from test_nodes import add_nodes
 
 from medlora import runs
@@ -82,16 +82,8 @@ def two_gpus(cluster: dict[str, str], ray_cluster: Any) -> Iterator[Any]:
         yield _look_around(False)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The predictions of both stages, asked together after the training."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "e"
-    score(folder, ask(30), ray_cluster, actors=1)
-    return (folder / PREDICTIONS).read_bytes()
-
-
 def test_stages_are_scored_on_what_a_phase_leaves_free_and_stand_in_nobodys_way(
-    two_gpus: Any, ray_cluster: Any, tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+    two_gpus: Any, ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from medlora.on_ray import early as module
     from medlora.on_ray.early import take_over
@@ -127,4 +119,4 @@ def test_stages_are_scored_on_what_a_phase_leaves_free_and_stand_in_nobodys_way(
     left = 60 - len(known)
     report = score(tmp_path / "e", ask(30), ray_cluster, actors=1, known=known)
     assert report["questions_asked"] == left == len(journal(tmp_path / "e", "ask")) - len(asked)
-    assert 0 < left <= 22 and (tmp_path / "e" / PREDICTIONS).read_bytes() == undisturbed
+    assert 0 < left <= 22 and (tmp_path / "e" / PREDICTIONS).read_bytes() == answer_here(ask(30), tmp_path)

@@ -48,7 +48,7 @@ class Lab:
     store: HostStore
 
     def make_script(self, command: str) -> str:
-        return f"cd ~/checkout && . ~/environment && {command}\nwait"
+        return f"cd ~/checkout; . ~/environment\n{command}\ncode=$?; wait; exit $code"
 
     def run(self, command: str, typed: str = "") -> None:
         done = self.network.log_in(self.laptop, self.make_script(command), typed)

@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 from store_server import BUCKET, GoogleStore, Rule, Store, run_env
+from test_on_ray import two_phases, undisturbed  # noqa: F401
 
 from medlora import object_store, run_lock, runs, storage
+from medlora.config import EvaluationConfig, RunConfig
 from medlora.errors import InputError
+from medlora.evaluation import plan_batches, read_tests, sort_predictions
 from medlora.object_store import Objects
+from medlora.report import write_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -208,7 +212,6 @@ def test_a_worker_that_does_not_see_the_driver_s_folder_says_so(store: Store, tm
 def test_adapters_in_a_store_are_what_a_run_begins_from_and_what_is_scored(
     store: Store, finished: Path, tmp_path: Path, uri: str
 ) -> None:
-    from medlora.config import RunConfig
     from medlora.evaluation import EvaluateConfig, find_stages
     from medlora.lineage import start_chain
 
@@ -339,16 +342,41 @@ def run_job(job: str, env: dict[str, str], *arguments: str, code: int = 0) -> st
     return done.stdout if code == 0 else done.stderr
 
 
+def answer_in_one_pass(base: str, run: Path, evaluation: EvaluationConfig, folder: Path) -> bytes:
+    """predictions.parquet of the base and the first two phases of a run, by one model that holds all their adapters."""
+    from medlora.config import BaseModelConfig
+    from medlora.lineage import Link
+    from medlora.stages import StageModel
+
+    links = {name: Link(name=name, folder=str(runs.RunFolder(run).phase(name).adapter)) for name in ("00", "01")}
+    stages = {"base": [], "00": [links["00"]], "01": [links["01"]]}
+    tests = read_tests(evaluation)
+    model = StageModel(BaseModelConfig(model=base), stages, evaluation)
+    answers = [
+        prediction
+        for batch in plan_batches(tests, evaluation.batch_size, list(stages))
+        for prediction in model.answer([test for test, _ in batch.questions], [record for _, record in batch.questions])
+    ]
+    write_predictions(folder / "p.parquet", sort_predictions(answers, list(stages), tests))
+    return (folder / "p.parquet").read_bytes()
+
+
 @ON_S3
 def test_a_curriculum_and_an_evaluation_live_in_the_store(
-    store: Store, bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, uri: str
+    store: Store,
+    bases: dict[str, str],
+    data: Path,
+    undisturbed: Path,  # noqa: F811
+    tmp_path: Path,
+    uri: str,
 ) -> None:
-    from tiny_run import configure, weights
+    """Its first stages are scored while later phases train; the predictions are those of one pass over all stages."""
+    from tiny_run import weights
 
-    config = configure(bases["gemma"], data).model_dump(mode="json")
-    config["phases"] = config["phases"][:2]
+    config = two_phases(bases, data, checkpoint_every_steps=50).model_dump(mode="json")
     shutil.copy(data / "mcq.jsonl", tmp_path / "test.jsonl")
-    config["evaluation"] = {"tests": [{"name": "mcq", "source": str(tmp_path / "test.jsonl")}]}
+    config["evaluation"] = {"tests": [{"name": "mcq", "source": str(tmp_path / "test.jsonl")}], "batch_size": 8}
+    config["evaluation"]["beside_training"] = True
     config["storage"] = {"folder": uri, "cache": None}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     arguments = ("--config", str(tmp_path / "c.yaml"))
@@ -357,10 +385,20 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     try:
         env = {**run_env(store, home), "RAY_TMPDIR": sockets}
         store.rule = fail("503", "optimizer.pt", 2)
-        assert f"run: {uri}/tiny\n" in run_job("curriculum", env, *arguments)
+        said = run_job("curriculum", env, *arguments)
+        assert f"run: {uri}/tiny\n" in said
+        early, there = (
+            re.findall(r"(\w+)  scored beside the training", said),
+            re.search(r"(\d+) answers are there", said),
+        )
+        assert early in (["base"], ["base", "00"]) and there and int(there[1]) >= 24 * len(early)
+        evaluation = RunConfig.model_validate(config).evaluation
+        assert evaluation
+        predictions = store.read(key(uri, "tiny/evaluation/predictions.parquet"))
+        assert predictions == answer_in_one_pass(bases["gemma"], undisturbed, evaluation, tmp_path)
         for phase in ("00", "01"):
             name = f"tiny/phases/{phase}/adapter/adapter_model.safetensors"
-            assert store.read(key(uri, name)) == weights(finished, phase)
+            assert store.read(key(uri, name)) == weights(undisturbed, phase)
         kept = store.list(key(uri, "tiny/"))
         assert {key(uri, f"tiny/{name}") for name in ("run.json", "run.log", "data.json", "config.yaml")} <= set(kept)
         assert key(uri, "tiny/evaluation/report.html") in kept and key(uri, "tiny/evaluation/manifest.json") in kept
@@ -377,7 +415,7 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
             "name": "scored",
             "base": config["base"],
             "stages": [f"{uri}/tiny:base,01"],
-            "evaluation": {**config["evaluation"], "batch_size": 8},
+            "evaluation": {"tests": config["evaluation"]["tests"], "batch_size": 8},
         }
         (tmp_path / "e.yaml").write_text(yaml.safe_dump(evaluate), encoding="utf-8")
         chosen = ("--config", str(tmp_path / "e.yaml"), "--out", f"{uri}/scored")
