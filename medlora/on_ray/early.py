@@ -18,14 +18,14 @@ from medlora.evaluation import FINGERPRINT, LEDGER, Asked, read_ledger
 from medlora.lineage import Link
 from medlora.on_ray.cluster import Cluster, Node, OnEvent, beside_driver, listen, ray
 from medlora.on_ray.evaluate import AnswersQuestions
-from medlora.on_ray.placement import count_gpus, count_room, find_free
+from medlora.on_ray.placement import count_gpus, count_room, find_free, is_group_waiting
 from medlora.on_ray.scoring import ask_stages
 from medlora.records import McqRecord, Prediction
 from medlora.scores import accuracy
 
 POLL_S = 1.0
 GRACE_S = 4.0
-"""How long a phase waits for its workers before what is scored early gives its place up: Ray needs some to start them."""
+"""How long a phase waits for a place before what is scored early gives its own up: the phase before needs some to end."""
 
 Build = Callable[[str, Sequence[Link], ActorPlacement], Callable[[], AnswersQuestions]]
 """A stage's name, its chain and where it is scored -> what builds its model in an actor."""
@@ -126,9 +126,8 @@ class EarlyScoring:
                 each._interrupt()
 
     def _lacks_room(self, placement: Placement, gpus: float) -> bool:
-        """Whether a phase would have had room on the nodes that are there, were they free; for others it waits in vain."""
-        there = _count(placement, gpus, self.cluster.there)
-        return _count(placement, gpus, find_free()) < placement.workers <= there
+        """Whether a phase waits for a place that it would have on the nodes that are there, were they free."""
+        return is_group_waiting() and _count(placement, gpus, self.cluster.there) >= placement.workers
 
     def _begin(self, actors: int, inbox: Any) -> None:
         stage = self.waiting.popleft()

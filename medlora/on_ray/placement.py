@@ -109,9 +109,18 @@ def find_concurrency(concurrency: int | None, placement: Placement, cluster: Clu
 
 @contextmanager
 def say_while_waiting(
-    placement: Placement, gpus: float, workers: int, phase: str, has_begun: Callable[[], bool], on_event: OnEvent
+    placement: Placement,
+    gpus: float,
+    workers: int,
+    phase: str,
+    has_begun: Callable[[], bool],
+    on_event: OnEvent,
+    as_group: bool = False,
 ) -> Iterator[None]:
-    """While inside, and until `has_begun`, say every minute what is waited for and what the cluster has free."""
+    """While inside, and until `has_begun`, say every minute what is waited for and what the cluster has free.
+
+    Workers that come `as_group`, as Ray Train's do, are waited for no more once the group has its place: they start.
+    """
     ended = threading.Event()
 
     def watch() -> None:
@@ -121,6 +130,8 @@ def say_while_waiting(
             if has_begun():
                 return
             free = find_free()
+            if as_group and not is_group_waiting():
+                continue
             if sum(count_room(placement, gpus, node) for node in free) >= workers:
                 continue  # there is room: it is starting
             asked = f"{workers} worker{'s' * (workers != 1)} with {describe_worker(placement, gpus)} each"
@@ -136,6 +147,13 @@ def say_while_waiting(
     finally:
         ended.set()
         thread.join(timeout=10)
+
+
+def is_group_waiting() -> bool:
+    """Whether a group of workers, of any driver, has no place yet."""
+    from ray.util import placement_group_table
+
+    return any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())
 
 
 def find_free() -> list[Node]:

@@ -108,7 +108,9 @@ def train_on_ray(
             if early is not None:
                 early.phase_asks(placement, gpus)
             try:
-                with say_while_waiting(placement, gpus, placement.workers, job.phase.name, begun.is_set, on_event):
+                with say_while_waiting(
+                    placement, gpus, placement.workers, job.phase.name, begun.is_set, on_event, as_group=True
+                ):
                     trainer.fit()
                 if not leaving.is_set():
                     break
