@@ -183,9 +183,7 @@ def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_chec
     while last_step(second) <= lost:
         assert job.poll() is None, job.communicate()
         time.sleep(0.1)
-    print(
-        f"power of {first.name} cut at step {lost}: it was passed again after {time.monotonic() - cut:.0f} s"
-    )
+    print(f"power of {first.name} cut at step {lost}: it was passed again after {time.monotonic() - cut:.0f} s")
     said = finish(job)
     (resumed,) = re.findall(r"goes on from step (\d+) of 200", said)
     assert "worker 0 died; attempt 1 of 2" in said and 0 <= lost - int(resumed) <= every

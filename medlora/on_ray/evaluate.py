@@ -88,7 +88,7 @@ def make_builder(
         cache=cache,
         seed=seed,
         stages={name: [link.model_dump() for link in chain] for name, chain in stages.items()},
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json", include=set(EvaluationConfig.model_fields)),
         shots=asked.shots,
         worked=asked.worked,
         letters=asked.letters,
