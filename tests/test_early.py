@@ -78,8 +78,12 @@ def two_gpus(cluster: dict[str, str], ray_cluster: Any) -> Iterator[Any]:
     """The cluster with a node of two GPUs, in words alone."""
     from medlora.on_ray.cluster import _look_around
 
-    with add_nodes(cluster, ("gpus", "a", "--num-gpus=2", "--num-cpus=4")):
+    with add_nodes(cluster, ("gpus", "a", "--num-gpus=2", "--num-cpus=4")) as (node,):
         yield _look_around(False)
+        node.process.terminate()  # it says goodbye, so that it is missed at once
+        node.process.wait(timeout=30)
+    # Whoever connects next would ask for GPUs that are gone.
+    wait_for(lambda: not any(node.gpus for node in _look_around(False).there))
 
 
 def test_stages_are_scored_on_what_a_phase_leaves_free_and_stand_in_nobodys_way(
@@ -88,15 +92,16 @@ def test_stages_are_scored_on_what_a_phase_leaves_free_and_stand_in_nobodys_way(
     from medlora.on_ray import early as module
     from medlora.on_ray.early import take_over
 
-    monkeypatch.setattr(module, "GRACE_S", 1.0)
+    monkeypatch.setattr(module, "GRACE_S", 0.5)
+    monkeypatch.setattr(module, "POLL_S", 0.25)
     said: list[str] = []
-    with scoring(tmp_path, two_gpus, said, pause_s=0.6, stages=("a", "b")) as early:
+    with scoring(tmp_path, two_gpus, said, pause_s=0.4, stages=("a", "b")) as early:
         early.phase_asks(Placement(gpus_per_worker=1), 1)
-        time.sleep(2)
+        time.sleep(1)
         assert not (tmp_path / "scoring" / ".a.lock.json").exists()  # the phase has not taken its own yet
         with training(2):
             early.phase_has()
-            time.sleep(2)
+            time.sleep(1)
             assert not (tmp_path / "scoring" / ".a.lock.json").exists()  # nothing is free
         with training(1):
             wait_for(lambda: count_answers(tmp_path, "a") >= 8)

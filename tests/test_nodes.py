@@ -37,8 +37,6 @@ class AddedNode:
             [*command, *more], env=env, stdout=self.log, stderr=self.log, start_new_session=True
         )
 
-    def wait(self) -> None:
-        """Until the node is part of the cluster."""
         end = time.monotonic() + 60
         while self.raylet is None or "Ray runtime started" not in self.read_log():
             assert self.process.poll() is None and time.monotonic() < end, self.read_log()
@@ -74,9 +72,7 @@ def add_nodes(env: dict[str, str], *nodes: tuple[str, ...]) -> Iterator[list[Add
     added: list[AddedNode] = []
     try:
         for pool, name, *more in nodes:
-            added.append(AddedNode(env, pool, name, tuple(more)))
-        for node in added:
-            node.wait()
+            added.append(AddedNode(env, pool, name, tuple(more)))  # one by one: two at once may take the same ports
         yield added
     finally:
         for node in added:
