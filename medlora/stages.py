@@ -62,10 +62,8 @@ class StageModel:
                 find_letter_ids(tokenizer, config.style, letters)
         links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
         # A head over as many words as the run has in the end, whichever stages are here: another width may round otherwise.
-        whole = (
-            load_tokenizer(base, extra_tokens=read_extra_tokens(base)) if base.extra_tokens else load_tokenizer(base)
-        )
-        model = load_base(base, max(whole, *tokenizers.values(), key=len), device)
+        whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
+        model = load_base(base, max([*tokenizers.values(), *whole], key=len), device)
         self.model = load_chain(model, list(links.items()))
         self.answerers = {
             name: McqAnswerer(

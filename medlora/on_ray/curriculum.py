@@ -192,7 +192,7 @@ def _scoring_early(begun: Begun, cluster: Any) -> Iterator[Any]:
         return describe_evaluation(config.base, config.seed, evaluation, {stage: chain}, asked)
 
     def build(stage: str, chain: Sequence[Link], there: ActorPlacement) -> Any:
-        return make_builder(job.base, job.cache, job.seed, {stage: chain}, evaluation, asked, there, cluster)
+        return make_builder(config.base, job.cache, job.seed, {stage: chain}, evaluation, asked, there, cluster)
 
     early = EarlyScoring(run.scoring, evaluation, asked, describe, build, placement, cluster, begun.on_event, run.log)
     with early.going_on():
@@ -282,7 +282,7 @@ def _evaluate(
     device = f"{len(stages)} stages x {questions} questions" + (f", {len(known)} answers are there" if known else "")
     on_event({"event": "phase", "phase": "evaluation", "device": device})
     job = make_job(config, config.phases[-1], ())
-    build = make_builder(job.base, job.cache, job.seed, stages, config.evaluation, asked, placement, cluster)
+    build = make_builder(config.base, job.cache, job.seed, stages, config.evaluation, asked, placement, cluster)
     about = {
         "name": config.name,
         "config": config.model_dump(mode="json"),

@@ -217,6 +217,7 @@ def _score_alone(
             inbox.put({**event, "phase": stage})
 
     with runs.hold(folder.with_name(f".{stage}.lock"), f"stage {stage} of {folder.parent}", wait_s=180):
+        storage.push(folder)  # what was answered before this was interrupted is here and may not be there yet
         storage.pull(folder)
         ask_stages(folder, fingerprint, chains, tests, config, build, placement, cluster, hear, log_file)
         storage.push(folder)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
 from medlora.evaluation import Asked, Batch, Question, Stages, name_batch, pack_prediction, unpack_prediction
-from medlora.lineage import Link
+from medlora.lineage import Link, read_extra_tokens
 from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
 from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.records import McqRecord, Prediction
@@ -84,7 +84,7 @@ def make_builder(
     """`build_stages` with its arguments, ready to travel into an actor."""
     return partial(
         build_stages,
-        base=base.model_dump(mode="json"),
+        base=base.model_copy(update={"extra_tokens": read_extra_tokens(base)}).model_dump(mode="json"),
         cache=cache,
         seed=seed,
         stages={name: [link.model_dump() for link in chain] for name, chain in stages.items()},
