@@ -24,7 +24,7 @@ from evaluation import CPU_SHAPE, VOCABULARY, build_model, build_tokenizer, choo
 
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.config_sources import SourceConfig
-from medlora.evaluation import Asked, plan_batches
+from medlora.evaluation import Asked, Batch, plan_batches
 from medlora.on_ray.cluster import Cluster, connect
 from medlora.on_ray.evaluate import answer_on_ray, make_builder
 from medlora.prompts import render_mcq
@@ -47,14 +47,14 @@ def measure(
     )
     placement = ActorPlacement(workers=actors)
     build = make_builder(base, str(folder), 0, {"base": ()}, config, Asked({}), placement, cluster)
-    batches = plan_batches({"t": records}, batch_size, set())
+    batches = plan_batches({"t": records}, batch_size, ["base"])
     # Longest first would put the longest before the clock starts: every batch gets its share of each length instead.
-    ordered = [record for batch in batches for _, record in batch]
-    batches = [[("t", record) for record in ordered[i :: len(batches)]] for i in range(len(batches))]
+    ordered = [question for batch in batches for question in batch.questions]
+    batches = [Batch(tuple(ordered[i :: len(batches)]), ("base",)) for i in range(len(batches))]
     began = time.monotonic()
     ends: list[tuple[float, int]] = []
     predictions: list[Prediction] = []
-    for answered in answer_on_ray(batches, ["base"], build, placement, cluster, lambda event: None, folder / "log"):
+    for answered in answer_on_ray(batches, build, placement, cluster, lambda event: None, folder / "log"):
         ends.append((time.monotonic(), len(answered)))
         predictions += answered
     started, counted = ends[actors - 1][0], sum(n for _, n in ends[actors:])

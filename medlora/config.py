@@ -216,6 +216,14 @@ class EvaluationConfig(Section):
         return self
 
 
+class StageEvaluationConfig(EvaluationConfig):
+    """How every stage of a run is scored: after the last phase, and before it on what is free."""
+
+    beside_training: Literal["auto"] | bool = "auto"
+    """Score a finished stage, and the base at first, while later phases train, on what they leave free; the rest after the
+    last phase. The answers are the same bytes either way. `auto`: where questions are answered on GPUs; true: on CPUs, too."""
+
+
 class Storage(Section):
     """Where things are kept."""
 
@@ -234,9 +242,9 @@ class RunConfig(Section):
     base: BaseModelConfig
     lora: LoraSettings = LoraSettings()
     start: tuple[str, ...] = ()
-    """Folders of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
+    """Folders or `s3://` / `gs://` URIs of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
-    evaluation: EvaluationConfig | None = None
+    evaluation: StageEvaluationConfig | None = None
     data: DataConfig = DataConfig()
     placement: Placement = Placement()
     storage: Storage = Storage()

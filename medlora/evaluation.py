@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medlora.config_file import load
 from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
 from medlora.data_card import describe_overlap
 from medlora.errors import InputError
-from medlora.lineage import Link, find_adapter, find_chain, identify_base, read_adapter_json, read_source
+from medlora.lineage import Link, fetch_adapter, find_chain, identify_base, read_adapter_json, read_source
 from medlora.mixture import derive_seed
 from medlora.object_store import is_store
 from medlora.quarantine import describe_quarantine
@@ -31,6 +31,17 @@ Stages = Mapping[str, Sequence[Link]]
 Question = tuple[str, McqRecord]
 """The test that a question belongs to, and the question."""
 
+Answered = tuple[str, str, str]
+"""Stage, test and id: what an answer is known by."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions that are asked together, of these stages."""
+
+    questions: tuple[Question, ...]
+    stages: tuple[str, ...]
+
 
 LEDGER, FINGERPRINT, REPORT, PREDICTIONS = "ledger.jsonl", "fingerprint.json", "report.json", "predictions.parquet"
 PAGE, SECONDS = "report.html", "seconds.parquet"
@@ -42,7 +53,7 @@ class StageConfig(Section):
 
     name: Name
     adapters: tuple[str, ...] = ()
-    """Folders of PEFT adapters, all active, oldest first; none = the plain base."""
+    """Folders or `s3://` / `gs://` URIs of PEFT adapters, all active, oldest first; none = the plain base."""
 
 
 class EvaluateConfig(Section):
@@ -78,18 +89,19 @@ def find_stages(config: EvaluateConfig) -> dict[str, tuple[Link, ...]]:
 def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple[str, tuple[Link, ...]]]:
     if isinstance(stage, StageConfig):
         links = [
-            _find_link(f"{stage.name}-{j}", folder, f"{key}.adapters.{j}") for j, folder in enumerate(stage.adapters)
+            _find_link(f"{stage.name}-{j}", folder, f"{key}.adapters.{j}", cache)
+            for j, folder in enumerate(stage.adapters)
         ]
         return [(stage.name, tuple(links))]
     folder, colon, names = stage.rpartition(":")
     run = runs.RunFolder(find_run(folder, cache))
-    storage.pull(run.root, passing=("checkpoints", "best", "evaluation", ".replaced"))
+    storage.pull(run.root, passing=("checkpoints", "best", "scoring", "evaluation", ".replaced"))
     if not colon or not run.config.is_file():
         raise InputError(f"{key}: {stage!r} names no run; write FOLDER:STAGE,STAGE, e.g. runs/quickstart:base,02")
     found = []
     for name in names.split(","):
         chain = () if name == "base" else find_chain(run, name)
-        found.append((name, tuple(_find_link(link.name, link.folder, key) for link in chain)))
+        found.append((name, tuple(_find_link(link.name, link.folder, key, cache) for link in chain)))
     return found
 
 
@@ -100,9 +112,9 @@ def find_run(folder: str, cache: str | None) -> Path:
     return Path(folder).expanduser().absolute()
 
 
-def _find_link(name: str, folder: str, key: str) -> Link:
+def _find_link(name: str, where: str, key: str, cache: str | None) -> Link:
     try:
-        return Link(name=name, folder=str(find_adapter(Path(folder).expanduser().absolute())))
+        return Link(name=name, folder=str(fetch_adapter(where, cache)))
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
 
@@ -223,7 +235,7 @@ def describe_evaluation(
     folders = {link.folder for chain in stages.values() for link in chain}
     hashes = {folder: runs.hash_json(runs.hash_files(Path(folder))) for folder in folders}
     described = {
-        "evaluation": evaluation.model_dump(mode="json", exclude={"placement", "tests"}),
+        "evaluation": evaluation.model_dump(mode="json", exclude={"placement", "tests", "beside_training"}),
         "tests": {name: hash_records(records) for name, records in asked.tests.items()},
         "base": base.model_dump(mode="json", exclude={"extra_tokens"}),
         "base_files": identify_base(base),
@@ -238,23 +250,34 @@ def describe_evaluation(
 
 
 def plan_batches(
-    tests: Mapping[str, Sequence[McqRecord]], size: int, answered: set[tuple[str, str]]
-) -> list[list[Question]]:
-    """The questions in batches of `size`, longest first, a function of the questions alone; without those answered.
+    tests: Mapping[str, Sequence[McqRecord]], size: int, stages: Sequence[str], answered: Set[Answered] = frozenset()
+) -> list[Batch]:
+    """The questions in batches of `size`, longest first, a function of the questions alone; each of the stages that have
+    not answered it.
 
     Since a batch is asked as a whole wherever and whenever it is asked, its answers have the same bytes whatever the
-    number of actors and whatever went wrong before.
+    number of actors, whichever stages are asked together, and whatever went wrong before.
     """
     questions = [(test, record) for test, records in tests.items() for record in records]
     questions.sort(key=lambda q: (-len(q[1].question) - sum(map(len, q[1].options)), q[0], q[1].id))
-    batches = [questions[i : i + size] for i in range(0, len(questions), size)]
-    left = [[(test, record) for test, record in batch if (test, record.id) not in answered] for batch in batches]
-    return [batch for batch in left if batch]
+    batches = []
+    for i in range(0, len(questions), size):
+        parts: dict[tuple[str, ...], list[Question]] = {}
+        for test, record in questions[i : i + size]:
+            left = tuple(stage for stage in stages if (stage, test, record.id) not in answered)
+            parts.setdefault(left, []).append((test, record))
+        batches += [Batch(tuple(part), left) for left, part in parts.items() if left]
+    return batches
 
 
 def name_batch(batch: Sequence[Question]) -> str:
     """A name for a batch that tells it from every other."""
     return hashlib.sha256("\n".join(f"{test}\t{record.id}" for test, record in batch).encode()).hexdigest()[:16]
+
+
+def name_answer(prediction: Prediction) -> Answered:
+    """What a prediction is known by."""
+    return (prediction.stage, prediction.test, prediction.id)
 
 
 def pack_prediction(prediction: Prediction) -> dict[str, Any]:
@@ -268,19 +291,20 @@ def unpack_prediction(row: Mapping[str, Any]) -> Prediction:
 
 
 def read_ledger(path: Path, stages: Sequence[str]) -> list[Prediction]:
-    """What an earlier driver already knew: the questions of whole ledger lines that every stage has answered, once."""
-    found: dict[tuple[str, str], dict[str, Prediction]] = {}
+    """What an earlier driver already knew of these stages: the answers in whole ledger lines, each once."""
+    found: dict[Answered, Prediction] = {}
     for line in runs.read_json_lines(path):
         for prediction in map(unpack_prediction, line["predictions"]):
-            found.setdefault((prediction.test, prediction.id), {})[prediction.stage] = prediction
-    return [answers[stage] for answers in found.values() if set(answers) >= set(stages) for stage in stages]
+            if prediction.stage in stages:
+                found.setdefault(name_answer(prediction), prediction)
+    return list(found.values())
 
 
 def sort_predictions(
     predictions: Sequence[Prediction], stages: Sequence[str], tests: Mapping[str, Sequence[McqRecord]]
 ) -> list[Prediction]:
     """Predictions in the order of stages, tests and questions; raises RuntimeError unless each is there exactly once."""
-    by_key = {(p.stage, p.test, p.id): p for p in predictions}
+    by_key = {name_answer(p): p for p in predictions}
     wanted = [(stage, test, record.id) for stage in stages for test, records in tests.items() for record in records]
     if len(by_key) != len(predictions) or set(by_key) != set(wanted):
         raise RuntimeError(f"{len(predictions)} answers, {len(by_key)} of them different, to {len(wanted)} questions")

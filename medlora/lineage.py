@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medlora import miniature, prompts, runs
+from medlora import miniature, prompts, runs, storage
 from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig
 from medlora.config_file import load
 from medlora.config_sources import Section, SourceConfig, TrainSource
 from medlora.data_card import find_dropped, stream_kept
 from medlora.errors import InputError
+from medlora.object_store import is_store
 from medlora.readers import go_offline_without_hub
 from medlora.records import Record
 from medlora.sources import Scan, hash_records, pack_scan, read, scan
@@ -76,15 +77,24 @@ def find_chain(run: runs.RunFolder, phase: str) -> tuple[Link, ...]:
 
 
 def start_chain(config: RunConfig) -> tuple[Link, ...]:
-    """The adapters from elsewhere that the first phase stands on; raises InputError for a folder that holds none."""
+    """The adapters from elsewhere that the first phase stands on; raises InputError for a place that holds none."""
     chain = []
     for i, folder in enumerate(config.start):
         try:
-            found = find_adapter(Path(folder).expanduser().absolute())
+            found = fetch_adapter(folder, config.storage.cache)
         except InputError as error:
             raise InputError(f"start.{i}: {error}") from None
         chain.append(Link(name=f"start-{i}", folder=str(found)))
     return tuple(chain)
+
+
+def fetch_adapter(where: str, cache: str | None) -> Path:
+    """The PEFT adapter of a folder, or of a copy of what is at an `s3://` or `gs://` URI; raises what `find_adapter` raises."""
+    if not is_store(where):
+        return find_adapter(Path(where).expanduser().absolute())
+    copy = storage.find_copy(where, cache, "read")
+    storage.pull(copy, passing=("checkpoints", "best"))
+    return find_adapter(copy)
 
 
 def find_adapter(folder: str | Path) -> Path:
@@ -95,8 +105,8 @@ def find_adapter(folder: str | Path) -> Path:
     places = [Path(folder) / place for place in _PLACES]
     found = next((place for place in places if (place / CONFIG).is_file()), None)
     if found is None:
-        looked = ", ".join(str(place) for place in places)
-        raise InputError(f"{folder}: no adapter here; looked for {CONFIG} in {looked}")
+        looked = ", ".join(storage.name_place(place) for place in places)
+        raise InputError(f"{storage.name_place(Path(folder))}: no adapter here; looked for {CONFIG} in {looked}")
     kind = read_adapter_json(found).get("peft_type")
     if kind != "LORA":
         raise InputError(f"{found / CONFIG}: peft_type is {kind!r}; only LORA adapters make a chain")

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,8 @@ _TRANSIENT = re.compile(
     re.I,
 )
 WAITS_S = (0.5, 1.0, 2.0, 4.0)
-"""Between five tries, each of which the store's client has tried three times itself."""
+"""Between five tries, each of which S3's client has tried three times itself, Google's for GCS_RETRY_S."""
+GCS_RETRY_S = 5.0
 
 Sign = list[int]
 """Size and time of a file or object in nanoseconds; zeros when it is absent."""
@@ -39,12 +41,26 @@ def is_store(where: str | Path) -> bool:
 def open_store(uri: str) -> tuple[Any, str]:
     """The pyarrow filesystem of a URI (or absolute path) and the path in it; raises what pyarrow raises.
 
-    Endpoint, region and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+    Endpoint, region and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...;
+    GOOGLE_APPLICATION_CREDENTIALS or the machine's own account, STORAGE_EMULATOR_HOST).
     """
     from pyarrow import fs
 
+    if uri.startswith("gs://"):
+        return _open_gcs(fs), uri.removeprefix("gs://")
     store, path = fs.FileSystem.from_uri(uri)
     return store, path
+
+
+def _open_gcs(fs: Any) -> Any:
+    # Left alone, Google's client goes on for 15 minutes without a word; `_try` says what it waits for.
+    patience = timedelta(seconds=GCS_RETRY_S)
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        scheme, _, host = emulator.rpartition("://")
+        return fs.GcsFileSystem(
+            anonymous=True, scheme=scheme or "http", endpoint_override=host, retry_time_limit=patience
+        )
+    return fs.GcsFileSystem(retry_time_limit=patience)
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ def _try(what: str, act: Callable[[], Result]) -> Result:
         try:
             return act()
         except OSError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0].partition(" error_info=")[0] if str(error) else type(error).__name__
             transient = bool(_TRANSIENT.search(str(error)))
             if not transient or wait_s is None:
                 tries = f" after {len(WAITS_S) + 1} tries" if transient else ""

@@ -3,6 +3,7 @@
     runs/<name>/
       config.yaml run.json data.json quarantine.jsonl run.log lock
       phases/<phase>/  adapter/ metrics.jsonl validation.jsonl validation.log phase.log checkpoints/ manifest.json
+      scoring/<stage>/ what a stage answered while later phases trained; goes when the evaluation is there
       evaluation/      report.json predictions.parquet seconds.parquet manifest.json
 
 A folder without a manifest is unfinished, always: the manifest is written last, by temp file and rename, and holds the
@@ -144,6 +145,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         """Scores of every stage."""
         return self.root / "evaluation"
+
+    @property
+    def scoring(self) -> Path:
+        """Answers of stages that were scored while later phases trained, a folder each, until all are scored."""
+        return self.root / "scoring"
 
     def phase(self, name: str) -> PhaseFolder:
         """The folder of that phase."""

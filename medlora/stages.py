@@ -11,7 +11,7 @@ import transformers
 from medlora.answering import McqAnswerer, find_letter_ids
 from medlora.chains import activate, load_chain
 from medlora.config import BaseModelConfig, EvaluationConfig
-from medlora.lineage import Link
+from medlora.lineage import Link, read_extra_tokens
 from medlora.models import load_base, load_tokenizer
 from medlora.predictions import predict
 from medlora.records import McqRecord, Prediction
@@ -61,7 +61,9 @@ class StageModel:
             for tokenizer in tokenizers.values():
                 find_letter_ids(tokenizer, config.style, letters)
         links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
-        model = load_base(base, max(tokenizers.values(), key=len), device)
+        # A head over as many words as the run has in the end, whichever stages are here: another width may round otherwise.
+        whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
+        model = load_base(base, max([*tokenizers.values(), *whole], key=len), device)
         self.model = load_chain(model, list(links.items()))
         self.answerers = {
             name: McqAnswerer(
@@ -81,10 +83,12 @@ class StageModel:
             for name, tokenizer in tokenizers.items()
         }
 
-    def answer(self, tests: Sequence[str], records: Sequence[McqRecord]) -> list[Prediction]:
-        """A prediction for each stage and question; `tests` names the test of each question."""
+    def answer(
+        self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str] | None = None
+    ) -> list[Prediction]:
+        """A prediction for each question and each of `stages` (unset = all); `tests` names the test of each question."""
         predictions = []
-        for stage, chain in self.chains.items():
-            activate(self.model, [link.name for link in chain])
+        for stage in self.chains if stages is None else stages:
+            activate(self.model, [link.name for link in self.chains[stage]])
             predictions += predict(self.answerers[stage], tests, records, stage, self.rotations)
         return predictions

@@ -85,9 +85,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield env
 
 
+PORTS = "--port=0 --dashboard-port=0 --dashboard-agent-listen-port=0"
+"""For `ray start --head`: whichever are free."""
+
+
 @contextmanager
-def start_head(token: Path, more: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A `ray start --head` of two CPUs with a token of its own, and `more` in its environment, which it gives."""
+def start_head(
+    token: Path, more: dict[str, str], start: str = f"ray start --head --block --num-cpus=2 {PORTS}"
+) -> Iterator[dict[str, str]]:
+    """A head with a token of its own, by a line of bash that ends with `ray start`, and `more` in its environment, which it
+    gives."""
     bin_folder = Path(sys.executable).parent
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -96,30 +103,22 @@ def start_head(token: Path, more: dict[str, str]) -> Iterator[dict[str, str]]:
     env |= CANARIES | more
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
-    head = [
-        "--head",
-        "--block",
-        "--port=0",
-        "--dashboard-port=0",
-        "--dashboard-agent-listen-port=0",
-        "--num-cpus=2",
-        f"--temp-dir={folder}",
-    ]
     log = (folder / "head.log").open("w")
     # `ray stop` would end every Ray of the machine, the developer's own too: this one ends with its process group.
     process = subprocess.Popen(
-        [bin_folder / "ray", "start", *head], env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        ["bash", "-c", f"{start} --temp-dir={folder}"], env=env, stdout=log, stderr=log, start_new_session=True
     )
     try:
         current = folder / "ray_current_cluster"
         end = time.monotonic() + 60
         while not current.exists() or "Ray runtime started" not in (folder / "head.log").read_text():
-            assert process.poll() is None and time.monotonic() < end, (folder / "head.log").read_text()
+            assert not process.poll() and time.monotonic() < end, (folder / "head.log").read_text()
             time.sleep(0.1)
         said = (folder / "head.log").read_text()
-        dashboard = re.search(r"RAY_API_SERVER_ADDRESS='([^']+)'|http://([0-9.]+:[0-9]+)", said)
+        dashboard = re.search(r"RAY_API_SERVER_ADDRESS='http://([^:']+):([0-9]+)|http://([0-9.]+):([0-9]+)", said)
+        assert dashboard, said
         env["RAY_ADDRESS"] = current.read_text().strip()
-        address = dashboard[1] or f"http://{dashboard[2]}" if dashboard else ""
+        address = f"http://{dashboard[1] or dashboard[3]}:{dashboard[2] or dashboard[4]}"
         yield {**env, "DASHBOARD": address, "SESSION": str(folder)}
     finally:
         for other in psutil.process_iter(["cmdline"]):

@@ -22,7 +22,7 @@ class FakeStages:
         with self.journal.open("a") as file:
             file.write(line + "\n")
 
-    def answer(self, tests: Sequence[str], records: Sequence[McqRecord]) -> list[Prediction]:
+    def answer(self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str]) -> list[Prediction]:
         time.sleep(self.pause_s)
         for record in records:
             self.note(f"ask {record.id} {os.getpid()}")
@@ -34,7 +34,7 @@ class FakeStages:
             Prediction(
                 r.id, test, stage, r.answer, r.answer if stage == "b" else "A", r.subject, options=len(r.options)
             )
-            for stage in ("a", "b")
+            for stage in stages
             for test, r in zip(tests, records, strict=True)
         ]
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _NEEDED = ("ip", "unshare", "setpriv", "sshd", "ssh", "ssh-keygen", "rsync")
+_MOUNT = Path("/shared")
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -77,15 +78,31 @@ class Network:
     key: Path
     hosts: list[Host] = field(default_factory=list)
 
-    def log_in(self, host: Host, command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on the host over ssh, as root."""
-        options = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=2")
-        return _run("ssh", "-i", self.key, "-o", "LogLevel=ERROR", *options, f"root@{host.ip}", command, check=False)
+    def log_in(self, host: Host, command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command on the host over ssh, as root, on a terminal where something is typed."""
+        ssh = self._ssh(host, command, *(["-tt"] if typed else []))
+        return subprocess.run(ssh, text=True, capture_output=True, input=typed)
+
+    def start(self, host: Host, command: str) -> subprocess.Popen[str]:
+        """Start a command on the host over ssh, as root; it ends with the host."""
+        return subprocess.Popen(
+            self._ssh(host, command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _ssh(self, host: Host, command: str, *more: str) -> list[str]:
+        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=2", "LogLevel=ERROR")
+        given = [part for option in options for part in ("-o", option)]
+        return ["ssh", "-i", str(self.key), *given, *more, f"root@{host.ip}", command]
 
 
 @contextmanager
-def make_hosts(names: Sequence[str], folder: Path, shared: Sequence[Path]) -> Iterator[Network]:
-    """Hosts with these names, `folder`/<name> holding their private /tmp and /root; all see the folders `shared`.
+def make_hosts(names: Sequence[str], folder: Path, shared: Sequence[Path], mount: Path) -> Iterator[Network]:
+    """Hosts with these names, `folder`/<name> holding their private /tmp and /root; all see the folders `shared`, and
+    `mount` at /shared.
 
     Everything is removed at the end, whatever happened.
     """
@@ -95,6 +112,8 @@ def make_hosts(names: Sequence[str], folder: Path, shared: Sequence[Path]) -> It
     key = folder / "key"
     network = Network(f"{subnet}.1", key)
     _remove_leftovers()
+    made = not _MOUNT.exists()
+    _MOUNT.mkdir(exist_ok=True)
     try:
         _run("ip", "link", "add", tag, "type", "bridge")
         _run("ip", "address", "add", f"{subnet}.1/24", "dev", tag)
@@ -102,7 +121,7 @@ def make_hosts(names: Sequence[str], folder: Path, shared: Sequence[Path]) -> It
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "host_key")
         for n, name in enumerate(names, 2):
-            network.hosts.append(_start(f"{tag}h{n}", tag, name, f"{subnet}.{n}", folder, kept))
+            network.hosts.append(_start(f"{tag}h{n}", tag, name, f"{subnet}.{n}", folder, kept, mount))
         for host in network.hosts:
             _wait_for_sshd(network, host)
         yield network
@@ -110,6 +129,8 @@ def make_hosts(names: Sequence[str], folder: Path, shared: Sequence[Path]) -> It
         for host in network.hosts:
             host.kill()
         _remove(tag)
+        if made:
+            _MOUNT.rmdir()
 
 
 def _remove(tag: str) -> None:
@@ -131,7 +152,7 @@ def _list(prefix: str) -> list[str]:
     return [line.split()[0] for line in lines if line.startswith(prefix)]
 
 
-def _start(network: str, bridge: str, name: str, ip: str, folder: Path, kept: Sequence[Path]) -> Host:
+def _start(network: str, bridge: str, name: str, ip: str, folder: Path, kept: Sequence[Path], mount: Path) -> Host:
     private = folder / name
     _run("ip", "netns", "add", network)
     _run("ip", "link", "add", network, "type", "veth", "peer", "name", "eth0", "netns", network)
@@ -142,7 +163,7 @@ def _start(network: str, bridge: str, name: str, ip: str, folder: Path, kept: Se
         _run(*inside, "link", "set", device, "up")
     # Ray finds its own address by the route to the world; without one it takes 127.0.0.1 and nobody can join it.
     _run(*inside, "route", "add", "default", "via", f"{ip.rpartition('.')[0]}.1")
-    binds = []
+    binds = [f"mount --bind {mount} {_MOUNT}"]
     for place in ("root", "tmp"):  # `folder` itself may stand in /tmp, which is hidden last
         (private / place).mkdir(parents=True)
         for path in kept:

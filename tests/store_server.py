@@ -1,21 +1,27 @@
-"""An S3 server on loopback (moto's) behind a proxy that can be told to fail."""
+"""A server of S3 (moto's) or Google's storage (gcp-storage-emulator's) on loopback, behind a proxy that can be told to fail."""
 
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+from hosts import Host, Network
 
 BUCKET = "lab"
-_SERVE = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
+_SERVE = "import sys; from moto.server import main; main(['-H', sys.argv[1], '-p', sys.argv[2]])"
 Rule = Callable[[str, str, int], str | None]
 """Method, path and the count of requests so far -> `503`, `403`, `drop` (after half of the body), or None: passed on."""
 
@@ -23,35 +29,51 @@ Rule = Callable[[str, str, int], str | None]
 class Store:
     """The server and its proxy; `env` is what a process needs to reach the proxy, `seen` every request that came."""
 
+    scheme = "s3"
+
+    host = "127.0.0.1"
+
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((self.host, 0))
             self.port = free.getsockname()[1]
         self.rule: Rule = lambda method, path, count: None
         self.seen: list[tuple[str, str]] = []
-        log = (folder / "moto.log").open("w")
-        self.process = subprocess.Popen([sys.executable, "-c", _SERVE, str(self.port)], stdout=log, stderr=log)
+        log = (folder / f"{self.scheme}.log").open("w")
+        self.process: subprocess.Popen[Any] = subprocess.Popen(self.serve(), stdout=log, stderr=log)
+        self.wait()
+        self.proxy = ThreadingHTTPServer((self.host, 0), _make_handler(self))
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+        self.env = {**self.describe(f"{self.host}:{self.proxy.server_port}"), "NO_PROXY": self.host}
+
+    def wait(self) -> None:
+        """Until the server answers; then the bucket is made."""
         end = time.monotonic() + 60
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                socket.create_connection((self.host, self.port), 1).close()
                 break
             except OSError:
-                assert time.monotonic() < end and self.process.poll() is None, (folder / "moto.log").read_text()
+                assert time.monotonic() < end and self.process.poll() is None
                 time.sleep(0.1)
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        connection.request("PUT", f"/{BUCKET}")
-        assert connection.getresponse().status == 200
-        self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
-        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
-        self.env = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.server_port}",
+        self.make_bucket()
+
+    def serve(self) -> list[str]:
+        """The command of the server."""
+        return [sys.executable, "-c", _SERVE, self.host, str(self.port)]
+
+    def describe(self, host: str) -> dict[str, str]:
+        """What says in a process's environment where the store is."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://{host}",
             "AWS_ACCESS_KEY_ID": "id",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1",
         }
+
+    def make_bucket(self) -> None:
+        assert self.ask("PUT", f"/{BUCKET}")[0] == 200
 
     def close(self) -> None:
         self.proxy.shutdown()
@@ -59,18 +81,69 @@ class Store:
         self.process.kill()
         self.process.wait()
 
+    def ask(self, method: str, path: str) -> tuple[int, bytes]:
+        """Status and body of a request to the server itself."""
+        connection = http.client.HTTPConnection(self.host, self.port)
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read()
+
     def list(self, prefix: str) -> list[str]:
-        """The keys below a prefix, asked of the server itself."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        connection.request("GET", f"/{BUCKET}?list-type=2&max-keys=1000&prefix={prefix}")
-        return re.findall(r"<Key>([^<]+)</Key>", connection.getresponse().read().decode())
+        """The keys below a prefix."""
+        _, body = self.ask("GET", f"/{BUCKET}?list-type=2&max-keys=1000&prefix={prefix}")
+        return re.findall(r"<Key>([^<]+)</Key>", body.decode())
 
     def read(self, key: str) -> bytes:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        connection.request("GET", f"/{BUCKET}/{key}")
-        response = connection.getresponse()
-        assert response.status == 200, (key, response.status)
-        return response.read()
+        status, body = self.ask("GET", f"/{BUCKET}/{key}")
+        assert status == 200, (key, status)
+        return body
+
+    def list_written(self) -> list[str]:
+        """The keys that were written through the proxy, in their order."""
+        return [path.partition("?")[0].removeprefix(f"/{BUCKET}/") for method, path in self.seen if method == "PUT"]
+
+
+class GoogleStore(Store):
+    """The same of Google's storage, which has buckets from the start."""
+
+    scheme = "gs"
+
+    def serve(self) -> list[str]:
+        place = [f"--port={self.port}", f"--host={self.host}", "--in-memory", f"--default-bucket={BUCKET}"]
+        return [sys.executable, "-c", "from gcp_storage_emulator.__main__ import main; main()", "start", *place]
+
+    def describe(self, host: str) -> dict[str, str]:
+        return {"STORAGE_EMULATOR_HOST": f"http://{host}"}
+
+    def make_bucket(self) -> None:
+        return None
+
+    def list(self, prefix: str) -> list[str]:
+        _, body = self.ask("GET", f"/storage/v1/b/{BUCKET}/o?maxResults=1000&prefix={prefix}")
+        return [item["name"] for item in json.loads(body).get("items", [])]
+
+    def read(self, key: str) -> bytes:
+        status, body = self.ask("GET", f"/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(key, safe='')}?alt=media")
+        assert status == 200, (key, status)
+        return body
+
+    def list_written(self) -> list[str]:
+        names = [
+            urllib.parse.parse_qs(path.partition("?")[2]).get("name", [])
+            for method, path in self.seen
+            if method == "POST"
+        ]
+        return [name for found in names for name in found]
+
+
+class HostStore(Store):
+    """A server of S3 on a host of tests/hosts.py, without a proxy."""
+
+    def __init__(self, network: Network, host: Host) -> None:
+        self.host, self.port = host.ip, 9000
+        self.process = network.start(host, shlex.join(self.serve()))
+        self.wait()
+        self.env = self.describe(f"{self.host}:{self.port}")
 
 
 def _make_handler(store: Store) -> type[BaseHTTPRequestHandler]:
@@ -81,7 +154,7 @@ def _make_handler(store: Store) -> type[BaseHTTPRequestHandler]:
             chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
             length = int(self.headers.get("Content-Length") or 0)
             store.seen.append((self.command, self.path))
-            fault = store.rule(self.command, self.path, len(store.seen))
+            fault = store.rule(self.command, urllib.parse.unquote(self.path), len(store.seen))
             if fault == "drop":
                 self.rfile.read(length // 2 if not chunked else 1)
                 self.connection.shutdown(socket.SHUT_RDWR)

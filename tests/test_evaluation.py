@@ -32,38 +32,55 @@ def questions(n: int) -> list[McqRecord]:
     return [McqRecord(f"q{i}", "?" * (i % 7 + 1), ("a", "b"), "AB"[i % 2]) for i in range(n)]
 
 
+def plan(
+    tests: dict[str, list[McqRecord]], size: int, answered: Any = frozenset()
+) -> list[list[tuple[str, McqRecord]]]:
+    return [list(batch.questions) for batch in plan_batches(tests, size, ["a"], answered)]
+
+
 @pytest.mark.parametrize("size", range(1, 8))
 def test_every_question_stands_in_exactly_one_batch(size: int) -> None:
     for n in range(51):
         tests = {"t": questions(n), "u": questions(n // 2)}
-        batches = plan_batches(tests, size, set())
+        batches = plan(tests, size)
         asked = [(test, record.id) for batch in batches for test, record in batch]
         assert len(asked) == len(set(asked)) == n + n // 2 and all(0 < len(batch) <= size for batch in batches)
 
 
 def test_what_is_answered_is_not_asked_again_and_changes_no_other_batch() -> None:
     tests = {"t": questions(20)}
-    whole = plan_batches(tests, 4, set())
-    done = {(test, record.id) for batch in whole[1:3] for test, record in batch}
-    assert plan_batches(tests, 4, done) == [whole[0], *whole[3:]]
+    whole = plan(tests, 4)
+    done = {("a", test, record.id) for batch in whole[1:3] for test, record in batch}
+    assert plan(tests, 4, done) == [whole[0], *whole[3:]]
+
+
+def test_a_batch_is_asked_of_the_stages_alone_that_have_not_answered_it() -> None:
+    tests = {"t": questions(12)}
+    whole = plan(tests, 4)
+    done = {("a", test, record.id) for batch in whole for test, record in batch}
+    done |= {("b", test, record.id) for test, record in whole[1]}
+    batches = plan_batches(tests, 4, ["a", "b", "c"], done)
+    assert [list(batch.questions) for batch in batches] == whole
+    assert [batch.stages for batch in batches] == [("b", "c"), ("c",), ("b", "c")]
 
 
 def test_the_plan_does_not_depend_on_the_order_of_the_rows() -> None:
-    assert plan_batches({"t": questions(20)}, 4, set()) == plan_batches({"t": questions(20)[::-1]}, 4, set())
+    assert plan({"t": questions(20)}, 4) == plan({"t": questions(20)[::-1]}, 4)
 
 
 def predictions(ids: list[str], stages: tuple[str, ...] = ("a", "b")) -> list[Prediction]:
     return [Prediction(i, "t", stage, "A", "B", probabilities=(0.25, 0.75)) for i in ids for stage in stages]
 
 
-def test_the_ledger_gives_back_what_every_stage_has_answered(tmp_path: Path) -> None:
+def test_the_ledger_gives_back_every_answer_once(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q0", "q1"])]})
     runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q1"])]})
     runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q2"], ("a",))]})
     with path.open("a") as file:
         file.write('{"predictions": [{"id": "q3"')
-    assert read_ledger(path, ["a", "b"]) == predictions(["q0", "q1"])
+    assert read_ledger(path, ["a", "b"]) == [*predictions(["q0", "q1"]), *predictions(["q2"], ("a",))]
+    assert read_ledger(path, ["b"]) == predictions(["q0", "q1"], ("b",))
     assert read_ledger(tmp_path / "absent", ["a"]) == []
 
 

@@ -8,14 +8,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from test_evaluate_on_ray import ask, journal, score
-from test_on_ray import finish, start, wait_for_step, write_config
+from test_evaluate_on_ray import answer_here, ask, journal, score
+from test_on_ray import finish, recover, start, wait_for_step, worker_pid, write_config
 from tiny_run import configure, run_all, weights
 
 from medlora import runs
@@ -36,6 +36,7 @@ class AddedNode:
         self.process = subprocess.Popen(
             [*command, *more], env=env, stdout=self.log, stderr=self.log, start_new_session=True
         )
+
         end = time.monotonic() + 60
         while self.raylet is None or "Ray runtime started" not in self.read_log():
             assert self.process.poll() is None and time.monotonic() < end, self.read_log()
@@ -71,7 +72,7 @@ def add_nodes(env: dict[str, str], *nodes: tuple[str, ...]) -> Iterator[list[Add
     added: list[AddedNode] = []
     try:
         for pool, name, *more in nodes:
-            added.append(AddedNode(env, pool, name, tuple(more)))
+            added.append(AddedNode(env, pool, name, tuple(more)))  # one by one: two at once may take the same ports
         yield added
     finally:
         for node in added:
@@ -85,26 +86,6 @@ def one_phase(bases: dict[str, str], data: Path, steps: int, every: int = 20) ->
     return config.model_copy(update={"phases": config.phases[:1]})
 
 
-def worker_pid(run: Path) -> int:
-    pid: int = runs.read_json(run / "phases" / ".00.lock.json")["pid"]
-    return pid
-
-
-def recover(run: Path, process: subprocess.Popen[str], step: int, disturb: Callable[[], None], what: str) -> int:
-    """Disturb a run at that step or later and wait until it is there again; returns where it was disturbed."""
-    wait_for_step(run, "00", step, process)
-    pid, began = worker_pid(run), time.monotonic()
-    disturb()
-    metrics = runs.RunFolder(run).phase("00").metrics
-    time.sleep(0.1)
-    lost = max(row["step"] for row in runs.read_json_lines(metrics))
-    while worker_pid(run) == pid or max((row["step"] for row in runs.read_json_lines(metrics)), default=0) < lost:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    print(f"{what} at step {lost}: step {lost} was reached again after {time.monotonic() - began:.0f} s")
-    return lost
-
-
 def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_of_its_node(
     cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
@@ -115,7 +96,7 @@ def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_
     with add_nodes(cluster, ("spot", "a"), ("spot", "b"), ("spot", "c")) as nodes:
 
         def find_node() -> AddedNode:
-            (node,) = [node for node in nodes if node.holds(worker_pid(run))]
+            (node,) = [node for node in nodes if node.holds(worker_pid(run, "00"))]
             return node
 
         def drain() -> None:
@@ -130,11 +111,11 @@ def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_
         driver = start(write_config(config, tmp_path / "c.yaml"), run, cluster, "--set", selected)
         wait_for_step(run, "00", 1, driver)
         first = find_node()
-        recover(run, driver, 40, drain, "node drained")
+        recover(run, driver, "00", 40, drain, "node drained")
         second = find_node()
         assert second is not first
         first.remove()
-        lost = recover(run, driver, 160, lambda: find_node().remove(), "node removed")
+        lost = recover(run, driver, "00", 160, lambda: find_node().remove(), "node removed")
         assert find_node() not in (first, second)
         out, _ = finish(driver)
     assert "its node is about to be taken away: goes on from the checkpoint just made, on another" in out
@@ -152,7 +133,6 @@ def test_an_evaluation_survives_the_loss_of_a_node(
     ray_cluster: Any,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    score(tmp_path / "quiet", ask(30), ray_cluster, actors=1)
     with add_nodes(cluster, ("spot", "a"), ("spot", "b")) as nodes:
         removed: list[float] = []
 
@@ -172,33 +152,32 @@ def test_an_evaluation_survives_the_loss_of_a_node(
         remover.join(timeout=10)
     assert removed
     print(f"node removed in an evaluation of 30 questions: it ended {time.monotonic() - removed[0]:.0f} s later")
-    assert (tmp_path / "e" / PREDICTIONS).read_bytes() == (tmp_path / "quiet" / PREDICTIONS).read_bytes()
+    assert (tmp_path / "e" / PREDICTIONS).read_bytes() == answer_here(ask(30), tmp_path)
 
 
 def test_what_must_wait_for_room_says_so(
-    cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
+    cluster: dict[str, str], ray_cluster: Any, bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
-    """A phase whose kind of node is taken by another run waits for it, and says for what."""
+    """A phase whose kind of node is taken waits for it, says for what, and goes on when it is free."""
+    from ray.util import placement_group, remove_placement_group
+
     with add_nodes(cluster, ("only", "a")):
-        selected = ("--set", "placement.label_selector={pool: only}")
-        first = start(
-            write_config(one_phase(bases, data, 5000), tmp_path / "c.yaml"), tmp_path / "first", cluster, *selected
-        )
-        wait_for_step(tmp_path / "first", "00", 1, first)
+        taken = placement_group([{"CPU": 1}], bundle_label_selector=[{"pool": "only"}])
+        assert taken.wait(60)
         code = "import sys; sys.path.insert(0, 'jobs'); import medlora.on_ray.placement as p; p.NOTE_EVERY_S = 2.0; "
         code += "import curriculum; sys.exit(curriculum.main())"
         config = write_config(one_phase(bases, data, 4), tmp_path / "d.yaml")
-        command = [sys.executable, "-c", code, "--config", config, "--run-dir", tmp_path / "second", *selected]
-        second = subprocess.Popen(
+        selected = ("--set", "placement.label_selector={pool: only}")
+        command = [sys.executable, "-c", code, "--config", config, "--run-dir", tmp_path / "run", *selected]
+        job = subprocess.Popen(
             list(map(str, command)), env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             cwd=Path(__file__).resolve().parent.parent,
         )  # fmt: skip
-        log, end = tmp_path / "second" / "run.log", time.monotonic() + 120
+        log, end = tmp_path / "run" / "run.log", time.monotonic() + 120
         while not (log.exists() and "waiting for" in log.read_text()):
-            assert second.poll() is None and first.poll() is None and time.monotonic() < end
+            assert job.poll() is None and time.monotonic() < end
             time.sleep(0.2)
-        first.kill()
-        first.communicate()
-        finish(second)
+        remove_placement_group(taken)
+        finish(job)
     asked = "00  waiting for 1 worker with 1 CPU on a node with pool=only each"
     assert re.search(asked + r" \(\d+ s\); free now: .*1 x 0 CPUs, 0 GPUs, name=a pool=only", log.read_text())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,37 @@ def wait_for_step(run: Path, phase: str, step: int, process: subprocess.Popen[st
         time.sleep(0.02)
 
 
+def worker_pid(run: Path, phase: str) -> int:
+    pid: int = runs.read_json(run / "phases" / f".{phase}.lock.json")["pid"]
+    return pid
+
+
+def last_step(run: Path, phase: str) -> int:
+    return max((row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase(phase).metrics)), default=0)
+
+
+def wait_to_recover(run: Path, phase: str, pid: int, lost: int, process: subprocess.Popen[str], what: str) -> None:
+    """Wait until another worker than `pid` is at the step that was reached when something was lost, and say how long."""
+    began = time.monotonic()
+    while worker_pid(run, phase) == pid or last_step(run, phase) < lost:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    print(f"{what} at step {lost}: step {lost} was reached again after {time.monotonic() - began:.0f} s")
+
+
+def recover(
+    run: Path, process: subprocess.Popen[str], phase: str, step: int, disturb: Callable[[], None], what: str
+) -> int:
+    """Disturb a run at that step or later and wait until it is there again; returns where it was disturbed."""
+    wait_for_step(run, phase, step, process)
+    pid = worker_pid(run, phase)
+    disturb()
+    time.sleep(0.1)
+    lost = last_step(run, phase)
+    wait_to_recover(run, phase, pid, lost, process, what)
+    return lost
+
+
 def two_phases(bases: dict[str, str], data: Path, **p01: Any) -> RunConfig:
     """00 in a few steps, then a 01 that is long enough to be killed in."""
     config = configure(
@@ -68,15 +100,16 @@ def test_a_killed_worker_and_a_killed_driver_leave_the_same_bytes(
 ) -> None:
     config, run = write_config(two_phases(bases, data), tmp_path / "c.yaml"), tmp_path / "run"
     driver = start(config, run, cluster)
-    wait_for_step(run, "01", 25, driver)
-    worker = runs.read_json(run / "phases" / ".01.lock.json")["pid"]
-    os.kill(worker, signal.SIGKILL)
+    recover(run, driver, "01", 25, lambda: os.kill(worker_pid(run, "01"), signal.SIGKILL), "training worker killed")
     wait_for_step(run, "01", 45, driver)
-    assert runs.read_json(run / "phases" / ".01.lock.json")["pid"] != worker
+    worker = worker_pid(run, "01")
     driver.kill()
     out, _ = driver.communicate()
     assert "worker 0 died; attempt 1 of 2" in out
-    out, _ = finish(start(config, run, cluster))
+    lost = last_step(run, "01")
+    driver = start(config, run, cluster)
+    wait_to_recover(run, "01", worker, lost, driver, "driver killed")
+    out, _ = finish(driver)
     assert "00  is finished already and reused" in out and "01  goes on from step" in out
     for phase in ("00", "01"):
         assert weights(run, phase) == weights(undisturbed, phase)

@@ -116,7 +116,7 @@ def test_the_drivers_view_of_a_launched_cluster(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(("free", "speaks"), [(2.0, True), (4.0, False)])
 def test_a_wait_is_spoken_of_until_there_is_room(monkeypatch: pytest.MonkeyPatch, free: float, speaks: bool) -> None:
     monkeypatch.setattr(placement_module, "NOTE_EVERY_S", 0.02)
-    monkeypatch.setattr(placement_module, "_find_free", lambda: [node(free), node(0)])
+    monkeypatch.setattr(placement_module, "find_free", lambda: [node(free), node(0)])
     said: list[str] = []
     with say_while_waiting(
         Placement(cpus_per_worker=4), 0, 1, "00", lambda: False, lambda event: said.append(event["text"])

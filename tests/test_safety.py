@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +15,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
-from conftest import CANARIES, start_head
+from conftest import CANARIES
 from hostile import NAMES, XSS, write_pickle
 from test_report import TWO_TESTS
+from test_token import read_token
 
 from medlora import runs
 from medlora.config_file import load
@@ -47,144 +44,6 @@ def refused_at_once(said: str, marker: Path | None = None) -> Iterator[None]:
         yield
     assert time.monotonic() - started < 1
     assert marker is None or not marker.exists()
-
-
-# ---- the cluster ----------------------------------------------------------------------------------------------------
-
-
-def ask(url: str, token: str | None, body: bytes | None = None) -> int:
-    """The HTTP status of a request with that token, or none."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json", **headers})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
-def read_token(cluster: dict[str, str]) -> str:
-    return Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
-
-
-@pytest.mark.parametrize("token", [None, "0" * 64])
-def test_jobs_api_and_dashboard_refuse_who_has_no_token(cluster: dict[str, str], token: str | None) -> None:
-    run = json.dumps({"entrypoint": "touch /nowhere"}).encode()
-    refusal = 401 if token is None else 403
-    for path, body in (
-        ("/api/jobs/", None),
-        ("/api/jobs/", run),
-        ("/api/version", None),
-        ("/nodes?view=summary", None),
-        ("/api/v0/tasks", None),
-        ("/api/v0/logs?node_id=x", None),
-        ("/logical/actors", None),
-    ):
-        assert ask(cluster["DASHBOARD"] + path, token, body) == refusal, path
-    assert ask(cluster["DASHBOARD"] + "/api/jobs/", read_token(cluster)) == 200
-
-
-CLIENT = """
-import sys, ray
-from ray._raylet import GcsClient
-try:
-    print("IN", GcsClient(address=sys.argv[1]).internal_kv_keys(b"", b"fun"))
-except Exception as error:
-    print("OUT", type(error).__name__, error)
-"""
-
-
-@pytest.mark.parametrize("token", ["absent", "wrong", "right"])
-def test_the_cluster_takes_no_client_without_its_token(cluster: dict[str, str], tmp_path: Path, token: str) -> None:
-    (tmp_path / "token").write_text("0" * 64)
-    changes = {
-        "absent": {"RAY_AUTH_MODE": "disabled"},
-        "wrong": {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
-        "right": {},
-    }
-    env = {**cluster, **changes[token], "HOME": str(tmp_path), "RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
-    if token == "absent":
-        del env["RAY_AUTH_TOKEN_PATH"]
-    out = subprocess.run(
-        [sys.executable, "-c", CLIENT, cluster["RAY_ADDRESS"]], env=env, capture_output=True, text=True, timeout=120
-    ).stdout
-    assert out.startswith("IN" if token == "right" else "OUT") and ("InvalidAuthToken" in out) == (token != "right"), (
-        out
-    )
-
-
-def list_addresses(processes: list[psutil.Process]) -> dict[str, list[str]]:
-    """The addresses that processes and all that they started listen on, and who does."""
-    found: dict[str, list[str]] = {}
-    for process in {each for root in processes for each in [root, *root.children(recursive=True)]}:
-        try:
-            for connection in process.net_connections("inet"):
-                if connection.status == psutil.CONN_LISTEN:
-                    found.setdefault(connection.laddr.ip, []).append(process.name())
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-
-
-def test_a_cluster_of_one_machine_listens_on_loopback_alone(tmp_path: Path) -> None:
-    """As SECURITY.md says to start one; the token is read from its file and stays its owner's."""
-    with start_head(tmp_path / "auth_token", {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}) as cluster:
-        ours = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if any(cluster["SESSION"] in part for part in process.info["cmdline"] or [])
-        ]
-        found = list_addresses(ours)
-        assert set(found) <= LOOPBACK, found
-        assert {"gcs_server", "raylet"} <= {name for names in found.values() for name in names}
-        assert Path(cluster["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o077 == 0
-
-
-HERE = """
-import json, os, psutil, sys
-from medlora.on_ray.cluster import connect, ray
-with connect() as cluster:
-    from test_safety import list_addresses
-    print(json.dumps([cluster.started_here, list_addresses([psutil.Process()]), ray.get_runtime_context().gcs_address]), flush=True)
-    sys.stdin.readline()
-"""
-
-
-def test_a_ray_that_medlora_starts_listens_on_loopback_with_a_token_that_is_its_owner_s(tmp_path: Path) -> None:
-    sockets = Path(tempfile.mkdtemp(prefix="ml"))
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    env |= {
-        "HOME": str(tmp_path),
-        "RAY_TMPDIR": str(sockets),
-        "RAY_ADDRESS": "local",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    code = f"import os; os.umask(0o022)\n{HERE}"
-    driver = subprocess.Popen(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert driver.stdin is not None and driver.stdout is not None
-    try:
-        started_here, found, address = json.loads(driver.stdout.readline())
-        assert started_here and set(found) <= LOOPBACK and any("raylet" in names for names in found.values()), found
-        assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
-        stranger = {**env, "HOME": str(tmp_path / "stranger"), "RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
-        for changes in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_MODE": "token"}):
-            out = subprocess.run(
-                [sys.executable, "-c", CLIENT, address],
-                env={**stranger, **changes},
-                capture_output=True,
-                text=True,
-                timeout=120,
-            ).stdout
-            assert out.startswith("OUT") and "InvalidAuthToken" in out, out
-    finally:
-        driver.stdin.close()
-        driver.wait(timeout=60)
-        shutil.rmtree(sockets, ignore_errors=True)
 
 
 # ---- secrets --------------------------------------------------------------------------------------------------------

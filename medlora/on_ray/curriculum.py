@@ -149,20 +149,54 @@ def go_on(begun: Begun, cluster: Any) -> Outcome:
 
     config, run, on_event = begun.config, begun.run, begun.on_event
     done, chain, stages = begun.done, begun.chain, begun.stages
-    for phase in begun.left:
-        began = time.monotonic()
-        if manifest := _find_finished(config, run, phase, chain, done, begun.redo):
-            on_event({"event": "reused", "phase": phase.name})
-        else:
-            placement = phase.placement or config.placement
-            manifest = train_on_ray(make_job(config, phase, chain), run, placement, cluster, on_event)
-            seconds = manifest["seconds"]["all"]
-            around_s = time.monotonic() - began - seconds
-            on_event({"event": "finished", "phase": phase.name, "seconds": seconds, "around_s": around_s})
-        done[phase.name] = manifest
-        chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+    with _scoring_early(begun, cluster) as early:
+        for stage, links in stages.items() if early else ():
+            early.add(stage, links)
+        for phase in begun.left:
+            began = time.monotonic()
+            if manifest := _find_finished(config, run, phase, chain, done, begun.redo):
+                on_event({"event": "reused", "phase": phase.name})
+            else:
+                placement = phase.placement or config.placement
+                manifest = train_on_ray(make_job(config, phase, chain), run, placement, cluster, on_event, early)
+                seconds = manifest["seconds"]["all"]
+                around_s = time.monotonic() - began - seconds
+                on_event({"event": "finished", "phase": phase.name, "seconds": seconds, "around_s": around_s})
+            done[phase.name] = manifest
+            chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+            if early and phase != begun.left[-1]:
+                early.add(phase.name, chain)
     report = _find_report(config, run, stages) or _evaluate(config, run, stages, done, cluster, on_event)
+    runs.remove(run.scoring)
     return Outcome(done, report, worked=True)
+
+
+@contextmanager
+def _scoring_early(begun: Begun, cluster: Any) -> Iterator[Any]:
+    """What scores stages while phases train, where the config and the cluster are for it; None elsewhere."""
+    from medlora.on_ray.placement import count_gpus
+
+    config, run, evaluation = begun.config, begun.run, begun.config.evaluation
+    placement, _ = find_evaluation_placement(config)
+    wanted = evaluation is not None and evaluation.beside_training
+    if evaluation is None or not wanted or not begun.left or (wanted == "auto" and not count_gpus(placement, cluster)):
+        yield None
+        return
+    from medlora.on_ray.early import EarlyScoring
+    from medlora.on_ray.evaluate import make_builder
+
+    asked = read_asked(evaluation, config.seed, config.data.max_bad_fraction)
+    job = make_job(config, config.phases[-1], ())
+
+    def describe(stage: str, chain: Sequence[Link]) -> dict[str, Any]:
+        return describe_evaluation(config.base, config.seed, evaluation, {stage: chain}, asked)
+
+    def build(stage: str, chain: Sequence[Link], there: ActorPlacement) -> Any:
+        return make_builder(config.base, job.cache, job.seed, {stage: chain}, evaluation, asked, there, cluster)
+
+    early = EarlyScoring(run.scoring, evaluation, asked, describe, build, placement, cluster, begun.on_event, run.log)
+    with early.going_on():
+        yield early
 
 
 def _find_finished(
@@ -227,6 +261,7 @@ def _evaluate(
     cluster: Any,
     on_event: OnEvent,
 ) -> dict[str, Any] | None:
+    from medlora.on_ray.early import take_over
     from medlora.on_ray.evaluate import make_builder
     from medlora.on_ray.scoring import score_stages
 
@@ -239,7 +274,13 @@ def _evaluate(
     ):
         runs.set_aside(run.evaluation)
     questions = sum(map(len, asked.tests.values()))
-    on_event({"event": "phase", "phase": "evaluation", "device": f"{len(stages)} stages x {questions} questions"})
+    alone = {
+        name: describe_evaluation(config.base, config.seed, config.evaluation, {name: chain}, asked)
+        for name, chain in stages.items()
+    }
+    known = take_over(run.scoring, alone)
+    device = f"{len(stages)} stages x {questions} questions" + (f", {len(known)} answers are there" if known else "")
+    on_event({"event": "phase", "phase": "evaluation", "device": device})
     job = make_job(config, config.phases[-1], ())
     build = make_builder(config.base, job.cache, job.seed, stages, config.evaluation, asked, placement, cluster)
     about = {
@@ -262,6 +303,7 @@ def _evaluate(
         run.log,
         about,
         config.seed,
+        known,
     )
     on_event({"event": "finished", "phase": "evaluation", "seconds": time.monotonic() - began, "around_s": 0.0})
     return report

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError
-from medlora.evaluation import Asked, Question, Stages, name_batch, pack_prediction, unpack_prediction
-from medlora.lineage import Link
+from medlora.evaluation import Asked, Batch, Question, Stages, name_batch, pack_prediction, unpack_prediction
+from medlora.lineage import Link, read_extra_tokens
 from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
 from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.records import McqRecord, Prediction
@@ -31,8 +31,8 @@ _WHOLE_TRIES = 2
 class AnswersQuestions(Protocol):
     """What an actor holds: `medlora.stages.StageModel`, or a fake of it."""
 
-    def answer(self, tests: Sequence[str], records: Sequence[McqRecord]) -> list[Prediction]:
-        """A prediction for each stage and question."""
+    def answer(self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str]) -> list[Prediction]:
+        """A prediction for each question and each of the stages."""
 
 
 def build_stages(
@@ -84,11 +84,11 @@ def make_builder(
     """`build_stages` with its arguments, ready to travel into an actor."""
     return partial(
         build_stages,
-        base=base.model_dump(mode="json"),
+        base=base.model_copy(update={"extra_tokens": read_extra_tokens(base)}).model_dump(mode="json"),
         cache=cache,
         seed=seed,
         stages={name: [link.model_dump() for link in chain] for name, chain in stages.items()},
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json", include=set(EvaluationConfig.model_fields)),
         shots=asked.shots,
         worked=asked.worked,
         letters=asked.letters,
@@ -99,8 +99,7 @@ def make_builder(
 
 
 def answer_on_ray(
-    batches: Sequence[Sequence[Question]],
-    stages: Sequence[str],
+    batches: Sequence[Batch],
     build: Callable[[], AnswersQuestions],
     placement: ActorPlacement,
     cluster: Cluster,
@@ -138,7 +137,10 @@ def answer_on_ray(
             on_event(event)
 
     attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
-    rows = [{"batch": json.dumps([[test, asdict(record)] for test, record in batch])} for batch in batches]
+    rows = [
+        {"batch": json.dumps([[test, asdict(record)] for test, record in batch.questions]), "stages": batch.stages}
+        for batch in batches
+    ]
     failure: Exception | None = None
     waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
     with listen(hear) as inbox, waiting, _stderr_to(log_file), warnings.catch_warnings():
@@ -148,7 +150,6 @@ def answer_on_ray(
             BatchAnswerer,
             fn_constructor_kwargs={
                 "build": build,
-                "stages": list(stages),
                 "attempts": attempts,
                 "retries": placement.retries,
                 "inbox": inbox,
@@ -209,10 +210,8 @@ class Attempts:
 class BatchAnswerer:
     """The Ray Data actor: loads the model once, answers batch after batch, and isolates a question that breaks it."""
 
-    def __init__(
-        self, build: Callable[[], AnswersQuestions], stages: list[str], attempts: Any, retries: int, inbox: Any
-    ) -> None:
-        self.stages, self.attempts, self.retries, self.inbox = stages, attempts, retries, inbox
+    def __init__(self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any) -> None:
+        self.attempts, self.retries, self.inbox = attempts, retries, inbox
         inbox.put({"event": "loading"})
         if not ray.get(attempts.begin_load.remote()):
             raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
@@ -229,20 +228,22 @@ class BatchAnswerer:
         batch: list[Question] = []
         for test, record in json.loads(row["batch"][0]):
             batch.append((test, McqRecord(**{**record, "options": tuple(record["options"])})))
+        stages = [str(stage) for stage in row["stages"][0]]
         started = time.monotonic()
-        predictions = self._answer_whole(batch) or [p for question in batch for p in self._answer_one(question)]
+        predictions = self._answer_whole(batch, stages)
+        predictions = predictions or [p for question in batch for p in self._answer_one(question, stages)]
         event = {"event": "evaluation", "questions": len(batch), "seconds": time.monotonic() - started}
         self.inbox.put(event)
         return {"predictions": [json.dumps([pack_prediction(p) for p in predictions])]}
 
-    def _answer_whole(self, batch: list[Question]) -> list[Prediction] | None:
+    def _answer_whole(self, batch: list[Question], stages: list[str]) -> list[Prediction] | None:
         """The batch's predictions, or None when it has to be taken apart."""
         key = name_batch(batch)
         deaths = ray.get(self.attempts.begin.remote(key))
         try:
             if deaths >= _WHOLE_TRIES:
                 return None
-            return self.model.answer([test for test, _ in batch], [record for _, record in batch])
+            return self.model.answer([test for test, _ in batch], [record for _, record in batch], stages)
         except InputError as error:
             self.inbox.put({"event": "refused", "text": str(error)})
             raise
@@ -252,21 +253,21 @@ class BatchAnswerer:
         finally:
             ray.get(self.attempts.end.remote(key))
 
-    def _answer_one(self, question: Question) -> list[Prediction]:
+    def _answer_one(self, question: Question, stages: list[str]) -> list[Prediction]:
         test, record = question
         key, reason = f"{test}/{record.id}", "its process died"
         deaths = ray.get(self.attempts.begin.remote(key))
         try:
             for _ in range(max(1, self.retries) if deaths < max(1, self.retries) else 0):
                 try:
-                    return self.model.answer([test], [record])
+                    return self.model.answer([test], [record], stages)
                 except Exception as error:  # see above
                     reason = repr(error)
         finally:
             ray.get(self.attempts.end.remote(key))
         self._note(f"question {record.id} of {test} is reported as failed: {reason}")
         known = {"subject": record.subject, "options": len(record.options), "error": reason}
-        return [Prediction(record.id, test, stage, record.answer, None, **known) for stage in self.stages]
+        return [Prediction(record.id, test, stage, record.answer, None, **known) for stage in stages]
 
     def _note(self, text: str) -> None:
         self.inbox.put({"event": "note", "phase": "evaluation", "text": text})

@@ -109,9 +109,18 @@ def find_concurrency(concurrency: int | None, placement: Placement, cluster: Clu
 
 @contextmanager
 def say_while_waiting(
-    placement: Placement, gpus: float, workers: int, phase: str, has_begun: Callable[[], bool], on_event: OnEvent
+    placement: Placement,
+    gpus: float,
+    workers: int,
+    phase: str,
+    has_begun: Callable[[], bool],
+    on_event: OnEvent,
+    as_group: bool = False,
 ) -> Iterator[None]:
-    """While inside, and until `has_begun`, say every minute what is waited for and what the cluster has free."""
+    """While inside, and until `has_begun`, say every minute what is waited for and what the cluster has free.
+
+    Workers that come `as_group`, as Ray Train's do, are waited for no more once the group has its place: they start.
+    """
     ended = threading.Event()
 
     def watch() -> None:
@@ -120,7 +129,9 @@ def say_while_waiting(
             waited_s += NOTE_EVERY_S
             if has_begun():
                 return
-            free = _find_free()
+            free = find_free()
+            if as_group and not is_group_waiting():
+                continue
             if sum(count_room(placement, gpus, node) for node in free) >= workers:
                 continue  # there is room: it is starting
             asked = f"{workers} worker{'s' * (workers != 1)} with {describe_worker(placement, gpus)} each"
@@ -138,8 +149,15 @@ def say_while_waiting(
         thread.join(timeout=10)
 
 
-def _find_free() -> list[Node]:
-    """What is free on each node that takes work."""
+def is_group_waiting() -> bool:
+    """Whether a group of workers, of any driver, has no place yet."""
+    from ray.util import placement_group_table
+
+    return any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())
+
+
+def find_free() -> list[Node]:
+    """What is free now on each node that takes work."""
     free = ray._private.state.available_resources_per_node()
     leaving = ray._private.state.state.get_draining_nodes()
     alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]

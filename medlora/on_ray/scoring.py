@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from medlora.evaluation import (
     EvaluateConfig,
     EvaluationPlan,
     Stages,
+    name_answer,
     pack_prediction,
     plan_batches,
     read_ledger,
@@ -29,7 +31,7 @@ from medlora.on_ray.evaluate import AnswersQuestions, answer_on_ray, make_builde
 from medlora.on_ray.placement import check_placement
 from medlora.page import write_page
 from medlora.quarantine import write_quarantine
-from medlora.records import McqRecord
+from medlora.records import McqRecord, Prediction
 from medlora.report import build_report, sum_seconds, write_predictions, write_seconds
 
 _PUSH_EVERY_S = 10.0
@@ -49,31 +51,14 @@ def score_stages(
     log_file: Path,
     about: Mapping[str, Any],
     seed: int,
+    known: Sequence[Prediction] = (),
 ) -> dict[str, Any]:
-    """Ask what the folder's ledger does not know yet, and write predictions, report and manifest; returns the report.
-
-    Each batch goes into the ledger as it comes back, so that a driver that was killed asks the rest alone.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(folder / FINGERPRINT, fingerprint)
-    ledger = folder / LEDGER
-    runs.truncate_json_lines(ledger, lambda line: True)  # drops a torn last line
-    predictions = read_ledger(ledger, list(stages))
-    batches = plan_batches(tests, config.batch_size, {(p.test, p.id) for p in predictions})
-    total, left = sum(map(len, tests.values())), sum(map(len, batches))
-    on_event({"event": "evaluating", "total": total, "known": total - left})
-    started = time.monotonic()
-    first_s: float | None = None
-    pushed = started
-    for answered in answer_on_ray(batches, list(stages), build, placement, cluster, on_event, log_file):
-        first_s = first_s if first_s is not None else time.monotonic() - started
-        runs.append_json(ledger, {"predictions": [pack_prediction(p) for p in answered]})
-        predictions += answered
-        if time.monotonic() - pushed > _PUSH_EVERY_S:
-            storage.push(folder)
-            pushed = time.monotonic()
-    seconds = time.monotonic() - started
-    ordered = sort_predictions(predictions, list(stages), tests)
+    """Ask what is not known yet (see `ask_stages`), and write predictions, report and manifest; returns the report."""
+    answered = ask_stages(
+        folder, fingerprint, stages, tests, config, build, placement, cluster, on_event, log_file, known
+    )
+    ordered = sort_predictions(answered.predictions, list(stages), tests)
+    left, seconds, first_s = answered.questions, answered.seconds, answered.first_s
     running_s = seconds - (first_s or 0)
     report = build_report(
         ordered,
@@ -84,7 +69,7 @@ def score_stages(
             "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
             "questions_asked": left,
             "stage_seconds": sum_seconds(ordered),
-            "questions_per_s": round(left / running_s, 2) if left and len(batches) > 1 and running_s > 0 else None,
+            "questions_per_s": round(left / running_s, 2) if answered.batches > 1 and running_s > 0 else None,
             "versions": runs.get_versions(),
             "prompts": prompts.version(),
             "hashes": {key: fingerprint[key] for key in ("base_files", "stages", "tests") if key in fingerprint},
@@ -95,10 +80,63 @@ def score_stages(
     write_seconds(folder / SECONDS, ordered)
     runs.write_json(folder / REPORT, report)
     write_page(folder / PAGE, report, ordered, tests)
+    ledger = folder / LEDGER
     runs.commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, passing=(ledger,))
     ledger.unlink(missing_ok=True)
     storage.push(folder)
     return report
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The answers of every stage to every question, and what it took to ask what was not known before."""
+
+    predictions: list[Prediction]
+    questions: int
+    batches: int
+    seconds: float
+    first_s: float | None
+    """Until the first answer came; None where nothing was asked."""
+
+
+def ask_stages(
+    folder: Path,
+    fingerprint: Mapping[str, Any],
+    stages: Stages,
+    tests: Mapping[str, Sequence[McqRecord]],
+    config: EvaluationConfig,
+    build: Callable[[], AnswersQuestions],
+    placement: ActorPlacement,
+    cluster: Cluster,
+    on_event: OnEvent,
+    log_file: Path,
+    known: Sequence[Prediction] = (),
+) -> Asking:
+    """Ask every stage what neither the folder's ledger nor `known` has its answer to.
+
+    Each batch goes into the ledger as it comes back, so that a driver that was killed asks the rest alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_json(folder / FINGERPRINT, fingerprint)
+    ledger = folder / LEDGER
+    runs.truncate_json_lines(ledger, lambda line: True)  # drops a torn last line
+    answers = {name_answer(p): p for p in [*known, *read_ledger(ledger, list(stages))]}
+    batches = plan_batches(tests, config.batch_size, list(stages), set(answers))
+    total, left = sum(map(len, tests.values())), sum(len(batch.questions) for batch in batches)
+    on_event({"event": "evaluating", "total": total, "known": total - left})
+    started = pushed = time.monotonic()
+    first_s: float | None = None
+    for answered in answer_on_ray(batches, build, placement, cluster, on_event, log_file):
+        first_s = first_s if first_s is not None else time.monotonic() - started
+        runs.append_json(ledger, {"predictions": [pack_prediction(p) for p in answered]})
+        for prediction in answered:
+            if name_answer(prediction) in answers:
+                raise RuntimeError(f"{name_answer(prediction)} was answered twice")
+            answers[name_answer(prediction)] = prediction
+        if time.monotonic() - pushed > _PUSH_EVERY_S:
+            storage.push(folder)
+            pushed = time.monotonic()
+    return Asking(list(answers.values()), left, len(batches), time.monotonic() - started, first_s)
 
 
 def run_evaluation(

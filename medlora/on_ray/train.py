@@ -7,7 +7,7 @@ import socket
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medlora import runs, storage
 from medlora.config import Placement
@@ -17,16 +17,24 @@ from medlora.on_ray.cluster import Cluster, OnEvent, listen
 from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
 from medlora.on_ray.prepare import prepare_on_ray
 
+if TYPE_CHECKING:
+    from medlora.on_ray.early import EarlyScoring
+
 
 def train_on_ray(
-    job: PhaseJob, run: runs.RunFolder, placement: Placement, cluster: Cluster, on_event: OnEvent
+    job: PhaseJob,
+    run: runs.RunFolder,
+    placement: Placement,
+    cluster: Cluster,
+    on_event: OnEvent,
+    early: EarlyScoring | None = None,
 ) -> dict[str, Any]:
     """Train one phase on the workers its placement asks for and return its manifest.
 
     A worker or node that dies costs one of `placement.retries`: the phase goes on from its last whole checkpoint, which
     is ours (hashed, sealed by a manifest) rather than Ray's. A node that is drained (preempted) costs none: the phase
     makes a checkpoint and goes on elsewhere. An exception in the phase is raised at once, since it would
-    come again. Raises InputError for what only the user can mend.
+    come again. `early` is told when the phase asks for its workers and when it has them. Raises InputError for what only the user can mend.
     """
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -47,6 +55,8 @@ def train_on_ray(
     begun, leaving = threading.Event(), threading.Event()
 
     def hear(event: dict[str, Any]) -> None:
+        if early is not None and not begun.is_set():
+            early.phase_has()
         begun.set()
         if event["event"] == "refused":
             refusals.append(event["text"])
@@ -95,8 +105,12 @@ def train_on_ray(
                 ),
             )
             begun.clear()
+            if early is not None:
+                early.phase_asks(placement, gpus)
             try:
-                with say_while_waiting(placement, gpus, placement.workers, job.phase.name, begun.is_set, on_event):
+                with say_while_waiting(
+                    placement, gpus, placement.workers, job.phase.name, begun.is_set, on_event, as_group=True
+                ):
                     trainer.fit()
                 if not leaving.is_set():
                     break
