@@ -129,13 +129,18 @@ def start_head(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(cluster: dict[str, str], job: list[str], env: dict[str, str] | None = None) -> str:
+def submit(
+    cluster: dict[str, str],
+    job: list[str],
+    options: tuple[str, ...] = ("--working-dir", "."),
+    env: dict[str, str] | None = None,
+) -> str:
     """What a job prints that was given to the cluster with `ray job submit`, as users do; it must end well.
 
     `env` is what its processes find in their environment beside what the nodes have.
     """
     root = Path(__file__).resolve().parent.parent
-    command = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", "."]
+    command = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], *options]
     command += ["--runtime-env-json", json.dumps({"env_vars": env or {}}), "--", *job]
     for _ in range(10):
         done = subprocess.run(command, cwd=root, env=cluster, capture_output=True, text=True, timeout=1500)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import yaml
 from store_server import BUCKET, GoogleStore, Rule, Store, run_env
 from test_on_ray import two_phases, undisturbed  # noqa: F401
 
-from medlora import object_store, run_lock, runs, storage
+from medlora import object_store, readers, run_lock, runs, storage
 from medlora.config import EvaluationConfig, RunConfig
 from medlora.errors import InputError
 from medlora.evaluation import plan_batches, read_tests, sort_predictions
@@ -82,6 +83,20 @@ def machine(tmp_path: Path, name: str, uri: str) -> Path:
 def fill(folder: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         runs.write_bytes(folder / name, content.encode())
+
+
+def test_data_is_read_where_it_lies(store: Store, uri: str) -> None:
+    """A packed file and one in a folder of its own, in stores of both protocols."""
+    rows = [{"text": "아스피린"}, {"text": "인슐린"}]
+    files, path = object_store.open_store(uri)
+    for name, row in zip(("a.jsonl.gz", "deep/b.jsonl"), rows, strict=True):
+        lines = json.dumps(row).encode() + b"\n"
+        with files.open_output_stream(f"{path}/{name}", compression=None) as stream:
+            stream.write(gzip.compress(lines) if name.endswith(".gz") else lines)
+    assert readers.list_files(uri) == [f"{uri}/a.jsonl.gz", f"{uri}/deep/b.jsonl"]
+    assert [row for name in readers.list_files(uri) for _, row in readers.read_file(name)] == rows
+    with pytest.raises(InputError, match="there is no such file"):
+        readers.list_files(f"{uri}/nope.jsonl")
 
 
 def test_a_folder_of_no_store_is_left_alone(store: Store, tmp_path: Path) -> None:

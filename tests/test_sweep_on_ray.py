@@ -325,7 +325,8 @@ def test_two_sweeps_side_by_side_do_not_touch_each_other(
     try:
         driver = start(one, out, cluster)
         job = ["--config", str(two), "--out", uri]
-        said = submit(cluster, ["python", "jobs/sweep.py", *job], store.env)
+        # The same working folder, uploaded once before, is gone with the node that another test has added and taken away.
+        said = submit(cluster, ["env", "-C", str(ROOT), "python", "jobs/sweep.py", *job], options=(), env=store.env)
         finish(driver)
         assert f"sweep: {uri}\n" in said and "Warning" not in said and "Traceback" not in said
         # Another machine finds in the store all that there is.
