@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -16,17 +15,19 @@ import pytest
 import yaml
 from hosts import Host, Network, find_obstacle, make_hosts
 from store_server import BUCKET, HostStore
-from tiny_run import configure, question, run_all, weights
+from tiny_run import configure, run_all, weights
 
 from medlora import runs
 from medlora.config import RunConfig
+from medlora.config_file import load
+from medlora.miniature.build import ensure
 
 ROOT = Path(__file__).resolve().parent.parent
 OBSTACLE = find_obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
 CHECKOUT = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "medlora", "jobs", "configs", "deploy")
 CONFIG = "configs/medgemma-4b.yaml"
-"""What the README trains; here it is a tiny model's."""
+"""What the README trains; here it is two phases of the quickstart's, on the miniature."""
 
 
 def read_commands() -> list[str]:
@@ -62,7 +63,7 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str], data: Path) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Hosts that have what setup would install, a laptop with a checkout in which deploy/on-prem.yaml names them, and the
     README's commands up to the first job.
 
@@ -71,7 +72,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str], data: P
     """
     seen, private = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("lab")
     shared = private / "shared"
-    shared.mkdir()
+    base = ensure(Path("~/.cache/medlora").expanduser(), 0)
+    shutil.copytree(base, shared / "cache" / base.name)
     with make_hosts(["laptop", "head", "worker1", "worker2"], private, [seen, ROOT], shared) as network:
         laptop, head, *workers = network.hosts
         for host in (head, *workers):
@@ -87,7 +89,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str], data: P
                 shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, checkout / name)
-        write_config(make_config(bases, data), checkout / CONFIG)
+        write_config(make_config("/shared/cache"), checkout / CONFIG)
         config = yaml.safe_load((ROOT / "deploy" / "on-prem.yaml").read_text())
         config["provider"] |= {"head_ip": head.ip, "worker_ips": [host.ip for host in workers]}
         config["auth"]["ssh_user"] = "root"
@@ -110,10 +112,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str], data: P
         yield lab
 
 
-def make_config(bases: dict[str, str], data: Path) -> RunConfig:
-    """Two phases, the second on two workers."""
-    config = configure(bases["gemma"], data, p01={"placement": {"workers": 2}, "batch_size": 2})
-    return config.model_copy(update={"phases": config.phases[:2]})
+def make_config(cache: str) -> RunConfig:
+    """The quickstart's first two phases, cut short, the second on two workers."""
+    config = load(ROOT / "configs" / "quickstart.yaml")
+    first, second = (phase.model_dump(mode="json") for phase in config.phases[:2])
+    second |= {"max_steps": 10, "batch_size": 8, "validation": None, "placement": {"workers": 2}}
+    changed = {"phases": [{**first, "max_steps": 60}, second], "evaluation": None, "storage": {"cache": cache}}
+    return RunConfig.model_validate(config.model_dump(mode="json") | changed)
 
 
 def _wait_for_workers(network: Network, head: Host, workers: int) -> None:
@@ -136,27 +141,33 @@ def write_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
 
 
-def test_the_readme_s_job_and_an_evaluation_work_on_more_than_one_host(
-    lab: Lab, bases: dict[str, str], finished: Path, tmp_path: Path
-) -> None:
+def test_the_readme_s_job_and_an_evaluation_work_on_more_than_one_host(lab: Lab, tmp_path: Path) -> None:
     assert CONFIG in SUBMIT
     said = finish(lab.start(SUBMIT))
     assert "connected to the running Ray cluster: 3 nodes, 2 CPUs, 0 GPUs" in said
     run = lab.shared / "runs" / "first"
     hosts = {name: (runs.read_manifest(run / "phases" / name) or {})["hosts"] for name in ("00", "01")}
     assert hosts["00"] in (["worker1"], ["worker2"]) and hosts["01"] == ["worker1", "worker2"]
-    assert weights(run, "00") == weights(finished, "00")
+    run_all(make_config(str(lab.shared / "cache")), tmp_path / "alone", ("00",))
+    assert weights(run, "00") == weights(tmp_path / "alone", "00")
 
-    # More questions than one actor answers before the other has loaded its model.
-    questions = [question(i) for i in range(1000, 1600)]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
-    evaluation = {"tests": [{"name": "mcq", "source": str(tmp_path / "test.jsonl")}], "batch_size": 2}
-    stages = ["/shared/runs/first:base,01"]
-    about = {"name": "e", "base": {"model": bases["gemma"]}, "stages": stages, "evaluation": evaluation}
-    (tmp_path / "e.yaml").write_text(yaml.safe_dump({**about, "placement": {"workers": 2}}), encoding="utf-8")
+    # In more batches than one actor answers before the other has loaded its model.
+    quickstart = load(ROOT / "configs" / "quickstart.yaml").model_dump(mode="json")
+    evaluation = {"tests": quickstart["evaluation"]["tests"], "scoring": "letter", "batch_size": 1}
+    about = {
+        "name": "e",
+        "base": {"model": "miniature"},
+        "stages": ["/shared/runs/first:base,01"],
+        "evaluation": evaluation,
+    }
+    about |= {"placement": {"workers": 2}, "storage": {"cache": "/shared/cache"}}
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(about), encoding="utf-8")
     said = finish(lab.submit("jobs/evaluate_mcq.py", "--config", str(tmp_path / "e.yaml"), "--out", "/shared/e"))
     assert all(f"an actor is ready on {name}" in said for name in ("worker1", "worker2"))
-    assert [row["n"] for row in runs.read_json(lab.shared / "e" / "report.json")["stages"]] == [600, 600]
+    rows = runs.read_json(lab.shared / "e" / "report.json")["stages"]
+    assert {(row["stage"], row["test"], row["n"]) for row in rows} == {
+        (stage, test, n) for stage in ("base", "01") for test, n in (("asked", 248), ("text-only", 244))
+    }
 
 
 def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_checkpoint(
