@@ -37,7 +37,7 @@ def add_adapter(
 
     It sits on linear layers of the text decoder alone; `train_token_ids` are the vocabulary rows it trains too, from
     where the active adapters left them. One seed gives the same initial bytes whatever ran before.
-    Raises InputError for a target that the decoder does not have, or a name that is taken.
+    Raises InputError for a target that the decoder does not have, a name that is taken, or DoRA on int8 weights on CPU.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     below = _active(model)
@@ -139,6 +139,11 @@ def _set_tensors(model: PeftModel, name: str, folder: Path, tensors: dict[str, t
 
 
 def _inject(model: Model, name: str, config: LoraConfig) -> PeftModel:
+    if config.use_dora and any(p.dtype == torch.int8 and p.device.type == "cpu" for p in model.parameters()):
+        # Dequantizing for DoRA's norms, PEFT 0.21 moves the weights and bitsandbytes loses their scales on the way.
+        raise InputError(
+            f"adapter {name!r}: DoRA (lora.dora) on an int8 base needs a GPU; on CPU set base.quantization to nf4 or none"
+        )
     if not isinstance(model, PeftModel):
         with warnings.catch_warnings():
             # PEFT asks for a property that transformers has renamed.

@@ -39,7 +39,7 @@ class LoraSettings(Section):
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
     dora: bool = False
-    """Weight-decomposed LoRA (arXiv 2402.09353)."""
+    """Weight-decomposed LoRA (arXiv 2402.09353); on an int8 base on a GPU alone."""
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["attention", "all-linear"] | tuple[str, ...] = "all-linear"
     """`attention` (q, k, v, o), `all-linear`, or names of linear layers; always in the language model alone."""

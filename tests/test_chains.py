@@ -385,6 +385,22 @@ def test_dora_comes_back_and_is_not_exported(built: Built, tmp_path: Path) -> No
     assert not (tmp_path / "one").exists()
 
 
+@ONE_FAMILY
+def test_dora_on_an_int8_base_on_cpu_is_refused(built: Built, tmp_path: Path) -> None:
+    lora = LoraSettings(r=2, dora=True)
+    with pytest.raises(InputError, match="adapter '00': DoRA .* int8 .* base.quantization to nf4 or none"):
+        add_adapter(built.fresh(quantization="int8"), "00", lora)
+    below = load_chain(built.fresh(quantization="int8"), built.chain("01"))
+    logits(below, built.tokenizer)  # a first pass takes int8 weights out of their parameters
+    with pytest.raises(InputError, match="adapter '02': DoRA"):
+        add_adapter(below, "02", lora)
+    model = add_adapter(built.fresh(quantization="nf4"), "00", lora)
+    train(model, built.tokenizer)
+    save_adapter(model, "00", tmp_path / "00", None, built.base.model)
+    with pytest.raises(InputError, match="adapter '00': DoRA"):
+        load_chain(built.fresh(quantization="int8"), [("00", tmp_path / "00")])
+
+
 @pytest.mark.parametrize("kind", ["bare names", "rows", "modules_to_save"])
 def test_adapters_saved_by_plain_peft_load_as_they_are(built: Built, kind: str, tmp_path: Path) -> None:
     if kind == "bare names":

@@ -36,7 +36,7 @@ def test_a_phase_after_others_has_the_bytes_of_one_alone(
     common = (finished, bases, data)
     alone = train(tmp_path / "alone", *common, None, quantization)
     kept = Kept()
-    # PEFT 0.21 cannot train DoRA on an int8 base on CPU.
+    # DoRA on an int8 base on CPU is refused.
     shape = {"r": 2, "alpha": 2, "targets": "attention", "dora": quantization != "int8"}
     other = train(tmp_path / "other", *common, kept, quantization, learning_rate=3e-2, lora=shape)
     base = kept.held["base"][1]
