@@ -162,7 +162,7 @@ def test_the_shipped_evaluation_config_is_valid() -> None:
 @pytest.mark.parametrize(
     ("name", "made", "module"),
     [
-        ("schema", schema(), "config"),
+        ("schema", schema(), "config_file"),
         ("evaluate.schema", EvaluateConfig.model_json_schema(), "evaluation"),
         ("sweep.schema", SweepConfig.model_json_schema(), "sweep"),
     ],
