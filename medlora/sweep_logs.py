@@ -98,8 +98,9 @@ class _Mlflow:
     """
 
     def __init__(self, experiment: str, sweep: str, folder: Path) -> None:
-        # By default a server that is not there is asked for minutes.
+        # By default a server that is not there is asked for minutes, and each trial's end prints two lines of URLs.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
