@@ -184,16 +184,26 @@ def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("settings", "said"),
     [
-        ("placement.gpus_per_worker=1", "1 workers x 1 GPUs = 1 GPUs asked; the cluster has 1 node, 2 CPUs, 0 GPUs"),
-        ("placement.cpus_per_worker=64", "1 workers x 64 CPUs = 64 CPUs asked; the cluster has 1 node, 2 CPUs"),
-        ("placement.label_selector={zone: moon}", "placement.label_selector: no node has {'zone': 'moon'}"),
-        ("phases.01.max_tokens=8", "phases.01.max_tokens: every example is longer than 8 tokens"),
+        (["placement.gpus_per_worker=1"], "1 workers x 1 GPUs = 1 GPUs asked; the cluster has 1 node, 2 CPUs, 0 GPUs"),
+        (["placement.cpus_per_worker=64"], "1 workers x 64 CPUs = 64 CPUs asked; the cluster has 1 node, 2 CPUs"),
+        (["placement.label_selector={zone: moon}"], "placement.label_selector: no node has {'zone': 'moon'}"),
+        (["phases.01.max_tokens=8"], "phases.01.max_tokens: every example is longer than 8 tokens"),
+        (
+            ["base.quantization=int8", "lora.dora=true"],
+            "phases.01: lora.dora on an int8 base needs a GPU, and placement has",
+        ),
     ],
 )
 def test_what_the_cluster_cannot_do_is_said_and_ends_with_code_2(
-    cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, setting: str, said: str
+    cluster: dict[str, str],
+    bases: dict[str, str],
+    data: Path,
+    finished: Path,
+    tmp_path: Path,
+    settings: list[str],
+    said: str,
 ) -> None:
     only_questions = {
         "chain": "new",
@@ -203,9 +213,8 @@ def test_what_the_cluster_cannot_do_is_said_and_ends_with_code_2(
     }
     config = configure(bases["gemma"], data, p01=only_questions)
     config = config.model_copy(update={"phases": config.phases[1:2]})
-    _, err = finish(
-        start(write_config(config, tmp_path / "c.yaml"), tmp_path / "run", cluster, "--set", setting), code=2
-    )
+    changes = [word for setting in settings for word in ("--set", setting)]
+    _, err = finish(start(write_config(config, tmp_path / "c.yaml"), tmp_path / "run", cluster, *changes), code=2)
     assert said in err and "Traceback" not in err
 
 

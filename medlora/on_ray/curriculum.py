@@ -118,7 +118,7 @@ def begin(config: RunConfig, run: runs.RunFolder, redo: str | None, on_event: On
 def connect_for(begun: Sequence[Begun]) -> Iterator[Any]:
     """The cluster, when it can hold all that the runs have left; raises InputError for what it never can."""
     from medlora.on_ray.cluster import connect
-    from medlora.on_ray.placement import check_placement
+    from medlora.on_ray.placement import check_placement, count_gpus
 
     started = time.monotonic()
     with connect() as cluster:
@@ -129,7 +129,15 @@ def connect_for(begun: Sequence[Begun]) -> Iterator[Any]:
         for each in begun:
             for phase in each.left:
                 key = f"phases.{phase.name}.placement" if phase.placement else "placement"
-                check_placement(phase.placement or each.config.placement, cluster, key)
+                placement = phase.placement or each.config.placement
+                check_placement(placement, cluster, key)
+                lora = phase.lora or each.config.lora
+                dora = lora.dora and phase.chain != "continue"  # which keeps its parent's shape
+                if dora and each.config.base.quantization == "int8" and not count_gpus(placement, cluster):
+                    raise InputError(
+                        f"phases.{phase.name}: lora.dora on an int8 base needs a GPU, and {key} has none; set "
+                        "base.quantization to nf4 or none, or lora.dora to false"
+                    )
             if each.config.evaluation is not None:
                 placement, key = find_evaluation_placement(each.config)
                 check_placement(placement, cluster, key)
