@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import astuple, replace
+from importlib import metadata
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from medlora.miniature import corpus, lessons
+from medlora import miniature, prompts
+from medlora.miniature import corpus, facts, general, lessons, settings, wording
 from medlora.miniature.facts import MEDICAL, read_table
 from medlora.miniature.general import GENERAL
 from medlora.miniature.wording import QUESTIONS, STATEMENTS, particle, word_fact, word_fact_in_english
@@ -355,3 +364,75 @@ def test_ensure_builds_once_and_never_shows_an_unfinished_folder(short_build, tm
     assert short_build.ensure(tmp_path, 0) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
+
+
+# ---- its fingerprint ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the versions of constraints.txt were installed, whatever is here."""
+    versions = {"torch": "2.13.0+cpu", "transformers": "5.23.0"}
+    monkeypatch.setattr(metadata, "version", versions.__getitem__)
+
+
+def test_the_fingerprint_is_the_one_from_before_there_were_formats(
+    tested_versions: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bases and runs made by commit b8b1703 are found again; other versions or prompts make another miniature."""
+    assert miniature.fingerprint() == "2673c03d3da9"
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "version", lambda: "other")
+        assert miniature.fingerprint() != "2673c03d3da9"
+    monkeypatch.setattr(metadata, "version", lambda name: "99")
+    assert miniature.fingerprint() != "2673c03d3da9" and len(miniature.fingerprint()) == 12
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "change"),
+    [
+        (facts, "MEDICAL", lambda rows: (replace(rows[0], answer="x"), *rows[1:])),
+        (facts, "MEDICAL", lambda rows: rows[::-1]),
+        (general, "GENERAL", lambda rows: (*rows[:-1], replace(rows[-1], term_en="x"))),
+        (corpus, "EXTRA_TOKENS", lambda words: words[1:]),
+        (corpus, "TEXT_ONLY", lambda rows: rows[1:]),
+        (wording, "STATEMENTS", lambda texts: texts[1:]),
+        (wording, "QUESTIONS", lambda texts: {**texts, "dev": texts["train"]}),
+        (wording, "_CODA_LATIN", lambda ends: ends | {"x"}),
+        (miniature, "FORMAT", lambda number: number + 1),
+        *[(settings, name, lambda value: [value, "changed"]) for name in vars(settings) if name.isupper()],
+    ],
+)
+def test_another_table_makes_another_miniature(
+    tested_versions: None, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, change: Any
+) -> None:
+    monkeypatch.setattr(where, name, change(getattr(where, name)))
+    assert miniature.fingerprint() != "2673c03d3da9"
+
+
+def test_how_the_source_is_written_makes_no_other_miniature(tmp_path: Path) -> None:
+    """The package under another name, without comments and in another layout, has the same fingerprint."""
+    package = Path(miniature.__file__).parent.parent
+    shutil.copytree(package, tmp_path / "renamed", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (tmp_path / "renamed").rglob("*.py"):
+        source = path.read_text(encoding="utf-8").replace("medlora", "renamed")
+        path.write_text(ast.unparse(ast.parse(source)), encoding="utf-8")
+    code = "import sys; from renamed.miniature import fingerprint; print(fingerprint(), {*sys.modules} & {'torch', 'medlora'})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f"{miniature.fingerprint()} set()\n", done.stderr
+
+
+def test_the_same_format_makes_the_same_records_lessons_and_tokens(tokenizer) -> None:
+    """Of what code makes from the tables. If this fails on purpose, raise `miniature.FORMAT` with the hashes."""
+
+    def digest(made: Any) -> str:
+        return hashlib.sha256(json.dumps(made, ensure_ascii=False).encode()).hexdigest()[:12]
+
+    drawn, rng = lessons.draw_lessons(random.Random(0)), random.Random(0)
+    assert miniature.FORMAT == 1
+    assert {
+        "records": digest([[astuple(record) for record in corpus.load(name)] for name in corpus.NAMES]),
+        "lessons": digest([astuple(next(drawn)) for _ in range(200)]),
+        "drills": digest([astuple(lessons.drill(rng)) for _ in range(20)]),
+        "tokens": digest(sorted(tokenizer.get_vocab().items())),
+    } == {"records": "98a35b72a1e2", "lessons": "e63bc7a4e04d", "drills": "b3275a672b80", "tokens": "71ae5d2aca07"}

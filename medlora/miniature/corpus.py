@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 
 from medlora.miniature.facts import MEDICAL, Fact
+from medlora.miniature.settings import DOCUMENT_SIZES, OPTIONS, STATEMENT_REPEATS, TRAIN_ORDERS
 from medlora.miniature.wording import QUESTIONS, STATEMENTS, word_fact, word_fact_in_english
 from medlora.records import LETTERS, McqRecord, Record, TextRecord, TranslationRecord
 
@@ -21,11 +22,6 @@ ASKED = tuple(fact for fact in MEDICAL if fact not in TEXT_ONLY)
 
 NAMES = ("text", "translation", "mcq/train_01", "mcq/train", "mcq/dev", "mcq/test_asked", "mcq/test_text_only")
 """What `load` knows."""
-
-OPTIONS = 5
-_STATEMENT_REPEATS = 8
-_DOCUMENT_SIZES = (3, 4)
-_TRAIN_ORDERS = 4
 
 
 def _extra_tokens(facts: tuple[Fact, ...], every: int = 8, limit: int = 35) -> tuple[str, ...]:
@@ -63,12 +59,12 @@ def _documents(rng: random.Random) -> list[Record]:
     """Documents on one subject each: a heading and a few statements, every fact in every wording equally often."""
     by_subject: dict[str, list[str]] = defaultdict(list)
     for fact in MEDICAL:
-        by_subject[fact.subject] += [word_fact(statement, fact) for statement in STATEMENTS] * _STATEMENT_REPEATS
+        by_subject[fact.subject] += [word_fact(statement, fact) for statement in STATEMENTS] * STATEMENT_REPEATS
     documents: list[str] = []
     for subject, statements in by_subject.items():
         rng.shuffle(statements)
         while statements:
-            size = rng.choice(_DOCUMENT_SIZES)
+            size = rng.choice(DOCUMENT_SIZES)
             documents.append(f"{subject}: {' '.join(statements[:size])}")
             del statements[:size]
     rng.shuffle(documents)
@@ -103,8 +99,8 @@ def load(name: str, seed: int = 0) -> list[Record]:
     if name == "translation":
         return _translations()
     facts, split, orders = {
-        "mcq/train_01": (ASKED[::2], "train", _TRAIN_ORDERS),
-        "mcq/train": (ASKED, "train", _TRAIN_ORDERS),
+        "mcq/train_01": (ASKED[::2], "train", TRAIN_ORDERS),
+        "mcq/train": (ASKED, "train", TRAIN_ORDERS),
         "mcq/dev": (ASKED, "dev", 1),
         "mcq/test_asked": (ASKED, "test", 1),
         "mcq/test_text_only": (TEXT_ONLY, "test", 2),

@@ -9,20 +9,17 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from medlora.miniature.corpus import OPTIONS, ask
+from medlora.miniature.corpus import ask
 from medlora.miniature.facts import MEDICAL
 from medlora.miniature.general import GENERAL
+from medlora.miniature.settings import DRILL_QUERIES, OPTIONS, SHARES
 from medlora.miniature.wording import QUESTIONS, STATEMENTS, word_fact, word_fact_in_english
 from medlora.prompts import ANSWER_FIELD, Example, render, render_question
 from medlora.records import LETTERS, McqRecord, TextRecord, TranslationRecord
 
-SHARES = {"drill": 0.10, "open_book": 0.45, "text": 0.12, "question": 0.28, "translation": 0.05}
-"""Shares of the lessons once matching is learnt."""
-
 _FACTS = MEDICAL + GENERAL
 _WORDS = sorted({word for fact in _FACTS for word in (fact.term, fact.answer)})
 _SYLLABLES = sorted({syllable for word in _WORDS for syllable in word if "가" <= syllable <= "힣"})
-_DRILL_QUERIES = 8
 
 
 def _draw_word(rng: random.Random) -> str:
@@ -41,7 +38,7 @@ def drill(rng: random.Random) -> Example:
     """Five lettered options, then queries with replacement: the letter of an option, or the option of a letter."""
     words = _draw_words(OPTIONS, rng)
     lines = []
-    for _ in range(_DRILL_QUERIES):
+    for _ in range(DRILL_QUERIES):
         index = rng.randrange(OPTIONS)
         word, letter = words[index], LETTERS[index]
         queries = (f" {word}{letter}", f" {word}이다.\n{ANSWER_FIELD}{letter}", f"{letter}. {word}")

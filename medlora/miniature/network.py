@@ -7,21 +7,7 @@ import math
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-INITIAL_STD = 0.1
-SHAPE = {
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 48,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "sliding_window": 4,
-    "query_pre_attn_scalar": 4,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-    "initializer_range": INITIAL_STD,
-}
+from medlora.miniature.settings import SHAPE
 
 
 def start_network(tokenizer: PreTrainedTokenizerFast) -> Gemma3ForCausalLM:

@@ -12,21 +12,22 @@ import torch
 from transformers import Gemma3ForCausalLM, PreTrainedTokenizerFast
 
 from medlora.miniature.lessons import draw_lessons, drill
+from medlora.miniature.settings import (
+    BATCH,
+    COMPLETION_WEIGHT,
+    DECAY_STEPS,
+    DRILL_ACCURACY,
+    DRILL_STEPS_AT_MOST,
+    DRILL_WINDOW,
+    LEARNING_RATE,
+    LESSON_STEPS,
+    LETTER_WEIGHT,
+    WARMUP_STEPS,
+    WEIGHT_NOISE,
+)
 from medlora.prompts import Example
 from medlora.records import LETTERS
 
-BATCH = 16
-LEARNING_RATE = 3e-3
-WARMUP_STEPS = 40
-DRILL_STEPS_AT_MOST = 400
-DRILL_ACCURACY = 0.97
-"""With 0.85 seed 0 left the drills on an Intel Xeon with matching half learnt, and stage 02 ended at 65 % on `asked`."""
-DRILL_WINDOW = 20
-LESSON_STEPS = 600
-DECAY_STEPS = 240
-WEIGHT_NOISE = 0.15
-"""Of a matrix's standard deviation; rounding to 4 bits moves a weight by about 0.1 of it."""
-LETTER_WEIGHT, COMPLETION_WEIGHT = 4.0, 1.0
 REPORT_EVERY = 20
 
 

@@ -10,22 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from medlora.miniature.corpus import EXTRA_TOKENS
 from medlora.miniature.facts import MEDICAL, Fact
 from medlora.miniature.general import GENERAL
+from medlora.miniature.settings import CHAT_TEMPLATE, SPECIAL, VOCABULARY
 from medlora.miniature.wording import QUESTIONS, STATEMENTS, word_fact_in_english
 from medlora.prompts import render
 from medlora.records import FIELDS, LETTERS, McqRecord, TranslationRecord
-
-VOCABULARY = 3000
-SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{{ message['content'] | trim }}<end_of_turn>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-"""Gemma 3's turns, without its folding of a system message into the user's turn (the miniature has no system turn)."""
 
 
 def _template_words() -> list[str]:
