@@ -11,6 +11,9 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from medlora.answer_denials import mark_denied
+from medlora.answer_shapes import flatten
+
 # Private-use blocks: option written plainly (B), marked as an option ((B), ②, 2번), in lower case (b), as a digit (2).
 _PLAIN, _MARKED, _SMALL, _DIGIT, SEVERAL = 0xE000, 0xE100, 0xE200, 0xE300, "\ue400"
 PLAIN, MARKED = "[\ue000-\ue019]", "[\ue100-\ue119]"
@@ -19,7 +22,9 @@ ANY = "[\ue000-\ue319\ue400]"  # also lower case, a digit, or several at once: a
 
 _LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХасеΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABCEHIJKMOPSTXaceABEZHIKMNOPTX")
 _ENCLOSED = {ord(c): f"({i}번)" for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉") for i, c in enumerate(row, 1)}
-_ENCLOSED |= {first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x1F150, 0x1F170, 0x1F130) for i in range(26)}
+_ENCLOSED |= {first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x249C, 0x1F150, 0x1F170, 0x1F130) for i in range(26)}
+# ㉠ ㉮ ㈀ ㈎ ⑴: circled and bracketed Hangul, bracketed digits.
+_ENCLOSED |= {first + i: f"({i + 1}번)" for first in (0x3260, 0x326E, 0x3200, 0x320E, 0x2474) for i in range(10)}
 
 # Letters inside a name are no options: "비타민 D", "hepatitis B", "E. coli", "C 언어".
 _NAMES = re.compile(
@@ -63,14 +68,19 @@ _MARKED_LETTER = re.compile(
     r"(?<![A-Za-z0-9_])[(\[{<]\s?([A-Za-z])\s?[)\]}>](?![A-Za-z0-9_'^]|\s*=)(?:번|항(?![가-힣]))?"
 )
 _NUMBERED = re.compile(
-    r"(?<![\d.])[(\[]?(10|[1-9])\s?번(?!째|[ 의]*(?:문제|문항|질문|문(?!\w)|이상|이하|씩|정도|반복|복용|"
-    r"투여|더 )|호|지\b)[)\]]?번?"
+    r"(?<![\d.제])(?<!하루 )(?<!1일 )(?<!매일 )(?<!매주 )(?<!주 )[(\[]?(10|[1-9])\s?번(?!째|[ 의]*(?:문제|문항|질문|문(?!\w)|이상|이하|"
+    r"씩|정도|반복|복용|투여|더 |뇌신경|염색체|요추|경추|흉추|천추|목뼈|허리뼈|등뼈|늑골|갈비|환자|방문|측정)|호|지\b)[)\]]?번?"
+)
+# "Option 2", "2)가", "답은 2).": a digit that can only number an option.
+_NUMBER_OF_OPTION = re.compile(
+    r"(?<=(?:option|choice) )#?([1-9])(?![\d.%])|(?:(?<=선택지 )|(?<=보기 ))([1-9])(?![\d.%]|\s*(?:개|가지|종|차))"
+    r"|(?<![\d.(A-Za-z])([1-9])\)(?=[이가을를로]\s)|(?<=답[은는:])\s*([1-9])\)(?=\s*\.?\s*(?:\Z|\n))|(?<=answer: )#([1-9])(?!\d)",
+    re.I,
 )
 _BARE_DIGIT = re.compile(
     r"(?<![\d.,\-/=≈~])[(\[]?(10|[1-9])[)\]]?(?=\s*(?:입니다|이다|이며|임|예요|이에요|이 정답|가 정답|"
     r"\Z|\n)|(?<![\n\d].)(?<!\A.)[.)](?:\s|\Z))"
 )
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _AND = (
     r"(?:,\s*(?:and|or|및|또는|혹은|그리고)?|&|·|~|와|과|이?나|및|또는|혹은|아니면|이?거나|이?랑|하고|그리고|"
     r"and/or|and|or|vs\.?)"
@@ -93,6 +103,22 @@ _SET_ASIDE = re.compile(
 )
 
 
+_SYLLABLES, _JAMO = "가나다라마바사아자차", "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊ"
+# "(나)", "'라'", and "정답: 다": syllables that number options, where they are marked or the whole of an answer.
+_SYLLABLE = re.compile(
+    r"[(\[]\s?([가나다라마바사아자차ㄱ-ㅊ])\s?[)\]](?:번|항)?|[\"'“‘「『]([가나다라마바사아자차ㄱ-ㅊ])[\"'”’」』]"
+    r"|(?:(?<=답[은는:])|(?<=답 :))\s*(?!가\s?입)([가나다라마바사아자차ㄱ-ㅊ])번?(?=\s*(?:입니다|이다|이에요|예요|임(?![가-힣])|\.|\n|\Z))"
+)
+_ORDINALS = ("첫", "두", "세", "네", "다섯", "first", "second", "third", "fourth", "fifth")
+_ORDINAL = re.compile(
+    r"(?:\bthe\s+)?(첫|두|세|네|다섯|first|second|third|fourth|fifth)(?:\s?번째)?\s*(선택지|보기|옵션|항목|option|choice)", re.I
+)
+
+
+def _order(syllable: str) -> int:
+    return _SYLLABLES.index(syllable) if syllable in _SYLLABLES else _JAMO.index(syllable)
+
+
 def one_turn(text: str) -> str:
     """The model's own final turn: no private-use characters, nothing behind an end-of-turn token, no thinking."""
     text = re.sub("[\ue000-\uf8ff\u200b-\u200f\u2060\ufeff]", "", re.sub(r"\r\n?", "\n", text))
@@ -109,12 +135,9 @@ def _plain_text(text: str) -> str:
     text = text.translate(_ENCLOSED)
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)
     text = re.sub(r"[’‘`´]", "'", text)
-    for _ in range(2):
-        text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|textrm|bf)\s*\{([^{}]*)\}", r"\1", text)
-    text = _BOXED.sub(r"\nanswer: \1\n", text)
-    text = re.sub(r"</?(?:answer|정답|final_answer|final)>", "\nanswer:\n", text, flags=re.I).removesuffix(
-        "\nanswer:\n"
-    )
+    text = flatten(text)
+    text = _SYLLABLE.sub(lambda found: f"({chr(97 + _order(found[1] or found[2] or found[3]))})", text)
+    text = _ORDINAL.sub(lambda found: f"{found[2]} ({_ORDINALS.index(found[1].lower()) % 5 + 1}번)", text)
     text = re.sub(r"</?(?:b|i|u|p|em|strong|div|span)>", "", re.sub(r"<br\s*/?>", "\n", text))
     text = re.sub(r"[=\-]>|[⇒➜➔➡👉⟶]", "→", text)
     text = re.sub(r"[*_]{2}\s*[(\[\"']*([A-Za-z])[)\]\"']*\s*[*_]{2}(?![A-Za-z])", r"(\1)", text)
@@ -127,14 +150,20 @@ def _plain_text(text: str) -> str:
     return re.sub(r"\[\[([A-Za-z])\]\]", r"[\1]", text)
 
 
+def _place(block: int, mark: str) -> str:
+    return chr(block + (int(mark) - 1 if mark.isdigit() else ord(mark.upper()) - 65))
+
+
 def _options(text: str) -> str:
     """Text with every option spelling replaced by its private-use character."""
 
     def mark(block: int) -> Callable[[re.Match[str]], str]:
-        return lambda found: chr(block + (int(found[1]) - 1 if found[1].isdigit() else ord(found[1].upper()) - 65))
+        return lambda found: _place(block, next(filter(None, found.groups())))
 
     text = _NAMES.sub(lambda found: f"{found[1] or ''}_", text)
     text = _NUMBERED.sub(mark(_MARKED), text)
+    text = _NUMBER_OF_OPTION.sub(mark(_MARKED), text)
+    text = re.sub(rf"\(\s*({MARKED})\s*\)", r"\1", text)
     text = _MARKED_LETTER.sub(mark(_MARKED), text)
     text = _PLAIN_LETTER.sub(mark(_PLAIN), text)
     text = _SMALL_LETTER.sub(mark(_SMALL), text)
@@ -199,5 +228,5 @@ def normalise(output: str) -> str:
     text = _options(_plain_text(one_turn(output)))
     text = _without_echo(text)
     text = re.sub(rf"^\s*{MARKED}\s*[:\-–.]\s*(?={ANY})", "", text, flags=re.M)  # "1번: B": the number of the question
-    text = _LIST.sub(_several, text)
+    text = _LIST.sub(_several, mark_denied(text))
     return _SET_ASIDE.sub("", text).strip()
