@@ -10,16 +10,17 @@ import re
 from dataclasses import dataclass
 
 ANY = "[\ue000-\ue319\ue400]"
-DENIED, SUPPOSED = "[\ue500-\ue519]", "\ue600"
-"""A denied option, which still says which one it is; and one that somebody only supposed, or that was ruled out."""
+_HARD, _SOFT = 0xE500, 0xE600
+DENIED = "[\ue500-\ue619]"
+"""A denied option, which still says which one it is."""
 
 _GLOSS = r"(?:\s*\([^()\n\ue000-\ue400]{0,60}\))?"
 _BETWEEN = r"(?:\s*(?:,\s*(?:and|or|및|그리고)?|/|·|~|&|와|과|이?나|도|및|또는|혹은|이?거나|이?랑|하고|\b(?:and|n?or)\b)\s*(?:option\s+)?)"
 _RUN = rf"(?P<run>{ANY}{_GLOSS}(?:{_BETWEEN}{ANY}{_GLOSS})*)"
 # The rest of a Korean clause: no other option, no end of a sentence, no word that begins the next clause.
-_REST = r"(?:(?!므로|지만|으나|[이하은는]고\s|이?며\s|[은는인]데|니까|라서|어서|때문|다고 해도|더라도)[^.,;:!?\n\ue000-\ue400])"
+_REST = r"(?:(?!므로|지만|외에|이외|말고|밖에|으나|[이하은는]고\s|이?며\s|[은는인]데|니까|라서|어서|때문|다고 해도|더라도)[^.,;:!?\n\ue000-\ue400])"
 _NO = (
-    r"(?:아[니닌님닙닐](?!면|라고(?:는|도)? (?:할|볼) 수(?:는)? 없|ㄹ까|까| 수(?:가|는)? 없)|수(?:는|도|가)?\s?없|리(?:가|는)?\s?없|"
+    r"(?:아[니닌님닙닐](?!면|라면|라고(?:는|도)? (?:할|볼) 수(?:는)? 없|ㄹ까|까| 수(?:가|는)? 없)|수(?:는|도|가)?\s?없|리(?:가|는)?\s?없|"
     r"(?:기(?:는|가|에는|엔)?|보긴)\s?(?:어렵|힘들|곤란))"
 )
 _SOFT_NO = (
@@ -145,4 +146,10 @@ def _mark(denial: Denial):  # type: ignore[no-untyped-def]
 
 
 def _denied(option: str, hard: bool) -> str:
-    return chr(0xE500 + (ord(option) & 0xFF)) if hard and option != "\ue400" else SUPPOSED
+    return "\ue6ff" if option == "\ue400" else chr((_HARD if hard else _SOFT) + (ord(option) & 0xFF))
+
+
+def find_denials(text: str, option: int) -> list[tuple[int, bool]]:
+    """Where `text` denies that option, and whether it says outright that the option is not the answer."""
+    marks = {chr(_HARD + option): True, chr(_SOFT + option): False}
+    return [(place, marks[mark]) for place, mark in enumerate(text) if mark in marks]

@@ -48,7 +48,7 @@ _NAMES = re.compile(
 _ENDING = (
     r"(?:번|항(?![가-힣])|안(?![가-힣])|입니|이[다며고므라지었에야나]|이(?=[\s,.])|다(?![가-힣])|임|"
     r"인(?!자)|일|였|예|요(?![가-힣])|에[요서]|[가은는을를로와과"
-    r"나도만의에야죠지뿐라](?![가-힣]{3})|로서|라고|라는|라면|라서|이라|보다|만이|까지|처럼|또는|혹은|및|중)"
+    r"나도만의에야죠지뿐라](?![가-힣]{3})|로서|라고|라는|라면|라서|이라|보다|만이|까지|밖에|뿐|외에|말고|처럼|또는|혹은|및|중)"
 )
 _EDGE_LEFT = r"(?<![A-Za-z0-9_=+^\\/&'])(?<![A-Za-z0-9]-)"
 _EDGE_RIGHT = r"(?![A-Za-z0-9_^+/%℃°]|'[a-z]|[-–][A-Za-z0-9가-힣]|\s*[=≈×÷^∝≤≥]|[가-힣])"
@@ -103,11 +103,13 @@ _SET_ASIDE = re.compile(
 )
 
 
-_SYLLABLES, _JAMO = "가나다라마바사아자차", "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊ"
+_SYLLABLES = "가나다라마바사아자차"
+_JAMO = unicodedata.normalize("NFKC", "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊ")
 # "(나)", "'라'", and "정답: 다": syllables that number options, where they are marked or the whole of an answer.
+_LETTERED = f"[{_SYLLABLES}{_JAMO}]"
 _SYLLABLE = re.compile(
-    r"[(\[]\s?([가나다라마바사아자차ㄱ-ㅊ])\s?[)\]](?:번|항)?|[\"'“‘「『]([가나다라마바사아자차ㄱ-ㅊ])[\"'”’」』]"
-    r"|(?:(?<=답[은는:])|(?<=답 :))\s*(?!가\s?입)([가나다라마바사아자차ㄱ-ㅊ])번?(?=\s*(?:입니다|이다|이에요|예요|임(?![가-힣])|\.|\n|\Z))"
+    rf"[(\[]\s?({_LETTERED})\s?[)\]](?:번|항)?|[\"'“‘「『]({_LETTERED})[\"'”’」』]"
+    rf"|(?:(?<=답[은는:])|(?<=답 :))\s*(?!가\s?입)({_LETTERED})번?(?=\s*(?:입니다|이다|이에요|예요|임(?![가-힣])|\.|\n|\Z))"
 )
 _ORDINALS = ("첫", "두", "세", "네", "다섯", "first", "second", "third", "fourth", "fifth")
 _ORDINAL = re.compile(
@@ -130,13 +132,13 @@ def one_turn(text: str) -> str:
     return re.split(r"</(?:think|thinking|reasoning)>|<R/>", text, flags=re.I)[-1]
 
 
-def _plain_text(text: str) -> str:
-    """Text with look-alikes folded and markdown, LaTeX and quotes gone; line breaks stay."""
-    text = text.translate(_ENCLOSED)
+def plain_text(output: str) -> str:
+    """The model's own turn with look-alikes folded and markdown, LaTeX and quotes gone; line breaks stay."""
+    text = one_turn(output).translate(_ENCLOSED)
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)
     text = re.sub(r"[’‘`´]", "'", text)
-    text = flatten(text)
-    text = _SYLLABLE.sub(lambda found: f"({chr(97 + _order(found[1] or found[2] or found[3]))})", text)
+    text = flatten(re.sub(r"\bi\. ?e\.", "that is", text))
+    text = _SYLLABLE.sub(lambda found: chr(_SMALL + _order(found[1] or found[2] or found[3])), text)
     text = _ORDINAL.sub(lambda found: f"{found[2]} ({_ORDINALS.index(found[1].lower()) % 5 + 1}번)", text)
     text = re.sub(r"</?(?:b|i|u|p|em|strong|div|span)>", "", re.sub(r"<br\s*/?>", "\n", text))
     text = re.sub(r"[=\-]>|[⇒➜➔➡👉⟶]", "→", text)
@@ -190,7 +192,7 @@ TICKED = re.compile(
 def _without_echo(text: str) -> str:
     """Text without lists of options: lines or parts of a line that begin with A, B, C, ... in order."""
     lines = text.split("\n")
-    head = re.compile(rf"\s*(?:(?:option|선택지|보기)\s*)?({OPTION})\s*[.):,]")
+    head = re.compile(rf"\s*(?:(?:option|선택지|보기)\s*)?({OPTION}(?=\s*[.):,])|{MARKED}(?=\s+\S)|[\ue200-\ue219](?=\s+\S))")
     run: list[int] = []
     for number, line in [*enumerate(lines), (len(lines), "end")]:
         found = head.match(line)
@@ -225,7 +227,7 @@ def _several(found: re.Match[str]) -> str:
 
 
 def normalise(output: str) -> str:
-    text = _options(_plain_text(one_turn(output)))
+    text = _options(plain_text(output))
     text = _without_echo(text)
     text = re.sub(rf"^\s*{MARKED}\s*[:\-–.]\s*(?={ANY})", "", text, flags=re.M)  # "1번: B": the number of the question
     text = _LIST.sub(_several, mark_denied(text))
