@@ -7,6 +7,7 @@ option, and one in which it must find none; `tests/test_answers.py` tries both.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 ANY = "[\ue000-\ue319\ue400]"
@@ -24,7 +25,7 @@ _NO = (
     r"(?:기(?:는|가|에는|엔)?|보긴)\s?(?:어렵|힘들|곤란))"
 )
 _SOFT_NO = (
-    r"(?:틀[리렸린림립]|오답|부적절|부적합|잘못|그르다|안 [되된됩]|(?:지|지는|지도)\s?(?:않(?!을 수 없)|못)|금기|제외|배제|소거|탈락|거리가 멀|무관)"
+    r"(?:틀[리렸린림립]|오답|부적절|부적합|잘못|그르다|안 [되된됩]|(?:지|지는|지도)\s?(?:않(?!을 수 없)|못|마|말)|금기|제외|배제|소거|탈락|거리가 멀|무관)"
 )
 _ABOUT = (
     r"(?:은|는|이|가|도|을|를|만|라는|이라는|라고|이라고|라고는|이라고는|라고도|번은|로|으로)(?:\s*(?:선택지|보기)[은는이가도]?)?"
@@ -80,15 +81,43 @@ DENIALS = (
     ),
     _denial(
         "wrong",
-        rf"{_RUN}(?:번|항)?\s*(?:{_ABOUT}|:)\s*{_REST}{{0,25}}?{_SOFT_NO}",
+        rf"{_RUN}(?:번|항)?\s*(?:{_ABOUT}|[:\-–—(])\s*{_REST}{{0,25}}?{_SOFT_NO}",
         "B는 적절하지 않다.",
         "정답은 C이다. 오답이 많은 문제였다.",
         hard=False,
     ),
     _denial(
+        "no reason for it",
+        rf"{_RUN}\s*이?라(?:는|고 할|고 볼)\s*\S{{1,8}}(?:은|는|이|가)\s*없",
+        "정답이 B라는 근거는 없다.",
+        "정답이 B라는 근거는 발열이다.",
+    ),
+    _denial(
+        "all but",
+        rf"{_RUN}\s*(?:을|를)?\s*(?:이?외의|제외한|뺀)\s*(?:것|다른|보기|선택지|나머지)",
+        "B 외의 것이 정답이다.",
+        "B 외에는 정답이 없다.",
+        hard=False,
+    ),
+    _denial(
+        "only looks right",
+        rf"{_RUN}\s+(?:looks?|seems?|appears?|sounds?|is tempting)\b{_CLAUSE}{{0,25}},?\s*\bbut\s+(?:it\s+)?(?:is|was)?\s*(?:not\b|n't\b|wrong|incorrect)",
+        "B looks right but is not.",
+        "B looks right and is.",
+        hard=False,
+    ),
+    _denial(
+        "first thought",
+        rf"\b(?:(?:first|initial|original|previous)\s+(?:answer|choice|thought|guess|idea)\s+was|I\s+(?:initially|first|originally|had)\s+"
+        rf"(?:said|chose|thought|answered|picked|guessed))\s+(?:it was\s+|of\s+)?(?:option\s+)?{_RUN}(?!\s+and\s+(?:it|that) is)",
+        "My first answer was B.",
+        "My final answer is B.",
+        hard=False,
+    ),
+    _denial(
         "supposed",
         rf"{_RUN}(?:번|항)?\s*(?:이|가|을|를|은|는)?\s*(?:정답|답)?(?:인 줄 알|일 것 같(?:았?지만|았?으나|은데)|처럼 보이[지나]|[으]?로 보이(?:지만|나)|"
-        r"(?:이?라고|으?로)\s*(?:생각(?:하기 쉽|했|하였|할 수)|착각|오해|오인|혼동|여기기 쉽|했지만|했으나)|(?:을|를)?\s*(?:골랐|선택했|고르)(?:지만|으나|었지만))",
+        r"(?:이?라고|으?로)\s*(?:(?:생각|판단|답|말)(?:하기 쉽|하기 쉬|했[지으]|했는데|하였[지으]|할 수(?:도)? 있)|착각|오해|오인|혼동|여기기 쉽|했지만|했으나|하려다)|(?:을|를)?\s*(?:골랐|선택했|고르)(?:지만|으나|었지만))",
         "정답은 B인 줄 알았다.",
         "정답은 B라고 생각한다.",
         hard=False,
@@ -104,7 +133,7 @@ DENIALS = (
         "not, before the option",
         r"(?:\b(?:not|never|cannot|neither|nobody|hardly|doubt|unlikely|reject(?:ed)?|discard(?:ed)?|dismiss(?:ed)?|avoid|"
         r"rul(?:ed?|ing) out|exclud(?:ed?|ing)|eliminat(?:ed?|ing)|(?:no|wrong|mistake) (?:one|way|to)|"
-        r"(?:every(?:one|thing)|anything|all) (?:but|except)|except(?: for)?)\b|n't\b)"
+        r"no longer|(?:every(?:one|thing)|anything|all) (?:but|except)|except(?: for)?)\b|n't\b)"
         rf"(?!\s+(?:sure|certain|only|a doctor|an? \w+,|(?:\w+ ){{0,2}}(?:option|choice|statement|one|true|correct|indicated|recommended|appropriate) (?:is|are)\b))"
         rf"{_CLAUSE}{{0,40}}?\b{_RUN}".replace(rf"\b{_RUN}", _RUN),
         "I don't think the answer is B.",
@@ -134,13 +163,19 @@ def mark_denied(text: str) -> str:
     return text
 
 
-def _mark(denial: Denial):  # type: ignore[no-untyped-def]
+_GIVEN = re.compile(r"(?:답(?:안|변)?(?:은|는|:)?|answer(?:\s+is|:))\s*\Z", re.I)
+
+
+def _mark(denial: Denial) -> Callable[[re.Match[str]], str]:
     def replace(match: re.Match[str]) -> str:
         if denial.name.startswith("set aside"):
             return ""
-        run = re.sub(ANY, lambda option: _denied(option[0], denial.hard), match["run"])
-        start, end = match.start("run") - match.start(), match.end("run") - match.start()
-        return match[0][:start] + run + match[0][end:]
+        start, end = match.span("run")
+        # "The answer is B, C is wrong": only the last option of the run is.
+        if not denial.hard and _GIVEN.search(match.string, max(0, start - 40), start):
+            start += re.search(rf"(?:{ANY}{_GLOSS},\s*)*", match["run"]).end()  # type: ignore[union-attr]
+        run = re.sub(ANY, lambda option: _denied(option[0], denial.hard), match.string[start:end])
+        return match.string[match.start() : start] + run + match.string[end : match.end()]
 
     return replace
 

@@ -52,7 +52,7 @@ _OPTION_FIRST = re.compile(
     rf"(?:이|가|은|는|만|만이|이야말로)\s*{_SAID}(?:정답|답(?=이|입|임|으로|다|\W)|최종 답)|(?:이라고|"
     r"라고)\s*(?:답|결론)"
     r"|(?:을|를|로|으로|이라고|라고)\s*(?:최종\s*)?(?:정답|답)?(?:으로)?\s*(?:선택(?!한 (?:사람|학생|"
-    r"경우))|정정|수정|변경|하겠|보는 것이 (?:타당|옳|맞|적절)|고르|고릅|골랐|고른|골라|택하|택합|결정|답하|답합|판단)"
+    r"경우))|정정|수정|변경|하겠|정하|정합|한다(?=\.)|바꾸|바꾼|바꿉|바꿔|보는 것이 (?:타당|옳|맞|적절)|고르|고릅|골랐|고른|골라|택하|택합|결정|답하|답합|판단)"
     r"|,?\s+(?:is|would be|must be|should be|as)\s+(?:clearly |therefore |thus |indeed |definitely |"
     r"probably |most likely |likely )?"
     r"(?:(?:the|my|our|a)\s+)?(?:single\s+|best\s+|most\s+|correct\s+|right\s+|final\s+|likely\s+|"
@@ -65,35 +65,35 @@ _OPTION_TEXT_FIRST = re.compile(
     rf"\s+)[^.\n\ue000-\ue400]{{1,40}}?[이가]\s+정답"
 )
 _CHOSEN = re.compile(
-    r"\b(?:choos(?:e|ing)|chose|pick(?:ing)?|select(?:ing)?|go(?:ing)? (?:with|for)|went with|opt for|"
+    r"\b(?:choos(?:e|ing)|chose|pick(?:ing)?|select(?:ing)?|go(?:ing)? (?:with|for)|(?:would|will|'d|can) guess|chang(?:e|ing)(?: my (?:answer|choice))?(?: from \S+)? to|went with|opt for|"
     rf"settle on)\s+{_FILL}"
-    rf"(?P<option>{ANY})|(?:고르면|선택하면|고르자면|고른다면|고르라면|선택하자면|선택한다면|"
+    rf"(?P<option>{ANY})|(?:추측하자면|찍자면|찍는다면|고르면|선택하면|고르자면|고른다면|고르라면|선택하자면|선택한다면|"
     rf"골라야 한다면),?\s*{_FILL}(?P<named>{ANY})",
     re.I,
 )
 _END = (
     rf"(?={_GLOSS}\s*(?:[.,!;:\n]|\Z|입니다|이다|다(?![가-힣])|임(?![가-힣])|예요|이에요|이야|"
-    r"[이가] 맞|라고|로 (?:보|판단)))"
+    r"[이가] 맞|뿐(?:이|입)|라고|로 (?:보|판단)))"
 )
 _CORRECTED = re.compile(
     r"(?:(?:^|[,.!?…\n]\s*)아니(?:다|요|야)?[,.…!]+|정정(?:하면|합니다|하겠습니다)?|다시 (?:보면|보니|"
-    r"생각[가-힣]*|계산[가-힣]*)|\b(?:actually|wait|no|sorry|on second thought)\b|"
+    r"생각[가-힣]*|계산[가-힣]*)|\b(?:actually|wait|no|sorry|on second thought|scratch that)\b|"
     rf"\bcorrection)[\s,:.…]*[^.\n\ue000-\ue400]{{0,20}}?(?P<option>{OPTION}){_END}",
     re.I,
 )
 _CONCLUDED = re.compile(
-    r"(?:따라서|그러므로|그래서|결국|결론적으로|고로|므로|\b(?:therefore|thus|hence|"
+    r"(?:따라서|그러므로|그래서|결국|결론적으로|고로|즉|므로|지만|으나|\bbut|\b(?:therefore|thus|hence|"
     r"so))[,:\s]+(?:(?:it|that)(?:'s| is| must be| would be)\s+)?"
     rf"{_FILL}(?P<option>{OPTION}){_END}",
     re.I,
 )
 # "제 생각에는 D입니다", "it's D": a sentence that says nothing but an option.
 _STATED = re.compile(
-    r"(?:^|[.!?,:\n]\s*|생각(?:에|으로)[는은]?\s*|저는\s*|이는\s*|아마도?\s*|따라서,?\s*|(?:지만|으나),?\s*"
+    r"(?:^|[.!?,:\n]\s*|생각(?:에|으로)[는은]?\s*|저는\s*|이는\s*|실제로는\s*|아마도?\s*|따라서,?\s*|(?:지만|으나),?\s*"
     rf")(?:선택지\s*|보기\s*|바로\s*)?(?P<option>{OPTION}){_GLOSS}\s*"
     r"(?:입니다|이다|다(?=\.)|예요|이에요|일 것(?:입니다|이다| 같)|인 것 같습|이?라고 (?:생각합|생각한|판단|봅)|"
     r"같습니다|에 해당(?:합|한|됩|된)|[와과] 일치)"
-    r"|\b(?:it's|it is|that (?:would be|is)|I(?:'d| would) say|I (?:believe|think)|definitely|probably|"
+    r"|\b(?:it's|it is|that (?:would be|is)|I(?:'d| would) say|I (?:believe|think)|definitely|probably|clearly|likely|surely|certainly|which is|"
     r"most likely|answer's|(?:if I had )?to (?:choose|guess|pick),|lean(?:ing)? towards?|(?:it|this|that|answer) (?:must|has to|should|would|will) be|(?:I(?:'ll| will| would|'d) say)|I mean[t]?)"
     rf"\s+{_FILL}(?P<named>{OPTION}){_END}|\b(?:corresponds to|matches|consistent with) (?:the )?(?:option|"
     rf"choice) (?P<last>{OPTION}){_END}",
@@ -110,7 +110,7 @@ _IS_RIGHT = re.compile(
     rf"(?:(?<!답이 아닌 )(?:{_NOUN}|"
     rf"가장 [^.,\n\ue000-\ue400]{{1,30}}?)(?:으?로)?[은는]\s*{_FILL}(?P<option>{ANY})(?:{_END}|(?={_TEXT_END}))"
     rf"|(?P<named>{OPTION}){_GLOSS}\s*(?:(?:선택지|보기|옵션)\s*)?(?:이|가|만|만이)\s*[^.,\n\ue000-\ue400]{{0,20}}?"
-    r"(?<![부불])(?:맞|옳|적절|적합|타당|해당|부합|알맞|바람직|유력|올바|정확|최선|우선)(?![^.\n]{0,8}(?:지 않|지 못|수 없|지만|어렵))"
+    r"(?<![부불])(?:맞|옳|적절|적합|타당|해당|부합|만족|충족|알맞|바람직|유력|올바|정확|최선|우선)(?![^.\n]{0,8}(?:지 않|지 못|수 없|지만|어렵))"
     rf"|\b(?:most|best)\s[^.,:;\n\ue000-\ue400]{{1,60}}\b(?:is|be)(?:: ?|"
     rf" )(?:(?:[^.;\n\ue000-\ue400]{{0,60}} )?(?P<last>{MARKED})"
     rf"|(?:[^.;\n\ue000-\ue400]{{0,60}} )?option (?P<also>{OPTION}){_END}|(?P<plain>{PLAIN}){_END})"
@@ -124,20 +124,34 @@ _REMAINING = re.compile(
     rf"(?:남는|남은|남아 있는)\s*(?:것|선택지|보기|답|후보)[은는]?\s*{_FILL}(?P<option>{ANY})(?:뿐|만)?{_END}"
     rf"|(?P<named>{OPTION})(?:번|항)?(?:만|이|가|만이)\s*남(?:는다|습니다|게 된|았다|음)"
     r"|\b(?:(?:that|this) leaves|which leaves|leaves us with|(?:are|am|is) left with|leaves only|"
-    r"remaining (?:option|choice|answer|one|possibility) (?:is|must be)|by (?:process of )?elimination,?)\s+(?:us with\s+)?(?:only\s+)?"
+    r"(?:we|I) get|the only (?:option|choice|answer|one) (?:that|which) \w+ is|remaining (?:option|choice|answer|one|possibility) (?:is|must be)|by (?:process of )?elimination,?)\s+(?:us with\s+)?(?:only\s+)?"
     rf"(?:it(?:'s| is| must be)\s+)?{_FILL}(?P<last>{OPTION}){_END}"
-    rf"|\bonly\s+{_FILL}(?P<also>{OPTION})\s+(?:is left|remains|fits|is possible|matches|is correct|is right)",
+    rf"|\bonly\s+{_FILL}(?P<also>{OPTION})\s+(?:is left|remains|fits|satisfies|meets|explains|is possible|matches|is correct|is right)",
     re.I,
 )
 _IS_THE_ONE = re.compile(
-    rf"(?P<option>{OPTION})\s+(?:it is\b|is(?=\.?\s*\Z)|is the (?:one|winner)\b|(?:best|most closely) (?:describes|explains|fits|matches|answers)\b"
+    rf"(?P<option>{OPTION})\s+(?:it is\b|is(?=\.?\s*\Z)|is the (?:one|winner|only (?:option|choice|answer|one))\b|(?:best|most closely) (?:describes|explains|fits|matches|answers)\b"
     r"|is (?:more|most|the most|better|best)\s*(?:likely|supported|suitable|appropriate|probable|consistent)?(?=[.,;\n]|\Z))",
     re.I,
 )
-# "수액을 투여한다 (선택지 D)." at the end of all, and "따라서 ② 수액 투여".
+_RATED = re.compile(
+    rf"(?P<option>{OPTION})(?:번|항)?\s*[이가]\s*(?:가장|제일)\s*(?:좋|낫|나은|가깝|가까|그럴듯|확실|타당)"
+    rf"|(?P<last>{MARKED})\s+[^.,\n\ue000-\ue400]{{1,20}}[이가]\s*(?:가장|제일|우선)\s*(?:좋|낫|적절|적합|타당|바람직|우선)"
+    rf"|(?P<named>{MARKED})[을를]\s*(?:먼저\s*|우선\s*)?(?:시행|투여|선택|실시|적용)(?:해야|하여야)"
+    rf"|(?P<also>{OPTION})\s*(?:\?\s*(?:맞다|맞습니다|그렇다|yes\b|right\b|correct\b)|[\-:]\s*(?:맞음|옳음|정답|correct|right)(?![가-힣A-Za-z]))"
+    r"|\b(?:(?:incorrect|false|wrong|untrue) statement|statement|exception|diagnosis|treatment|therapy|cause|organism|drug|step|test|finding|management)"
+    rf"(?:\s(?:that|which) is (?:not |in|un)\w+)? (?:is|would be|must be|should be) {_FILL}(?P<first>{OPTION}){_END}",
+    re.I,
+)
+_FIELD_LINE = re.compile(
+    rf"^\s*(?:correct|final|result|response|selected|selection|output|prediction|predicted)\s*[:→]\s*(?P<option>{ANY})(?=[.)]?\s*$)", re.I | re.M
+)
+# "수액을 투여한다 (선택지 D)." at the end of all, and "Chest X-ray (A)" where no other option is named.
 _IN_CLOSING = re.compile(
     rf"(?:\(\s*(?:정답|답|선택지|보기|option|choice|answer)\s*[:은]?\s*(?P<option>{ANY})\s*\)|[다요음임함]\s*\.?\s*(?P<last>{MARKED})"
-    rf"|\b(?:i\.e\.|that is|namely),?\s+(?:option|choice)\s+(?P<also>{OPTION}))\s*\.?\s*\Z",
+    rf"|(?:\b(?:i\.e\.|that is|namely),?|-|\()\s*(?:option|choice)\s+(?P<also>{OPTION})\)?)\s*\.?\s*\Z"
+    rf"|(?<=[가-힣a-z.] )→\s*(?P<named>{OPTION})\s*\.?\s*\Z"
+    rf"|\A[^\n\ue000-\ue400]{{3,200}}[가-힣a-z]\s*(?P<first>{MARKED})(?:[을를]\s*[^.\n\ue000-\ue400]{{1,15}}다)?\s*\.?\s*\Z",
     re.I,
 )
 _CONCLUDED_TEXT = re.compile(
@@ -235,6 +249,8 @@ RULES = (
     Rule("remaining", _REMAINING, MIDDLE, NOT_MEANT, "남은 것은 B이다.", "남은 것은 B와 C이다."),
     Rule("stated", _STATED, MIDDLE, NOT_MEANT, "제 생각에는 B입니다.", "혈액형은 B입니다."),
     Rule("is the one", _IS_THE_ONE, WEAK, _NOT_RIGHT, "B best explains the findings.", "B explains some findings."),
+    Rule("rated", _RATED, WEAK, _NOT_RIGHT, "B가 제일 낫다.", "B가 더 흔하다."),
+    Rule("field line", _FIELD_LINE, STRONG, NOT_MEANT, "Result: B", "Result: B and C"),
     Rule("in closing", _IN_CLOSING, WEAK, NOT_MEANT, "수액을 투여한다(선택지 B).", "(선택지 B)는 흔한 오답이다."),
     Rule("ticked", TICKED, WEAK, NOT_MEANT, "A. 폐렴\nB. 천식 ✓", "A. 폐렴\nB. 천식"),
     Rule("is right", _IS_RIGHT, WEAK, _NOT_RIGHT, "B가 가장 적절하다.", "B가 가장 흔하다."),

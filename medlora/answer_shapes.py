@@ -16,9 +16,12 @@ _JSON = re.compile(rf"[\"'](?:{_KEYS})[\"']\s*:\s*(?:{_VALUE})\s*,?", re.I)
 _QUESTION_KEY = re.compile(
     r"[\"'](?:id|no|number|num|question\w*|q_?\d+|문제\w*|문항\w*|번호)[\"']\s*:|[\"']q?\d+[\"']\s*:", re.I
 )
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_JUDGED = re.compile(
+    r"[\"']([A-J])[\"']\s*:\s*[\"']?(true|false|정답|오답|맞음|틀림|correct|incorrect|wrong|O|X)[\"']?(?=\s*[,}\n])", re.I
+)
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _TAGGED = re.compile(
-    r"</?(?:answer|정답|답|final_answer|final|choice|correct_answer|option|선택)>(?![^<\n]*</?think)", re.I
+    r"</?(?:answer|정답|답|final_answer|final|choice|correct_answer|option|선택|result|output|response)>(?![^<\n]*</?think)", re.I
 )
 
 _RULE_LINE = re.compile(r"\s*\|?(?:\s*:?-{2,}:?\s*\|)+\s*(?::?-{2,}:?)?\s*")
@@ -41,10 +44,15 @@ def flatten(text: str) -> str:
     for _ in range(2):
         text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|textrm|bf)\s*\{([^{}]*)\}", r"\1", text)
     text = _BOXED.sub(r"\nanswer: \1\n", text)
+    text = re.sub(r"<answer\s[^>\n]*=\s*[\"']([^\"'\n]{1,40})[\"']\s*/>", r"\nanswer: \1\n", text, flags=re.I)
     return _TAGGED.sub("\nanswer:\n", text).removesuffix("\nanswer:\n")
 
 
 def _flatten_json(text: str) -> str:
+    judged = _JUDGED.findall(text)
+    true = [letter for letter, value in judged if value.lower() not in ("false", "x", "오답", "wrong", "incorrect", "틀림")]
+    if len(judged) > 1 and len(true) == 1 and not _JSON.search(text):
+        return f"{text[: text.index('{')]}\nanswer: {true[0]}\n"
     found = list(_JSON.finditer(text))
     values = {(match["text"] or match["single"] or match["number"] or "").strip() for match in found}
     several = len(found) > 1 and (len(values) > 1 or _QUESTION_KEY.search(text))

@@ -21,7 +21,7 @@ OPTION = "[\ue000-\ue119]"  # written plainly or marked: an option wherever it s
 ANY = "[\ue000-\ue319\ue400]"  # also lower case, a digit, or several at once: an option where a verdict is expected
 
 _LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХасеΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABCEHIJKMOPSTXaceABEZHIKMNOPTX")
-_ENCLOSED = {ord(c): f"({i}번)" for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉") for i, c in enumerate(row, 1)}
+_ENCLOSED = {ord(c): f"({i}번)" for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉", "➊➋➌➍➎➏➐➑➒➓", "⓵⓶⓷⓸⓹⓺⓻⓼⓽⓾") for i, c in enumerate(row, 1)}
 _ENCLOSED |= {first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x249C, 0x1F150, 0x1F170, 0x1F130) for i in range(26)}
 # ㉠ ㉮ ㈀ ㈎ ⑴: circled and bracketed Hangul, bracketed digits.
 _ENCLOSED |= {first + i: f"({i + 1}번)" for first in (0x3260, 0x326E, 0x3200, 0x320E, 0x2474) for i in range(10)}
@@ -34,7 +34,7 @@ _NAMES = re.compile(
     r"cyclosporine?|grade|"
     r"stage|phase|class|serotype|serogroup|toxin|patient|drug|substance|subtype|apolipoprotein|Child[- ]Pugh))[ \-]?)"
     r"\(?[A-J]\)?(?![A-Za-z])"
-    r"|\b[A-J](?=\s(?:cells?|lymphocytes?|peptide|dimer|symptoms|fib|section)\b|\s(?:세포|림프구|언어|"
+    r"|\b[A-J](?=\s(?:cells?|lymphocytes?|peptide|dimer|symptoms|fib|section)\b|\s(?:교수|선생|원장|세포|림프구|언어|"
     r"형(?=[\s은는이가])|"
     r"다이머|펩타이드|반응성))"
     r"|\b[A-J]\. ?(?=coli|pylori|influenzae|difficile|diff\b|perfringens|botulinum|tetani|albicans|"
@@ -78,7 +78,7 @@ _NUMBER_OF_OPTION = re.compile(
     re.I,
 )
 _BARE_DIGIT = re.compile(
-    r"(?<![\d.,\-/=≈~])[(\[]?(10|[1-9])[)\]]?(?=\s*(?:입니다|이다|이며|임|예요|이에요|이 정답|가 정답|"
+    r"(?<=답은 )([1-9])(?=[이가]\s*아니)|(?<![\d.,\-/=≈~])[(\[]?(10|[1-9])[)\]]?(?=\s*(?:입니다|이다|이며|임|예요|이에요|이 정답|가 정답|"
     r"\Z|\n)|(?<![\n\d].)(?<!\A.)[.)](?:\s|\Z))"
 )
 _AND = (
@@ -96,6 +96,7 @@ _SET_ASIDE = re.compile(
     rf"{ANY}보다는?\s*|(?:{ANY}(?:이|가|도)?\s*)+아닌\s+(?={ANY})"
     rf"|{ANY}[\s,.…\-]*(?:아니[요다]?|\b(?:no|wait|sorry|actually|I mean)\b)[\s,]*(?:(?:no|wait|sorry|"
     rf"actually)\b[\s,]*)*(?={ANY})"
+    rf"|(?<=답[은:] ){ANY}\s*→\s*(?={ANY}\s*(?:\.|\n|\Z))"
     rf"|,?\s*\bnot\s+(?:option\s+)?{ANY}\s*(?:\([^()\n]{{0,40}}\)\s*)?,?\s*\bbut\b"
     rf"|,?\s*\b(?:rather than|instead of|and not|over)\s+(?:option\s+)?{ANY}|,\s*not\s+(?:option\s+)?{ANY}"
     rf"|\b(?:between|among|of|from|out of)\s+{SEVERAL}\s*,?|{SEVERAL}\s*(?:중(?:에서|에)?|가운데)(?:는|도)?\s*",
@@ -109,11 +110,12 @@ _JAMO = unicodedata.normalize("NFKC", "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊ")
 _LETTERED = f"[{_SYLLABLES}{_JAMO}]"
 _SYLLABLE = re.compile(
     rf"[(\[]\s?({_LETTERED})\s?[)\]](?:번|항)?|[\"'“‘「『]({_LETTERED})[\"'”’」』]"
+    rf"|(?<![가-힣])({_LETTERED})번(?=\s*(?:입니다|이다|이\s|\.|\n|\Z))"
     rf"|(?:(?<=답[은는:])|(?<=답 :))\s*(?!가\s?입)({_LETTERED})번?(?=\s*(?:입니다|이다|이에요|예요|임(?![가-힣])|\.|\n|\Z))"
 )
-_ORDINALS = ("첫", "두", "세", "네", "다섯", "first", "second", "third", "fourth", "fifth")
+_ORDINALS = ("첫", "두", "세", "네", "다섯", "첫째", "둘째", "셋째", "넷째", "다섯째", "first", "second", "third", "fourth", "fifth")
 _ORDINAL = re.compile(
-    r"(?:\bthe\s+)?(첫|두|세|네|다섯|first|second|third|fourth|fifth)(?:\s?번째)?\s*(선택지|보기|옵션|항목|option|choice)", re.I
+    r"(?:\bthe\s+)?(다섯째|[첫둘셋넷]째|첫|두|세|네|다섯|first|second|third|fourth|fifth)(?:\s?번째)?\s*(선택지|보기|옵션|항목|option|choice)", re.I
 )
 
 
@@ -138,7 +140,7 @@ def plain_text(output: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)
     text = re.sub(r"[’‘`´]", "'", text)
     text = flatten(re.sub(r"\bi\. ?e\.", "that is", text))
-    text = _SYLLABLE.sub(lambda found: chr(_SMALL + _order(found[1] or found[2] or found[3])), text)
+    text = _SYLLABLE.sub(lambda found: chr(_SMALL + _order(next(filter(None, found.groups())))), text)
     text = _ORDINAL.sub(lambda found: f"{found[2]} ({_ORDINALS.index(found[1].lower()) % 5 + 1}번)", text)
     text = re.sub(r"</?(?:b|i|u|p|em|strong|div|span)>", "", re.sub(r"<br\s*/?>", "\n", text))
     text = re.sub(r"[=\-]>|[⇒➜➔➡👉⟶]", "→", text)
@@ -171,7 +173,7 @@ def _options(text: str) -> str:
     text = _SMALL_LETTER.sub(mark(_SMALL), text)
     # A digit that the reasoning computed ("= 3") is a value, not the third option.
     computed = set(re.findall(r"[=≈]\s*(\d+)(?![\d.])", text))
-    text = _BARE_DIGIT.sub(lambda found: found[0] if found[1] in computed else mark(_DIGIT)(found), text)
+    text = _BARE_DIGIT.sub(lambda found: found[0] if (found[1] or found[2]) in computed else mark(_DIGIT)(found), text)
     # "C(3번)": the same option said twice.
     return re.sub(rf"({ANY})\s?({MARKED})", lambda f: f[2] if index_of(f[1]) == index_of(f[2]) else SEVERAL, text)
 
@@ -181,7 +183,7 @@ def index_of(option: str) -> int | None:
     return None if option == SEVERAL else ord(option) & 0xFF
 
 
-_SAYS = re.compile(r"답|따라서|틀|맞|옳|answer|therefore|correct|wrong|because", re.I)
+_SAYS = re.compile(r"답|따라서|틀|맞|옳|아니|아닌|아닙|\b(?:no|not|wait|sorry)\b|answer|therefore|correct|wrong|because", re.I)
 TICKED = re.compile(
     rf"^[ ]*(?P<option>{OPTION})\s*[.):\-](?:[^\n]*[✓✔✅⭕]|\s*\(?(?:정답|맞음|옳음|correct|"
     r"this is the (?:correct|right|best))(?! ?(?:이? ?아|answer)))",
