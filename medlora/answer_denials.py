@@ -17,19 +17,16 @@ DENIED = "[\ue500-\ue619]"
 
 _GLOSS = r"(?:\s*\([^()\n\ue000-\ue400]{0,60}\))?"
 _BETWEEN = r"(?:\s*(?:,\s*(?:and|or|및|그리고)?|/|·|~|&|와|과|이?나|도|및|또는|혹은|이?거나|이?랑|하고|\b(?:and|n?or)\b)\s*(?:option\s+)?)"
-_RUN = rf"(?P<run>{ANY}{_GLOSS}(?:{_BETWEEN}{ANY}{_GLOSS})*)"
+# Atomic, since a run that is tried in all its parts would take exponential time.
+_RUN = rf"(?P<run>(?>{ANY}{_GLOSS}(?:{_BETWEEN}{ANY}{_GLOSS}){{0,9}}))"
 # The rest of a Korean clause: no other option, no end of a sentence, no word that begins the next clause.
 _REST = r"(?:(?!므로|지만|외에|이외|말고|밖에|으나|[이하은는]고\s|이?며\s|[은는인]데|니까|라서|어서|때문|다고 해도|더라도)[^.,;:!?\n\ue000-\ue400])"
 _NO = (
     r"(?:아[니닌님닙닐](?!면|라면|라고(?:는|도)? (?:할|볼) 수(?:는)? 없|ㄹ까|까| 수(?:가|는)? 없)|수(?:는|도|가)?\s?없|리(?:가|는)?\s?없|"
     r"(?:기(?:는|가|에는|엔)?|보긴)\s?(?:어렵|힘들|곤란))"
 )
-_SOFT_NO = (
-    r"(?:틀[리렸린림립]|오답|부적절|부적합|잘못|그르다|안 [되된됩]|(?:지|지는|지도)\s?(?:않(?!을 수 없)|못|마|말)|금기|제외|배제|소거|탈락|거리가 멀|무관)"
-)
-_ABOUT = (
-    r"(?:은|는|이|가|도|을|를|만|라는|이라는|라고|이라고|라고는|이라고는|라고도|번은|로|으로)(?:\s*(?:선택지|보기)[은는이가도]?)?"
-)
+_SOFT_NO = r"(?:틀[리렸린림립]|오답|부적절|부적합|잘못|그르다|안 [되된됩]|(?:지|지는|지도)\s?(?:않(?!을 수 없)|못|마|말)|금기|제외|배제|소거|탈락|거리가 멀|무관)"
+_ABOUT = r"(?:은|는|이|가|도|을|를|만|라는|이라는|라고|이라고|라고는|이라고는|라고도|번은|로|으로)(?:\s*(?:선택지|보기)[은는이가도]?)?"
 _CLAUSE = r"(?:(?!\b(?:but|so|therefore|thus|hence|because|since|and|while|whereas|then|which|leaves|leaving|except|than|what)\b)[^.,;:!?\n\ue000-\ue400])"
 _VERB = (
     r"(?:is|are|was|were|would|could|should|might|may|can|does|do|did|has|have|seems?|looks?|appears?)"
@@ -173,7 +170,7 @@ def _mark(denial: Denial) -> Callable[[re.Match[str]], str]:
         start, end = match.span("run")
         # "The answer is B, C is wrong": only the last option of the run is.
         if not denial.hard and _GIVEN.search(match.string, max(0, start - 40), start):
-            start += re.search(rf"(?:{ANY}{_GLOSS},\s*)*", match["run"]).end()  # type: ignore[union-attr]
+            start += re.search(rf"(?:{ANY}{_GLOSS},\s*){{0,9}}", match["run"]).end()  # type: ignore[union-attr]
         run = re.sub(ANY, lambda option: _denied(option[0], denial.hard), match.string[start:end])
         return match.string[match.start() : start] + run + match.string[end : match.end()]
 

@@ -144,7 +144,8 @@ _RATED = re.compile(
     re.I,
 )
 _FIELD_LINE = re.compile(
-    rf"^\s*(?:correct|final|result|response|selected|selection|output|prediction|predicted)\s*[:→]\s*(?P<option>{ANY})(?=[.)]?\s*$)", re.I | re.M
+    rf"^\s*(?:correct|final|result|response|selected|selection|output|prediction|predicted)\s*[:→]\s*(?P<option>{ANY})(?=[.)]?\s*$)",
+    re.I | re.M,
 )
 # "수액을 투여한다 (선택지 D)." at the end of all, and "Chest X-ray (A)" where no other option is named.
 _IN_CLOSING = re.compile(
@@ -239,13 +240,27 @@ class Rule:
 
 RULES = (
     Rule("cue, option", _CUED, STRONG, NOT_MEANT, "정답은 B입니다.", "오답은 B입니다."),
-    Rule("cue, text, option", _CUED_TEXT, STRONG, NOT_MEANT, "정답은 폐렴(B)입니다.", "정답은 폐렴이며 B형 간염이 동반된다."),
+    Rule(
+        "cue, text, option",
+        _CUED_TEXT,
+        STRONG,
+        NOT_MEANT,
+        "정답은 폐렴(B)입니다.",
+        "정답은 폐렴이며 B형 간염이 동반된다.",
+    ),
     Rule("option, cue", _OPTION_FIRST, STRONG, _NOT_RIGHT, "B가 정답이다.", "B가 정답인지 모른다."),
     Rule("option, text, cue", _OPTION_TEXT_FIRST, STRONG, _NOT_RIGHT, "B. 폐렴이 정답이다.", "B. 폐렴이 흔하다."),
     Rule("chosen", _CHOSEN, STRONG, NOT_MEANT, "I would choose B.", "I would not choose B."),
     Rule("corrected", _CORRECTED, STRONG, NOT_MEANT, "Wait, it is B.", "Wait, B or C?"),
     Rule("concluded", _CONCLUDED, MIDDLE, NOT_MEANT, "따라서 B.", "따라서 B는 아니다."),
-    Rule("concluded with its text", _CONCLUDED_TEXT, MIDDLE, NOT_MEANT, "따라서 ② 수액 투여.", "따라서 ② 수액과 ③ 항생제."),
+    Rule(
+        "concluded with its text",
+        _CONCLUDED_TEXT,
+        MIDDLE,
+        NOT_MEANT,
+        "따라서 ② 수액 투여.",
+        "따라서 ② 수액과 ③ 항생제.",
+    ),
     Rule("remaining", _REMAINING, MIDDLE, NOT_MEANT, "남은 것은 B이다.", "남은 것은 B와 C이다."),
     Rule("stated", _STATED, MIDDLE, NOT_MEANT, "제 생각에는 B입니다.", "혈액형은 B입니다."),
     Rule("is the one", _IS_THE_ONE, WEAK, _NOT_RIGHT, "B best explains the findings.", "B explains some findings."),

@@ -17,11 +17,13 @@ _QUESTION_KEY = re.compile(
     r"[\"'](?:id|no|number|num|question\w*|q_?\d+|문제\w*|문항\w*|번호)[\"']\s*:|[\"']q?\d+[\"']\s*:", re.I
 )
 _JUDGED = re.compile(
-    r"[\"']([A-J])[\"']\s*:\s*[\"']?(true|false|정답|오답|맞음|틀림|correct|incorrect|wrong|O|X)[\"']?(?=\s*[,}\n])", re.I
+    r"[\"']([A-J])[\"']\s*:\s*[\"']?(true|false|정답|오답|맞음|틀림|correct|incorrect|wrong|O|X)[\"']?(?=\s*[,}\n])",
+    re.I,
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _TAGGED = re.compile(
-    r"</?(?:answer|정답|답|final_answer|final|choice|correct_answer|option|선택|result|output|response)>(?![^<\n]*</?think)", re.I
+    r"</?(?:answer|정답|답|final_answer|final|choice|correct_answer|option|선택|result|output|response)>(?![^<\n]*</?think)",
+    re.I,
 )
 
 _RULE_LINE = re.compile(r"\s*\|?(?:\s*:?-{2,}:?\s*\|)+\s*(?::?-{2,}:?)?\s*")
@@ -50,7 +52,9 @@ def flatten(text: str) -> str:
 
 def _flatten_json(text: str) -> str:
     judged = _JUDGED.findall(text)
-    true = [letter for letter, value in judged if value.lower() not in ("false", "x", "오답", "wrong", "incorrect", "틀림")]
+    true = [
+        letter for letter, value in judged if value.lower() not in ("false", "x", "오답", "wrong", "incorrect", "틀림")
+    ]
     if len(judged) > 1 and len(true) == 1 and not _JSON.search(text):
         return f"{text[: text.index('{')]}\nanswer: {true[0]}\n"
     found = list(_JSON.finditer(text))

@@ -24,8 +24,8 @@ from medlora.answer_rules import (
     LABELLED,
     MIDDLE,
     NOT_MEANT,
-    RETRACTED,
     OPENING,
+    RETRACTED,
     RIVAL,
     RULES,
     SHARED,
@@ -38,44 +38,49 @@ from medlora.records import LETTERS
 
 # ---- collect --------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class Verdict:
+    """Where an option is named as the answer, which one it is, and how much that weighs."""
+
     start: int
     end: int
     option: int | None  # None: a verdict that names several options
     strength: int
 
 
-def _verdicts(text: str) -> list[_Verdict]:
+_OPEN = re.compile(r"\b(?:not|cannot|never|whether|if|depends|unclear|wrong|incorrect)\b|n't", re.I)
+
+
+def find_verdicts(text: str, rules: Sequence[Rule] = RULES) -> list[Verdict]:
+    """What the rules read in a normalised text, in the order of the rules."""
+    found = (_judge(match, rule) for rule in rules for match in rule.pattern.finditer(text))
+    return [verdict for verdict in found if verdict is not None]
+
+
+def _judge(match: re.Match[str], rule: Rule) -> Verdict | None:
+    """The verdict of one match; None where it is denied, asked, a condition, or an aside about another option."""
+    text, groups = match.string, match.groupdict()
+    name = next(n for n in ("option", "named", "last", "first", "also", "plain") if groups.get(n))
+    end = match.end(name)
+    aside = text[match.start() - 1 : match.start()] == "(" and re.fullmatch(
+        r"정답\s*", text[match.start() : match.start(name)]
+    )
+    denied = _OPEN.search(groups.get("gap") or "") or rule.unless.match(text, match.end())
+    if denied or aside or IF.search(text, 0, match.start()):
+        return None
+    shared = SHARED.match(text, end) or SHARED_TEXT.match(text, end)
+    return Verdict(match.start(), end, None if shared else index_of(match[name]), rule.strength)
+
+
+def _find_all(text: str) -> list[Verdict]:
     """All verdicts in `text`, in order of where they end."""
-    found: list[_Verdict] = []
-
-    def add(match: re.Match[str], rule: Rule) -> None:
-        name = next(n for n in ("option", "named", "last", "first", "also", "plain") if match.groupdict().get(n))
-        option, end = match[name], match.end(name)
-        denied = re.search(
-            r"\b(?:not|cannot|never|whether|if|depends|unclear|wrong|incorrect)\b|n't",
-            match.groupdict().get("gap") or "",
-            re.I,
-        )
-        aside = text[match.start() - 1 : match.start()] == "(" and re.fullmatch(
-            r"정답\s*", text[match.start() : match.start(name)]
-        )
-        if denied or aside or rule.unless.match(text, match.end()) or IF.search(text, 0, match.start()):
-            return
-        shared = SHARED.match(text, end) or SHARED_TEXT.match(text, end)
-        found.append(_Verdict(match.start(), end, None if shared else index_of(option), rule.strength))
-
-    for rule in RULES:
-        for match in rule.pattern.finditer(text):
-            add(match, rule)
-    found += _standing_alone(text)
-    return sorted(found, key=lambda verdict: verdict.end)
+    return sorted([*find_verdicts(text), *_standing_alone(text)], key=lambda verdict: verdict.end)
 
 
-def _standing_alone(text: str) -> list[_Verdict]:
+def _standing_alone(text: str) -> list[Verdict]:
     """Options that are a line of their own, open the output, or label its last line."""
-    found: list[_Verdict] = []
+    found: list[Verdict] = []
     for match in BARE.finditer(text):
         whole, last = match.span() == (0, len(text)), match.end() == len(text)
         if (
@@ -83,7 +88,7 @@ def _standing_alone(text: str) -> list[_Verdict]:
             or re.fullmatch(OPTION, match[1])
             or (whole and re.fullmatch("[\ue200-\ue219]", match[1]))
         ):
-            found.append(_Verdict(match.start(1), match.end(1), index_of(match[1]), STRONG if last else MIDDLE))
+            found.append(Verdict(match.start(1), match.end(1), index_of(match[1]), STRONG if last else MIDDLE))
     labelled = [index_of(m[1]) for m in LABELLED.finditer(text)]
     opening = OPENING.match(text) if not text.startswith("\ue008.") else None  # "I." numbers a heading
     if opening and not NOT_MEANT.match(text, opening.end(1)):
@@ -91,12 +96,12 @@ def _standing_alone(text: str) -> list[_Verdict]:
             len(labelled) > 1 and labelled[:2] == [labelled[0], (labelled[0] or 0) + 1] and not _OTHERS.search(text)
         )
         if not in_order:
-            found.append(_Verdict(0, opening.end(1), index_of(opening[1]), MIDDLE))
+            found.append(Verdict(0, opening.end(1), index_of(opening[1]), MIDDLE))
     head, _, tail = text.rpartition("\n")
     final = LABELLED.match(tail)
     if final and len(labelled) == 1 and index_of(final[1]) != 0 and re.search(r"[.!다요음임]\s*\Z", head):
         start = len(head) + 1
-        found.append(_Verdict(start, start + final.end(1), index_of(final[1]), MIDDLE))
+        found.append(Verdict(start, start + final.end(1), index_of(final[1]), MIDDLE))
     return found
 
 
@@ -135,7 +140,7 @@ def _decide(text: str) -> int | None:
     fields = [index_of(option) for option in _FIELD.findall(text)]
     if (closing := _FIELD_AT_END.search(text)) and len(set(fields)) == 1:
         return index_of(closing[1])
-    verdicts = _verdicts(text)
+    verdicts = _find_all(text)
     if not verdicts:
         return None
     strongest = max(verdict.strength for verdict in verdicts)
@@ -175,7 +180,7 @@ def parse(output: str, letters: str = LETTERS[:5]) -> str | None:
     if len({number for pair in _QUESTION_NUMBER.findall(text) for number in pair if number}) > 1:
         return None  # answers several questions, of which one at most was asked
     for question in _NEXT_QUESTION.finditer(text):
-        if _verdicts(text[: question.start()]):  # what follows a verdict is a question of the model's own
+        if _find_all(text[: question.start()]):  # what follows a verdict is a question of the model's own
             text = text[: question.start()].strip()
             break
     option = _decide(text)

@@ -21,8 +21,14 @@ OPTION = "[\ue000-\ue119]"  # written plainly or marked: an option wherever it s
 ANY = "[\ue000-\ue319\ue400]"  # also lower case, a digit, or several at once: an option where a verdict is expected
 
 _LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХасеΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABCEHIJKMOPSTXaceABEZHIKMNOPTX")
-_ENCLOSED = {ord(c): f"({i}번)" for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉", "➊➋➌➍➎➏➐➑➒➓", "⓵⓶⓷⓸⓹⓺⓻⓼⓽⓾") for i, c in enumerate(row, 1)}
-_ENCLOSED |= {first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x249C, 0x1F150, 0x1F170, 0x1F130) for i in range(26)}
+_ENCLOSED = {
+    ord(c): f"({i}번)"
+    for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉", "➊➋➌➍➎➏➐➑➒➓", "⓵⓶⓷⓸⓹⓺⓻⓼⓽⓾")
+    for i, c in enumerate(row, 1)
+}
+_ENCLOSED |= {
+    first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x249C, 0x1F150, 0x1F170, 0x1F130) for i in range(26)
+}
 # ㉠ ㉮ ㈀ ㈎ ⑴: circled and bracketed Hangul, bracketed digits.
 _ENCLOSED |= {first + i: f"({i + 1}번)" for first in (0x3260, 0x326E, 0x3200, 0x320E, 0x2474) for i in range(10)}
 
@@ -113,9 +119,26 @@ _SYLLABLE = re.compile(
     rf"|(?<![가-힣])({_LETTERED})번(?=\s*(?:입니다|이다|이\s|\.|\n|\Z))"
     rf"|(?:(?<=답[은는:])|(?<=답 :))\s*(?!가\s?입)({_LETTERED})번?(?=\s*(?:입니다|이다|이에요|예요|임(?![가-힣])|\.|\n|\Z))"
 )
-_ORDINALS = ("첫", "두", "세", "네", "다섯", "첫째", "둘째", "셋째", "넷째", "다섯째", "first", "second", "third", "fourth", "fifth")
+_ORDINALS = (
+    "첫",
+    "두",
+    "세",
+    "네",
+    "다섯",
+    "첫째",
+    "둘째",
+    "셋째",
+    "넷째",
+    "다섯째",
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+)
 _ORDINAL = re.compile(
-    r"(?:\bthe\s+)?(다섯째|[첫둘셋넷]째|첫|두|세|네|다섯|first|second|third|fourth|fifth)(?:\s?번째)?\s*(선택지|보기|옵션|항목|option|choice)", re.I
+    r"(?:\bthe\s+)?(다섯째|[첫둘셋넷]째|첫|두|세|네|다섯|first|second|third|fourth|fifth)(?:\s?번째)?\s*(선택지|보기|옵션|항목|option|choice)",
+    re.I,
 )
 
 
@@ -183,7 +206,9 @@ def index_of(option: str) -> int | None:
     return None if option == SEVERAL else ord(option) & 0xFF
 
 
-_SAYS = re.compile(r"답|따라서|틀|맞|옳|아니|아닌|아닙|\b(?:no|not|wait|sorry)\b|answer|therefore|correct|wrong|because", re.I)
+_SAYS = re.compile(
+    r"답|따라서|틀|맞|옳|아니|아닌|아닙|\b(?:no|not|wait|sorry)\b|answer|therefore|correct|wrong|because", re.I
+)
 TICKED = re.compile(
     rf"^[ ]*(?P<option>{OPTION})\s*[.):\-](?:[^\n]*[✓✔✅⭕]|\s*\(?(?:정답|맞음|옳음|correct|"
     r"this is the (?:correct|right|best))(?! ?(?:이? ?아|answer)))",
@@ -194,7 +219,9 @@ TICKED = re.compile(
 def _without_echo(text: str) -> str:
     """Text without lists of options: lines or parts of a line that begin with A, B, C, ... in order."""
     lines = text.split("\n")
-    head = re.compile(rf"\s*(?:(?:option|선택지|보기)\s*)?({OPTION}(?=\s*[.):,])|{MARKED}(?=\s+\S)|[\ue200-\ue219](?=\s+\S))")
+    head = re.compile(
+        rf"\s*(?:(?:option|선택지|보기)\s*)?({OPTION}(?=\s*[.):,])|{MARKED}(?=\s+\S)|[\ue200-\ue219](?=\s+\S))"
+    )
     run: list[int] = []
     for number, line in [*enumerate(lines), (len(lines), "end")]:
         found = head.match(line)
@@ -228,8 +255,14 @@ def _several(found: re.Match[str]) -> str:
     )
 
 
+def mark_options(output: str) -> str:
+    """The output as plain text with an option character for every option, nothing left out yet."""
+    return _options(plain_text(output))
+
+
 def normalise(output: str) -> str:
-    text = _options(plain_text(output))
+    """The text that verdicts are read from: what is denied is marked, lists and echoes of options are gone."""
+    text = mark_options(output)
     text = _without_echo(text)
     text = re.sub(rf"^\s*{MARKED}\s*[:\-–.]\s*(?={ANY})", "", text, flags=re.M)  # "1번: B": the number of the question
     text = _LIST.sub(_several, mark_denied(text))
