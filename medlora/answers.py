@@ -223,6 +223,13 @@ def score_format(output: str, fields: Sequence[str], letters: str = LETTERS[:5])
     return FormatScore((len(kept) + answered) / (len(fields) + 1), tuple(kept), missing, answered)
 
 
+def find_written_letter(text: str, letters: str = LETTERS[:5]) -> str | None:
+    """The letter that a reasoning answer itself wrote: in its answer field, or wherever `parse` reads one."""
+    _, field, value = one_turn(text).rpartition("answer:")
+    written = value.strip().rstrip(".")
+    return written if field and written in tuple(letters) else parse(text, letters)
+
+
 def score_total(format_score: float, correct: bool) -> float:
     """One third format, two thirds correctness: the total of the scripts that medlora replaces (medgemma_korean)."""
     return format_score / 3 + 2 * correct / 3
