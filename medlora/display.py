@@ -183,7 +183,7 @@ _Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 def _find_columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
     """The columns that only some reports need: what was unparsed, and what `reason` took by likelihood."""
     columns: list[_Column] = []
-    if any(row["unparsed"] for row in rows):
+    if any(row.get("unparsed") for row in rows):
         columns.append(("unparsed", lambda row: str(row["unparsed"])))
     if any(row.get("by_likelihood") for row in rows):
         columns.append(("by likelihood", lambda row: str((row.get("by_likelihood") or {}).get("unwritten", ""))))
