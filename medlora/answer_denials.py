@@ -25,8 +25,8 @@ _NO = (
     r"(?:아[니닌님닙닐](?!면|라면|라고(?:는|도)? (?:할|볼) 수(?:는)? 없|ㄹ까|까| 수(?:가|는)? 없)|수(?:는|도|가)?\s?없|리(?:가|는)?\s?없|"
     r"(?:기(?:는|가|에는|엔)?|보긴)\s?(?:어렵|힘들|곤란))"
 )
-_SOFT_NO = r"(?:틀[리렸린림립]|오답|부적절|부적합|잘못|그르다|안 [되된됩]|(?:지|지는|지도)\s?(?:않(?!을 수 없)|못|마|말)|금기|제외|배제|소거|탈락|거리가 멀|무관)"
-_ABOUT = r"(?:은|는|이|가|도|을|를|만|라는|이라는|라고|이라고|라고는|이라고는|라고도|번은|로|으로)(?:\s*(?:선택지|보기)[은는이가도]?)?"
+_SOFT_NO = r"(?:틀[리렸린림립]|오답|부적절|부적합|잘못|그르다|안 [되된됩]|(?:지|지는|지도)\s?(?:않(?!을 수 없)|못|마|말)|금기|가능성[은이도]?\s*(?:낮|적|희박|없)|제외|배제|소거|탈락|거리가 멀|무관)"
+_ABOUT = r"(?:은|는|이|가|도|을|를|만|인(?!데)|일(?!지|까)|라는|이라는|라고|이라고|라고는|이라고는|라고도|번은|로|으로)(?:\s*(?:선택지|보기)[은는이가도]?)?"
 _CLAUSE = r"(?:(?!\b(?:but|so|therefore|thus|hence|because|since|and|while|whereas|then|which|leaves|leaving|except|than|what)\b)[^.,;:!?\n\ue000-\ue400])"
 _VERB = (
     r"(?:is|are|was|were|would|could|should|might|may|can|does|do|did|has|have|seems?|looks?|appears?)"
@@ -112,6 +112,13 @@ DENIALS = (
         hard=False,
     ),
     _denial(
+        "judged wrong",
+        rf"{_RUN}\s+(?:오답|틀림|부적절|부적합|잘못|wrong|incorrect)(?=\s*(?:[,.;/\n]|\Z))",
+        "B 오답, C 정답",
+        "B 정답, C 오답",
+        hard=False,
+    ),
+    _denial(
         "supposed",
         rf"{_RUN}(?:번|항)?\s*(?:이|가|을|를|은|는)?\s*(?:정답|답)?(?:인 줄 알|일 것 같(?:았?지만|았?으나|은데)|처럼 보이[지나]|[으]?로 보이(?:지만|나)|"
         r"(?:이?라고|으?로)\s*(?:(?:생각|판단|답|말)(?:하기 쉽|하기 쉬|했[지으]|했는데|하였[지으]|할 수(?:도)? 있)|착각|오해|오인|혼동|여기기 쉽|했지만|했으나|하려다)|(?:을|를)?\s*(?:골랐|선택했|고르)(?:지만|으나|었지만))",
@@ -129,7 +136,7 @@ DENIALS = (
     _denial(
         "not, before the option",
         r"(?:\b(?:not|never|cannot|neither|nobody|hardly|doubt|unlikely|reject(?:ed)?|discard(?:ed)?|dismiss(?:ed)?|avoid|"
-        r"rul(?:ed?|ing) out|exclud(?:ed?|ing)|eliminat(?:ed?|ing)|(?:no|wrong|mistake) (?:one|way|to)|"
+        r"wrong about|rul(?:ed?|ing) out|exclud(?:ed?|ing)|eliminat(?:ed?|ing)|(?:no|wrong|mistake) (?:one|way|to)|"
         r"no longer|(?:every(?:one|thing)|anything|all) (?:but|except)|except(?: for)?)\b|n't\b)"
         rf"(?!\s+(?:sure|certain|only|a doctor|an? \w+,|(?:\w+ ){{0,2}}(?:option|choice|statement|one|true|correct|indicated|recommended|appropriate) (?:is|are)\b))"
         rf"{_CLAUSE}{{0,40}}?\b{_RUN}".replace(rf"\b{_RUN}", _RUN),

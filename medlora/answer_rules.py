@@ -105,7 +105,7 @@ _NOUN = (
     r"선택지|보기|옵션"
 )
 # "② 수액 투여이다.": the option's text behind it, to the end of a sentence that names no other option.
-_TEXT_END = r"\s+[^.,\n\ue000-\ue400]{1,30}?(?:이다|입니다|임|이에요|예요|(?<=[이가]) [^.,\n\ue000-\ue400]{1,8}하다)(?:\.|\s*\n|\s*\Z)"
+_TEXT_END = r"\s+[^.,\n\ue000-\ue400]{1,30}?(?:이다|입니다|임|이에요|예요|[가-힣]다|(?<=[이가]) [^.,\n\ue000-\ue400]{1,8}하다)(?:\.|\s*\n|\s*\Z)"
 _IS_RIGHT = re.compile(
     rf"(?:(?<!답이 아닌 )(?:{_NOUN}|"
     rf"가장 [^.,\n\ue000-\ue400]{{1,30}}?)(?:으?로)?[은는]\s*{_FILL}(?P<option>{ANY})(?:{_END}|(?={_TEXT_END}))"
@@ -121,10 +121,10 @@ _IS_RIGHT = re.compile(
 )
 
 _REMAINING = re.compile(
-    rf"(?:남는|남은|남아 있는)\s*(?:것|선택지|보기|답|후보)[은는]?\s*{_FILL}(?P<option>{ANY})(?:뿐|만)?{_END}"
+    rf"(?:남는|남은|남아 있는)\s*(?:것|하나|선택지|보기|답|후보)[은는]?\s*{_FILL}(?P<option>{ANY})(?:뿐|만)?{_END}"
     rf"|(?P<named>{OPTION})(?:번|항)?(?:만|이|가|만이)\s*남(?:는다|습니다|게 된|았다|음)"
     r"|\b(?:(?:that|this) leaves|which leaves|leaves us with|(?:are|am|is) left with|leaves only|"
-    r"(?:we|I) get|the only (?:option|choice|answer|one) (?:that|which) \w+ is|remaining (?:option|choice|answer|one|possibility) (?:is|must be)|by (?:process of )?elimination,?)\s+(?:us with\s+)?(?:only\s+)?"
+    r"(?:we|I) get|(?:what|the one that) remains is|the only (?:option|choice|answer|one) (?:that|which) \w+ is|remaining (?:option|choice|answer|one|possibility) (?:is|must be)|by (?:process of )?elimination,?)\s+(?:us with\s+)?(?:only\s+)?"
     rf"(?:it(?:'s| is| must be)\s+)?{_FILL}(?P<last>{OPTION}){_END}"
     rf"|\bonly\s+{_FILL}(?P<also>{OPTION})\s+(?:is left|remains|fits|satisfies|meets|explains|is possible|matches|is correct|is right)",
     re.I,
@@ -136,6 +136,7 @@ _IS_THE_ONE = re.compile(
 )
 _RATED = re.compile(
     rf"(?P<option>{OPTION})(?:번|항)?\s*[이가]\s*(?:가장|제일)\s*(?:좋|낫|나은|가깝|가까|그럴듯|확실|타당)"
+    rf"|(?P<plain>{OPTION})(?:(?:인|일) 것 같(?:다|습니다|아요)|일 가능성이 (?:가장 )?(?:높|크|큽)|\s+정답(?=\s*(?:[,.;/\n]|\Z)))"
     rf"|(?P<last>{MARKED})\s+[^.,\n\ue000-\ue400]{{1,20}}[이가]\s*(?:가장|제일|우선)\s*(?:좋|낫|적절|적합|타당|바람직|우선)"
     rf"|(?P<named>{MARKED})[을를]\s*(?:먼저\s*|우선\s*)?(?:시행|투여|선택|실시|적용)(?:해야|하여야)"
     rf"|(?P<also>{OPTION})\s*(?:\?\s*(?:맞다|맞습니다|그렇다|yes\b|right\b|correct\b)|[\-:]\s*(?:맞음|옳음|정답|correct|right)(?![가-힣A-Za-z]))"
