@@ -29,7 +29,7 @@ _SOFT_NO = r"(?:틀[리렸린림립]|오답|부적절|부적합|잘못|그르다
 _ABOUT = r"(?:은|는|이|가|도|을|를|만|인(?!데)|일(?!지|까)|라는|이라는|라고|이라고|라고는|이라고는|라고도|번은|로|으로)(?:\s*(?:선택지|보기)[은는이가도]?)?"
 _CLAUSE = r"(?:(?!\b(?:but|so|therefore|thus|hence|because|since|and|while|whereas|then|which|leaves|leaving|except|than|what)\b)[^.,;:!?\n\ue000-\ue400])"
 _VERB = (
-    r"(?:is|are|was|were|would|could|should|might|may|can|does|do|did|has|have|seems?|looks?|appears?)"
+    r"(?:is|are|was|were|would|could|should|might|may|can|does|(?-i:do)|did|has|have|seems?|looks?|appears?)"
     r"(?:\s+(?:be|been|clearly|definitely|also|probably|therefore|thus|likely|most likely|already|all|both|completely|simply|the))*"
 )
 
@@ -78,7 +78,7 @@ DENIALS = (
     ),
     _denial(
         "wrong",
-        rf"{_RUN}(?:번|항)?\s*(?:{_ABOUT}|[:\-–—(])\s*{_REST}{{0,25}}?{_SOFT_NO}",
+        rf"{_RUN}(?:번|항)?\s*(?:{_ABOUT})\s*{_REST}{{0,25}}?{_SOFT_NO}",
         "B는 적절하지 않다.",
         "정답은 C이다. 오답이 많은 문제였다.",
         hard=False,
@@ -113,7 +113,7 @@ DENIALS = (
     ),
     _denial(
         "judged wrong",
-        rf"{_RUN}\s+(?:오답|틀림|부적절|부적합|잘못|wrong|incorrect)(?=\s*(?:[,.;/\n]|\Z))",
+        rf"{_RUN}(?:\s*[:\-–—(]\s*|\s+)(?:오답|틀[림린]|부적절|부적합|잘못|금기|제외|wrong|incorrect)(?=\s*(?:[,.;/\n)]|\Z|이[다고므며]|하))",
         "B 오답, C 정답",
         "B 정답, C 오답",
         hard=False,

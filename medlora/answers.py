@@ -110,7 +110,7 @@ _OTHERS = re.compile(r"다른|나머지|오답|틀린|\b(?:other|others|incorrec
 # ---- decide ---------------------------------------------------------------------------------------------------------
 
 TURN = re.compile(
-    r"아니[,.…!다요야]|다시|정정|수정|따라서|그러므로|결론|결국|최종|하지만|그러나|그런데|다만|재검토|"
+    r"아니[,.…!다요야]|다시(?! 말)|정정|수정|따라서|그러므로|결론|결국|최종|하지만|그러나|그런데|다만|재검토|"
     r"재계산|잠깐|사실은?|오히려|[가-힣]지만|으나|므로\b"
     r"|\b(?:therefore|thus|hence|so|however|but|wait|actually|correction|corrected|reconsider\w*|"
     r"second thought|final|finally|instead|sorry|"

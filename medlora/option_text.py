@@ -161,6 +161,7 @@ def plain_text(output: str) -> str:
     """The model's own turn with look-alikes folded and markdown, LaTeX and quotes gone; line breaks stay."""
     text = one_turn(output).translate(_ENCLOSED)
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)
+    text = re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]{3,}", "  ", text))  # runs of space cost time and say nothing
     text = re.sub(r"[’‘`´]", "'", text)
     text = flatten(re.sub(r"\bi\. ?e\.", "that is", text))
     text = _SYLLABLE.sub(lambda found: chr(_SMALL + _order(next(filter(None, found.groups())))), text)
@@ -198,7 +199,7 @@ def _options(text: str) -> str:
     computed = set(re.findall(r"[=≈]\s*(\d+)(?![\d.])", text))
     text = _BARE_DIGIT.sub(lambda found: found[0] if (found[1] or found[2]) in computed else mark(_DIGIT)(found), text)
     # "C(3번)": the same option said twice.
-    return re.sub(rf"({ANY})\s?({MARKED})", lambda f: f[2] if index_of(f[1]) == index_of(f[2]) else SEVERAL, text)
+    return re.sub(rf"({ANY})[ \t]?({MARKED})", lambda f: f[2] if index_of(f[1]) == index_of(f[2]) else SEVERAL, text)
 
 
 def index_of(option: str) -> int | None:
