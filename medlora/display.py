@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -150,31 +150,63 @@ def print_reports(reports: Mapping[str, Mapping[str, Any] | None], worked: bool)
     if not there:
         return
     named, timed = list(there) != [""], any(report.get("phase_seconds") for report in there.values())
+    extra = _find_columns([row for report in there.values() for row in report["stages"]])
     table = Table(
         *(["run"] if named else []),
         *("stage", "test", "accuracy", "95 % interval", "n"),
+        *(name for name, _ in extra),
         *(["trained in"] if timed else []),
     )
     for name, report in there.items():
-        _add_rows(table, report, [name] if named else [], timed)
+        _add_rows(table, report, [name] if named else [], timed, extra)
     console.print(table)
     for name, report in there.items():
         said = f"{name}: " if named else ""
         failed = sum(row["failed"] for row in report["stages"])
         if failed:
             console.print(f"{said}{failed} answers failed and count as wrong; see predictions.parquet, column error")
-        for note in report.get("notes", []):
+        if unwritten := sum((row.get("by_likelihood") or {}).get("unwritten", 0) for row in report["stages"]):
+            console.print(
+                f"{said}{unwritten} letters were taken by likelihood: the text that the model wrote does not give them; "
+                "beside them, accuracy of the answers that kept the whole format"
+            )
+        for note in [*report.get("notes", []), *report.get("remarks", [])]:
             console.print(f"beware: {said}{note}", markup=False)
         rate = f", {report['questions_per_s']:.1f} questions/s once running" if report.get("questions_per_s") else ""
         if "seconds" in report:
             console.print(f"{said}evaluation: {report['seconds']:.0f} s{rate}")
 
 
-def _add_rows(table: Table, report: Mapping[str, Any], leading: list[str], timed: bool) -> None:
+_Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+
+
+def _find_columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
+    """The columns that only some reports need: what was unparsed, and what `reason` took by likelihood."""
+    columns: list[_Column] = []
+    if any(row.get("unparsed") for row in rows):
+        columns.append(("unparsed", lambda row: str(row["unparsed"])))
+    if any(row.get("by_likelihood") for row in rows):
+        columns.append(("by likelihood", lambda row: str((row.get("by_likelihood") or {}).get("unwritten", ""))))
+        columns.append(("format kept", _describe_kept))
+    return columns
+
+
+def _describe_kept(row: Mapping[str, Any]) -> str:
+    counted = row.get("by_likelihood")
+    if not counted:
+        return ""
+    share = f"{counted['kept_accuracy']:.1%} of " if counted["kept"] else ""
+    return f"{share}{counted['kept']}"
+
+
+def _add_rows(
+    table: Table, report: Mapping[str, Any], leading: list[str], timed: bool, extra: Sequence[_Column]
+) -> None:
     rows = report["stages"]
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         low, high = row["interval"]
         cells = [row["stage"], row["test"], f"{row['accuracy']:.1%}", f"{low:.1%} .. {high:.1%}", str(row["n"])]
+        cells += [describe(row) for _, describe in extra]
         if timed:
             seconds = (report.get("phase_seconds") or {}).get(row["stage"])
             cells.append(f"{seconds:.0f} s" if seconds is not None else "")

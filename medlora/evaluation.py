@@ -142,6 +142,26 @@ def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationCon
     return doubts
 
 
+def describe_other_task(stages: Stages, evaluation: EvaluationConfig) -> list[str]:
+    """A sentence where stages that were trained to reason first are scored without their reasoning."""
+    if evaluation.scoring not in ("letter", "option_text"):
+        return []
+    reasoning = [name for name, chain in stages.items() if chain and _was_trained_to_reason(Path(chain[-1].folder))]
+    if not reasoning:
+        return []
+    asks = "the letter at once" if evaluation.scoring == "letter" else "the options' texts without reasoning"
+    return [
+        f"{', '.join(reasoning)}: trained to reason before the answer, and scored by `{evaluation.scoring}`, which asks for "
+        f"{asks}; that is another task than the trained one (`scoring: reason` scores the trained one)"
+    ]
+
+
+def _was_trained_to_reason(adapter: Path) -> bool:
+    """Whether one of our phases made the adapter from questions with rationales, in a style that shows them."""
+    manifest = runs.read_manifest(adapter.parent) or {}
+    return bool(manifest.get("rationale")) and bool(_find_trained_styles(adapter) & {"reasoning", "reasoning_full"})
+
+
 def _find_trained_styles(adapter: Path) -> set[str]:
     """The styles of the questions that one of our phases trained on; empty for others' adapters and for plain text."""
     manifest = runs.read_manifest(adapter.parent) or {}
@@ -345,7 +365,15 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
         )
     fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, asked)
     return EvaluationPlan(
-        stages, asked, fingerprint, [*doubts, *find_notes(config), *describe_quarantine(config.evaluation)]
+        stages,
+        asked,
+        fingerprint,
+        [
+            *doubts,
+            *describe_other_task(stages, config.evaluation),
+            *find_notes(config),
+            *describe_quarantine(config.evaluation),
+        ],
     )
 
 

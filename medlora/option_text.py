@@ -11,6 +11,9 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from medlora.answer_denials import mark_denied
+from medlora.answer_shapes import flatten
+
 # Private-use blocks: option written plainly (B), marked as an option ((B), ②, 2번), in lower case (b), as a digit (2).
 _PLAIN, _MARKED, _SMALL, _DIGIT, SEVERAL = 0xE000, 0xE100, 0xE200, 0xE300, "\ue400"
 PLAIN, MARKED = "[\ue000-\ue019]", "[\ue100-\ue119]"
@@ -18,8 +21,16 @@ OPTION = "[\ue000-\ue119]"  # written plainly or marked: an option wherever it s
 ANY = "[\ue000-\ue319\ue400]"  # also lower case, a digit, or several at once: an option where a verdict is expected
 
 _LOOKALIKES = str.maketrans("АВСЕНІЈКМОРЅТХасеΑΒΕΖΗΙΚΜΝΟΡΤΧ", "ABCEHIJKMOPSTXaceABEZHIKMNOPTX")
-_ENCLOSED = {ord(c): f"({i}번)" for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉") for i, c in enumerate(row, 1)}
-_ENCLOSED |= {first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x1F150, 0x1F170, 0x1F130) for i in range(26)}
+_ENCLOSED = {
+    ord(c): f"({i}번)"
+    for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "➀➁➂➃➄➅➆➇➈➉", "➊➋➌➍➎➏➐➑➒➓", "⓵⓶⓷⓸⓹⓺⓻⓼⓽⓾")
+    for i, c in enumerate(row, 1)
+}
+_ENCLOSED |= {
+    first + i: f"({chr(65 + i)})" for first in (0x24B6, 0x24D0, 0x249C, 0x1F150, 0x1F170, 0x1F130) for i in range(26)
+}
+# ㉠ ㉮ ㈀ ㈎ ⑴: circled and bracketed Hangul, bracketed digits.
+_ENCLOSED |= {first + i: f"({i + 1}번)" for first in (0x3260, 0x326E, 0x3200, 0x320E, 0x2474) for i in range(10)}
 
 # Letters inside a name are no options: "비타민 D", "hepatitis B", "E. coli", "C 언어".
 _NAMES = re.compile(
@@ -29,7 +40,7 @@ _NAMES = re.compile(
     r"cyclosporine?|grade|"
     r"stage|phase|class|serotype|serogroup|toxin|patient|drug|substance|subtype|apolipoprotein|Child[- ]Pugh))[ \-]?)"
     r"\(?[A-J]\)?(?![A-Za-z])"
-    r"|\b[A-J](?=\s(?:cells?|lymphocytes?|peptide|dimer|symptoms|fib|section)\b|\s(?:세포|림프구|언어|"
+    r"|\b[A-J](?=\s(?:cells?|lymphocytes?|peptide|dimer|symptoms|fib|section)\b|\s(?:교수|선생|원장|세포|림프구|언어|"
     r"형(?=[\s은는이가])|"
     r"다이머|펩타이드|반응성))"
     r"|\b[A-J]\. ?(?=coli|pylori|influenzae|difficile|diff\b|perfringens|botulinum|tetani|albicans|"
@@ -43,7 +54,7 @@ _NAMES = re.compile(
 _ENDING = (
     r"(?:번|항(?![가-힣])|안(?![가-힣])|입니|이[다며고므라지었에야나]|이(?=[\s,.])|다(?![가-힣])|임|"
     r"인(?!자)|일|였|예|요(?![가-힣])|에[요서]|[가은는을를로와과"
-    r"나도만의에야죠지뿐라](?![가-힣]{3})|로서|라고|라는|라면|라서|이라|보다|만이|까지|처럼|또는|혹은|및|중)"
+    r"나도만의에야죠지뿐라](?![가-힣]{3})|로서|라고|라는|라면|라서|이라|보다|만이|까지|밖에|뿐|외에|말고|처럼|또는|혹은|및|중)"
 )
 _EDGE_LEFT = r"(?<![A-Za-z0-9_=+^\\/&'])(?<![A-Za-z0-9]-)"
 _EDGE_RIGHT = r"(?![A-Za-z0-9_^+/%℃°]|'[a-z]|[-–][A-Za-z0-9가-힣]|\s*[=≈×÷^∝≤≥]|[가-힣])"
@@ -63,14 +74,19 @@ _MARKED_LETTER = re.compile(
     r"(?<![A-Za-z0-9_])[(\[{<]\s?([A-Za-z])\s?[)\]}>](?![A-Za-z0-9_'^]|\s*=)(?:번|항(?![가-힣]))?"
 )
 _NUMBERED = re.compile(
-    r"(?<![\d.])[(\[]?(10|[1-9])\s?번(?!째|[ 의]*(?:문제|문항|질문|문(?!\w)|이상|이하|씩|정도|반복|복용|"
-    r"투여|더 )|호|지\b)[)\]]?번?"
+    r"(?<![\d.제])(?<!하루 )(?<!1일 )(?<!매일 )(?<!매주 )(?<!주 )[(\[]?(10|[1-9])\s?\)?번(?!째|[ 의]*(?:문제|문항|질문|문(?!\w)|이상|이하|"
+    r"씩|정도|반복|복용|투여|더 |뇌신경|염색체|요추|경추|흉추|천추|목뼈|허리뼈|등뼈|늑골|갈비|환자|방문|측정)|호|지\b)[)\]]?번?"
+)
+# "Option 2", "2)가", "답은 2).": a digit that can only number an option.
+_NUMBER_OF_OPTION = re.compile(
+    r"(?<=(?:option|choice) )#?([1-9])(?![\d.%])|(?:(?<=선택지 )|(?<=보기 ))([1-9])(?![\d.%]|\s*(?:개|가지|종|차))"
+    r"|(?<![\d.(A-Za-z])([1-9])\)(?=[이가을를로]\s)|(?<=답[은는:])\s*([1-9])\)(?=\s*\.?\s*(?:\Z|\n))|(?<=answer: )#([1-9])(?!\d)",
+    re.I,
 )
 _BARE_DIGIT = re.compile(
-    r"(?<![\d.,\-/=≈~])[(\[]?(10|[1-9])[)\]]?(?=\s*(?:입니다|이다|이며|임|예요|이에요|이 정답|가 정답|"
+    r"(?<=답은 )([1-9])(?=[이가]\s*아니)|(?<![\d.,\-/=≈~])[(\[]?(10|[1-9])[)\]]?(?=\s*(?:입니다|이다|이며|임|예요|이에요|이 정답|가 정답|"
     r"\Z|\n)|(?<![\n\d].)(?<!\A.)[.)](?:\s|\Z))"
 )
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _AND = (
     r"(?:,\s*(?:and|or|및|또는|혹은|그리고)?|&|·|~|와|과|이?나|및|또는|혹은|아니면|이?거나|이?랑|하고|그리고|"
     r"and/or|and|or|vs\.?)"
@@ -86,11 +102,48 @@ _SET_ASIDE = re.compile(
     rf"{ANY}보다는?\s*|(?:{ANY}(?:이|가|도)?\s*)+아닌\s+(?={ANY})"
     rf"|{ANY}[\s,.…\-]*(?:아니[요다]?|\b(?:no|wait|sorry|actually|I mean)\b)[\s,]*(?:(?:no|wait|sorry|"
     rf"actually)\b[\s,]*)*(?={ANY})"
+    rf"|(?<=답[은:] ){ANY}\s*→\s*(?={ANY}\s*(?:\.|\n|\Z))"
     rf"|,?\s*\bnot\s+(?:option\s+)?{ANY}\s*(?:\([^()\n]{{0,40}}\)\s*)?,?\s*\bbut\b"
     rf"|,?\s*\b(?:rather than|instead of|and not|over)\s+(?:option\s+)?{ANY}|,\s*not\s+(?:option\s+)?{ANY}"
     rf"|\b(?:between|among|of|from|out of)\s+{SEVERAL}\s*,?|{SEVERAL}\s*(?:중(?:에서|에)?|가운데)(?:는|도)?\s*",
     re.I,
 )
+
+
+_SYLLABLES = "가나다라마바사아자차"
+_JAMO = unicodedata.normalize("NFKC", "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊ")
+# "(나)", "'라'", and "정답: 다": syllables that number options, where they are marked or the whole of an answer.
+_LETTERED = f"[{_SYLLABLES}{_JAMO}]"
+_SYLLABLE = re.compile(
+    rf"[(\[]\s?({_LETTERED})\s?[)\]](?:번|항)?|[\"'“‘「『]({_LETTERED})[\"'”’」』]"
+    rf"|(?<![가-힣])({_LETTERED})번(?=\s*(?:입니다|이다|이\s|\.|\n|\Z))"
+    rf"|(?:(?<=답[은는:])|(?<=답 :)|(?<=answer:)|(?<=아니라))\s*(?!가\s?입)({_LETTERED})번?(?=\s*(?:입니다|이다|이에요|예요|임(?![가-힣])|[이가]\s*아니|\.|\n|\Z))"
+)
+_ORDINALS = (
+    "첫",
+    "두",
+    "세",
+    "네",
+    "다섯",
+    "첫째",
+    "둘째",
+    "셋째",
+    "넷째",
+    "다섯째",
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+)
+_ORDINAL = re.compile(
+    r"(?:\bthe\s+)?(다섯째|[첫둘셋넷]째|첫|두|세|네|다섯|first|second|third|fourth|fifth)(?:\s?번째)?\s*(선택지|보기|옵션|항목|option|choice)",
+    re.I,
+)
+
+
+def _order(syllable: str) -> int:
+    return _SYLLABLES.index(syllable) if syllable in _SYLLABLES else _JAMO.index(syllable)
 
 
 def one_turn(text: str) -> str:
@@ -104,17 +157,15 @@ def one_turn(text: str) -> str:
     return re.split(r"</(?:think|thinking|reasoning)>|<R/>", text, flags=re.I)[-1]
 
 
-def _plain_text(text: str) -> str:
-    """Text with look-alikes folded and markdown, LaTeX and quotes gone; line breaks stay."""
-    text = text.translate(_ENCLOSED)
+def plain_text(output: str) -> str:
+    """The model's own turn with look-alikes folded and markdown, LaTeX and quotes gone; line breaks stay."""
+    text = one_turn(output).translate(_ENCLOSED)
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)
+    text = re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]{3,}", "  ", text))  # runs of space cost time and say nothing
     text = re.sub(r"[’‘`´]", "'", text)
-    for _ in range(2):
-        text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|textrm|bf)\s*\{([^{}]*)\}", r"\1", text)
-    text = _BOXED.sub(r"\nanswer: \1\n", text)
-    text = re.sub(r"</?(?:answer|정답|final_answer|final)>", "\nanswer:\n", text, flags=re.I).removesuffix(
-        "\nanswer:\n"
-    )
+    text = flatten(re.sub(r"\bi\. ?e\.", "that is", text))
+    text = _SYLLABLE.sub(lambda found: chr(_SMALL + _order(next(filter(None, found.groups())))), text)
+    text = _ORDINAL.sub(lambda found: f"{found[2]} ({_ORDINALS.index(found[1].lower()) % 5 + 1}번)", text)
     text = re.sub(r"</?(?:b|i|u|p|em|strong|div|span)>", "", re.sub(r"<br\s*/?>", "\n", text))
     text = re.sub(r"[=\-]>|[⇒➜➔➡👉⟶]", "→", text)
     text = re.sub(r"[*_]{2}\s*[(\[\"']*([A-Za-z])[)\]\"']*\s*[*_]{2}(?![A-Za-z])", r"(\1)", text)
@@ -127,22 +178,28 @@ def _plain_text(text: str) -> str:
     return re.sub(r"\[\[([A-Za-z])\]\]", r"[\1]", text)
 
 
+def _place(block: int, mark: str) -> str:
+    return chr(block + (int(mark) - 1 if mark.isdigit() else ord(mark.upper()) - 65))
+
+
 def _options(text: str) -> str:
     """Text with every option spelling replaced by its private-use character."""
 
     def mark(block: int) -> Callable[[re.Match[str]], str]:
-        return lambda found: chr(block + (int(found[1]) - 1 if found[1].isdigit() else ord(found[1].upper()) - 65))
+        return lambda found: _place(block, next(filter(None, found.groups())))
 
     text = _NAMES.sub(lambda found: f"{found[1] or ''}_", text)
     text = _NUMBERED.sub(mark(_MARKED), text)
+    text = _NUMBER_OF_OPTION.sub(mark(_MARKED), text)
+    text = re.sub(rf"\(\s*({MARKED})\s*\)", r"\1", text)
     text = _MARKED_LETTER.sub(mark(_MARKED), text)
     text = _PLAIN_LETTER.sub(mark(_PLAIN), text)
     text = _SMALL_LETTER.sub(mark(_SMALL), text)
     # A digit that the reasoning computed ("= 3") is a value, not the third option.
     computed = set(re.findall(r"[=≈]\s*(\d+)(?![\d.])", text))
-    text = _BARE_DIGIT.sub(lambda found: found[0] if found[1] in computed else mark(_DIGIT)(found), text)
+    text = _BARE_DIGIT.sub(lambda found: found[0] if (found[1] or found[2]) in computed else mark(_DIGIT)(found), text)
     # "C(3번)": the same option said twice.
-    return re.sub(rf"({ANY})\s?({MARKED})", lambda f: f[2] if index_of(f[1]) == index_of(f[2]) else SEVERAL, text)
+    return re.sub(rf"({ANY})[ \t]?({MARKED})", lambda f: f[2] if index_of(f[1]) == index_of(f[2]) else SEVERAL, text)
 
 
 def index_of(option: str) -> int | None:
@@ -150,7 +207,9 @@ def index_of(option: str) -> int | None:
     return None if option == SEVERAL else ord(option) & 0xFF
 
 
-_SAYS = re.compile(r"답|따라서|틀|맞|옳|answer|therefore|correct|wrong|because", re.I)
+_SAYS = re.compile(
+    r"답|따라서|틀|맞|옳|아니|아닌|아닙|\b(?:no|not|wait|sorry)\b|answer|therefore|correct|wrong|because", re.I
+)
 TICKED = re.compile(
     rf"^[ ]*(?P<option>{OPTION})\s*[.):\-](?:[^\n]*[✓✔✅⭕]|\s*\(?(?:정답|맞음|옳음|correct|"
     r"this is the (?:correct|right|best))(?! ?(?:이? ?아|answer)))",
@@ -161,7 +220,9 @@ TICKED = re.compile(
 def _without_echo(text: str) -> str:
     """Text without lists of options: lines or parts of a line that begin with A, B, C, ... in order."""
     lines = text.split("\n")
-    head = re.compile(rf"\s*(?:(?:option|선택지|보기)\s*)?({OPTION})\s*[.):,]")
+    head = re.compile(
+        rf"\s*(?:(?:option|선택지|보기)\s*)?({OPTION}(?=\s*[.):,])|{MARKED}(?=\s+\S)|[\ue200-\ue219](?=\s+\S))"
+    )
     run: list[int] = []
     for number, line in [*enumerate(lines), (len(lines), "end")]:
         found = head.match(line)
@@ -195,9 +256,15 @@ def _several(found: re.Match[str]) -> str:
     )
 
 
+def mark_options(output: str) -> str:
+    """The output as plain text with an option character for every option, nothing left out yet."""
+    return _options(plain_text(output))
+
+
 def normalise(output: str) -> str:
-    text = _options(_plain_text(one_turn(output)))
+    """The text that verdicts are read from: what is denied is marked, lists and echoes of options are gone."""
+    text = mark_options(output)
     text = _without_echo(text)
     text = re.sub(rf"^\s*{MARKED}\s*[:\-–.]\s*(?={ANY})", "", text, flags=re.M)  # "1번: B": the number of the question
-    text = _LIST.sub(_several, text)
+    text = _LIST.sub(_several, mark_denied(text))
     return _SET_ASIDE.sub("", text).strip()

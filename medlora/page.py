@@ -12,12 +12,14 @@ import yaml
 
 from medlora import plots
 from medlora.records import LETTERS, McqRecord, Prediction
+from medlora.report import is_by_likelihood
 
 _TIMES = ("seconds", "seconds_to_first_answer", "questions_asked", "questions_per_s")
 _ABOUT = (
     "name",
     "created",
     "notes",
+    "remarks",
     "prompts",
     *_TIMES,
     "phase_seconds",
@@ -76,6 +78,7 @@ def make_environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["by_likelihood"] = is_by_likelihood
     environment.filters |= {
         "percent": format_percent,
         "points": format_points,

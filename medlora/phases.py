@@ -308,6 +308,7 @@ def _finish(
         "counts": counts,
         "quarantine": {source.source: dict(scan(source).bad) for source in job.phase.sources if scan(source).bad},
         "question_sources": question_sources,
+        "rationale": sorted({name for source in job.phase.sources for name in scan(source).rationale}),
         "segments": segments,
         "best": best,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},

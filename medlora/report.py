@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any, get_type_hints
 
 from medlora import scores
-from medlora.answers import score_total
-from medlora.records import Prediction
+from medlora.answers import find_written_letter, score_total
+from medlora.records import LETTERS, Prediction
 from medlora.runs import as_json
 
 RESAMPLES = 10_000
@@ -25,6 +25,7 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
     of the tests; `comparisons`, every two stages on every test they share, and with several tests (`test` null) on all
     of them together, with the ids gained and lost as [test, id]; `forgetting`, the stage x test matrix. Holm's
     correction runs over all comparisons on single tests, and apart from them over those on all tests together.
+    `remarks`, sentences about the figures themselves, such as a test that all stages pass.
 
     `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
     `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
@@ -32,12 +33,14 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
     Raises ValueError when `about` names something computed here, when there is nothing to score, or when two stages were asked different questions of one test.
     """
     stages = list(dict.fromkeys(p.stage for p in predictions))
+    rows = summarise(predictions)
     computed: dict[str, Any] = {
         "seed": seed,
         "resamples": RESAMPLES,
-        "stages": summarise(predictions),
+        "stages": rows,
         "overall": [_summarise_tests([p for p in predictions if p.stage == stage], stage) for stage in stages],
         "comparisons": _compare(predictions, seed),
+        "remarks": describe_saturation(rows),
         "forgetting": asdict(scores.forgetting_matrix(predictions)),
     }
     if taken := sorted(set(computed) & set(about)):
@@ -51,7 +54,8 @@ def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
 
     `macro` is the mean over subjects; `calibration` is None where the scoring gives no probabilities,
     `format_score` and `total` (a third format, two thirds right, as the replaced scripts had it) where no format was
-    asked for, `rotations` where only one order of the options was.
+    asked for, `rotations` where only one order of the options was, `by_likelihood` (see `count_by_likelihood`) where
+    no letter was taken by likelihood behind a text that the model wrote.
     """
     rows = []
     groups: dict[tuple[str, str], list[Prediction]] = {}
@@ -72,9 +76,52 @@ def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
                 "calibration": calibration and asdict(calibration),
                 "rotations": rotations and asdict(rotations),
                 **_score_formats(group),
+                "by_likelihood": count_by_likelihood(group),
             }
         )
     return rows
+
+
+def is_by_likelihood(prediction: Prediction) -> bool:
+    """Whether the letter was taken by likelihood behind a text of the model's own that does not give this letter."""
+    if not prediction.probabilities or prediction.format_score is None or prediction.choice is None:
+        return False
+    letters = LETTERS[: prediction.options or len(prediction.probabilities)]
+    return find_written_letter(prediction.text, letters) != prediction.choice
+
+
+def count_by_likelihood(group: Sequence[Prediction]) -> dict[str, Any] | None:
+    """How often scoring `reason` took a letter that the text does not give, and accuracy where the format was kept.
+
+    `answers` were all taken by likelihood; the text of `unwritten` of them does not give the letter, and
+    `unwritten_correct` of these are right. `kept` answers have every field of the format, and `kept_accuracy` is the
+    share of right ones among them (None where there are none). None for other scorings.
+    """
+    reasoned = [p for p in group if p.probabilities and p.format_score is not None]
+    if not reasoned:
+        return None
+    unwritten = [p for p in reasoned if is_by_likelihood(p)]
+    kept = [p for p in reasoned if p.format_score == 1]
+    return {
+        "answers": len(reasoned),
+        "unwritten": len(unwritten),
+        "unwritten_correct": sum(p.correct for p in unwritten),
+        "kept": len(kept),
+        "kept_accuracy": fmean(p.correct for p in kept) if kept else None,
+    }
+
+
+def describe_saturation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each test of which all stages answer nearly every question."""
+    said = []
+    for test in dict.fromkeys(row["test"] for row in rows):
+        of_test = [row for row in rows if row["test"] == test]
+        if scores.is_saturated([row["accuracy"] for row in of_test]):
+            said.append(
+                f"test {test} is saturated: all {len(of_test)} stages answer {scores.SATURATED:.0%} or more of its "
+                f"{of_test[0]['n']:,} questions right, so it hardly tells them apart"
+            )
+    return said
 
 
 def _score_formats(group: Sequence[Prediction]) -> dict[str, float | None]:

@@ -9,7 +9,9 @@ a question whose rows disagree has no choice and says why, a question without a 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +72,7 @@ def read_result_log(
         raise InputError(f"{path}: trials {', '.join(trials)} found; name one of them, not {trial!r}")
     rows = [row for row in rows if trial is None or row["trial"] == trial]
 
+    _refuse_two_meanings(path, rows, letters)
     by_id: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         by_id.setdefault(row["id"], []).append(row)
@@ -80,7 +83,7 @@ def read_result_log(
     predictions: list[Prediction] = []
     repeated = 0
     for question, group in by_id.items():
-        golds = {row["answer"].upper() for row in group}
+        golds = {_read_choice(row["answer"], letters) or row["answer"] for row in group}
         if expected is not None and question not in expected:
             noted["unexpected"].append(question)
             continue
@@ -90,7 +93,7 @@ def read_result_log(
         if expected is not None and expected[question] != gold:
             raise InputError(f"{path}: question {question} has gold {gold}, expected was {expected[question]}")
         parsed = [parse(row["response"], letters) for row in group]
-        stated = [_choice(row["pred"], letters) for row in group]
+        stated = [_read_choice(row["pred"], letters) for row in group]
         if parsed != stated:
             noted["read_differently"].append(question)
         choices = parsed if reparse else stated
@@ -124,6 +127,12 @@ def read_result_log(
             test = question.rpartition("_")[0]
             error = f"no row in {path.name}"
             predictions.append(Prediction(question, test, stage, gold, None, test, error=error, options=len(letters)))
+    if not predictions:
+        found = ", ".join(sorted({repr(row["answer"]) for row in rows})[:5])
+        raise InputError(
+            f"{path}: no row has a right option that can be read; column answer holds {found}; "
+            f"write {letters[0]} to {letters[-1]} or 1 to {len(letters)}"
+        )
     lists = {name: tuple(found) for name, found in noted.items() if name not in _NUMBERS}
     return ResultLog(tuple(predictions), LogCounts(len(rows), len(predictions), repeated, without_id, **lists))
 
@@ -154,5 +163,60 @@ def _is_letter(text: str, letters: str) -> bool:
     return len(text) == 1 and text in letters
 
 
-def _choice(pred: str, letters: str) -> str | None:
-    return pred.upper() if _is_letter(pred.upper(), letters) else None
+_CIRCLED = str.maketrans(
+    {
+        mark: f"{i}번"
+        for row in ("①②③④⑤⑥⑦⑧⑨⑩", "❶❷❸❹❺❻❼❽❾❿", "㉠㉡㉢㉣㉤㉥㉦㉧㉨㉩", "㉮㉯㉰㉱㉲㉳㉴㉵㉶㉷")
+        for i, mark in enumerate(row, 1)
+    }
+    | {0x24B6 + i: chr(65 + i) for i in range(10)}
+    | {0x24D0 + i: chr(65 + i) for i in range(10)}
+)
+_CELL = re.compile(
+    r"[(\[{<]?\s*(?:(?P<letter>[A-Ja-j])|(?P<number>10|[1-9])(?:\.0+)?|(?P<syllable>[가나다라마바사아자차]))\s*(?:번|[)\]}>.:])*(?P<text>\s+\S.*)?",
+    re.S,
+)
+
+
+def _read_choice(cell: str, letters: str) -> str | None:
+    """The letter that a cell gives: `C`, `c.`, `(C)`, `Ｃ`, `3`, `3.0`, `3번`, `③`, `다`, `C. aspirin`; None for all else.
+
+    Numbers count from 1. Text behind the option is read only where the option is marked (`C.`, `3번`), and only where
+    it names no other option.
+    """
+    text = unicodedata.normalize("NFKC", cell.translate(_CIRCLED)).strip().strip("\"'`* ")
+    found = _CELL.fullmatch(text)
+    if not found:
+        return None
+    behind = found["text"] or ""
+    marked = bool(re.search(r"[번)\]}>.:]\s*\Z", text[: found.start("text")])) if behind else True
+    if not marked or parse(f"정답: {text}", letters) is None and behind:
+        return None
+    place = (
+        int(found["number"]) - 1
+        if found["number"]
+        else ord(found["letter"].upper()) - 65
+        if found["letter"]
+        else "가나다라마바사아자차".index(found["syllable"])
+    )
+    return letters[place] if place < len(letters) else None
+
+
+def _refuse_two_meanings(path: Path, rows: Sequence[Mapping[str, str]], letters: str) -> None:
+    """Raise InputError where a column counts its options in a way that cannot be known."""
+    for name in ("answer", "pred"):
+        cells = {row[name] for row in rows}
+        numbers = {cell for cell in cells if re.fullmatch(r"\d+(?:\.0+)?", cell)}
+        if numbers & {"0", "0.0"} and 2 * len(numbers) > len({cell for cell in cells if cell.lower() not in _BLANK}):
+            raise InputError(
+                f"{path}: column {name} holds 0; it has two meanings: options counted from 0, or no answer. "
+                f"Write 1 to {len(letters)} or {letters[0]} to {letters[-1]}, and leave unanswered questions blank"
+            )
+        several = sorted(cell for cell in cells if _SEVERAL.fullmatch(unicodedata.normalize("NFKC", cell).strip()))
+        if name == "answer" and several:
+            raise InputError(
+                f"{path}: column answer holds {several[0]!r}, which names several options; a question needs one right option"
+            )
+
+
+_SEVERAL = re.compile(r"[A-Ja-j1-9]번?(?:\s*[,/;&+]\s*[A-Ja-j1-9]번?)+")

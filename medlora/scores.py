@@ -85,7 +85,8 @@ def chance(predictions: Sequence[Prediction]) -> float | None:
 class Comparison:
     """Two stages on the same questions: `difference` is accuracy(after) - accuracy(before).
 
-    [low, high] is the paired bootstrap interval of the difference, `p_value` the exact two-sided McNemar test on the
+    [low, high] is the paired bootstrap interval of the difference, or `bound_undivided` where no question is gained or
+    lost; `p_value` the exact two-sided McNemar test on the
     gained and lost questions, `p_holm` the same corrected for all comparisons made together.
     """
 
@@ -122,10 +123,35 @@ def compare(
         raise ValueError(f"stages {names[0]!r} and {names[1]!r} have different gold letters, e.g. for {differing[0]}")
     gained = tuple(sorted(q for q in first if second[q].correct and not first[q].correct))
     lost = tuple(sorted(q for q in first if first[q].correct and not second[q].correct))
-    low, high = _bootstrap(len(gained), len(lost), len(first), seed, resamples, confidence)
+    if gained or lost:
+        low, high = _bootstrap(len(gained), len(lost), len(first), seed, resamples, confidence)
+    else:
+        low, high = bound_undivided(len(first), confidence)
     p_value = mcnemar(len(gained), len(lost))
     difference = (len(gained) - len(lost)) / len(first)
     return Comparison(*names, len(first), gained, lost, difference, low, high, p_value, p_value)
+
+
+def bound_undivided(total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a difference where none of `total` questions was gained or lost.
+
+    A bootstrap of equal pairs has no width, which claims too much. The upper limit of Clopper and Pearson (1934,
+    Biometrika 26:404) for 0 gained of `total` is 1 - (alpha/2)^(1/total), about 3.7 / total; the lower one is the same
+    for the lost ones. Together they hold with at least the confidence asked for (Bonferroni).
+    """
+    if total < 1:
+        raise ValueError("no questions to bound a difference on")
+    limit = float(1 - ((1 - confidence) / 2) ** (1 / total))
+    return -limit, limit
+
+
+SATURATED = 0.98
+"""Share of right answers from which on a test leaves hardly any room to tell stages apart."""
+
+
+def is_saturated(shares: Sequence[float]) -> bool:
+    """Whether two or more stages are all at or near 100 %."""
+    return len(shares) > 1 and min(shares) >= SATURATED
 
 
 def compare_all(predictions: Sequence[Prediction], seed: int, resamples: int = 10_000) -> tuple[Comparison, ...]:

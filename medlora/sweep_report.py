@@ -11,7 +11,7 @@ import yaml
 
 from medlora import runs
 from medlora.evaluation import REPORT as TEST_REPORT
-from medlora.scores import holm
+from medlora.scores import SATURATED, holm, is_saturated
 from medlora.sweep import BEST, PAGE, REPORT, TABLE, SweepPlan
 from medlora.sweep_ledger import START, Ledger, Trial
 from medlora.sweep_population import find_lineage, name_generation
@@ -36,6 +36,17 @@ def compare_with_start(report: Mapping[str, Any]) -> dict[str, Any]:
         for row in report["overall"]
     ]
     return {"stages": stages, "pairs": pairs, "created": report.get("created")}
+
+
+def describe_saturation(comparison: Mapping[str, Any]) -> list[str]:
+    """A sentence where all trials answer nearly every question of dev; none otherwise."""
+    rows = comparison["stages"]
+    if not is_saturated([row["accuracy"] for row in rows]):
+        return []
+    return [
+        f"the dev split is saturated: all {len(rows)} trials compared on it answer {SATURATED:.0%} or more of its "
+        f"{rows[0]['n']:,} questions right, so it cannot rank them; use a harder or larger dev split"
+    ]
 
 
 def find_winner(comparison: Mapping[str, Any]) -> str:
@@ -67,11 +78,12 @@ def find_summary(folder: Path, plan: SweepPlan, ledger: Ledger, final_test: bool
 
 def describe_pair(pair: Mapping[str, Any]) -> str:
     """ "better by +2.1 points (95 % -0.3 .. 4.4), McNemar p 0.09", with what correcting for several comparisons makes of it."""
-    word = "better" if pair["difference"] > 0 else "worse" if pair["difference"] < 0 else "no different"
+    at = f"n = {pair['total']:,}"
+    word = "better" if pair["difference"] > 0 else "worse" if pair["difference"] < 0 else f"not distinguishable at {at}"
     by = f" by {100 * pair['difference']:+.1f} points" if pair["difference"] else ""
     return (
         f"{word}{by} (95 % {100 * pair['low']:.1f} .. {100 * pair['high']:.1f}), McNemar p {_format_p(pair['p_value'])}"
-        f" (Holm {_format_p(pair['p_holm'])}), n = {pair['total']:,}"
+        f" (Holm {_format_p(pair['p_holm'])})" + (f", {at}" if pair["difference"] else "")
     )
 
 
@@ -107,7 +119,7 @@ def write_results(
             "dev": comparison,
             "test": test,
             "concurrency": concurrency,
-            "notes": list(notes),
+            "notes": [*notes, *describe_saturation(comparison)],
             "exhausted": len(trials) < plan.trials,
             "trial_seconds": round(sum(trial.seconds for trial in trials), 1),
             "versions": runs.get_versions(),

@@ -32,6 +32,14 @@ def test_logs_are_paired_question_by_question_and_gaps_are_failed(
     assert "<script" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_answers_in_numbers_are_compared(tmp_path: Path) -> None:
+    right = write_log(tmp_path, "right", "".join(f"d_{i},d,0,{i},{i},정답: {i}번\n" for i in range(1, 6)))
+    wrong = write_log(tmp_path, "wrong", "".join(f"d_{i},d,0,{i},{i % 5 + 1}번,정답: {i}번\n" for i in range(1, 6)))
+    assert main([right, wrong, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert [row["correct"] for row in report["stages"]] == [5, 0]
+
+
 def test_responses_are_read_anew_when_asked(tmp_path: Path) -> None:
     log = write_log(tmp_path, "one", "d_0,d,0,B,A,정답은 B입니다\n")
     right = []

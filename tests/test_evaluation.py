@@ -14,6 +14,7 @@ from medlora.errors import InputError
 from medlora.evaluation import (
     EvaluateConfig,
     describe_evaluation,
+    describe_other_task,
     find_doubts,
     find_stages,
     pack_prediction,
@@ -161,6 +162,24 @@ def test_an_adapter_of_another_base_or_prompt_style_is_doubted(tmp_path: Path) -
     runs.commit(phase, {"fingerprint": {"phases.01": {"sources": sources}}, "question_sources": ["q"]})
     assert doubts(folder, "answer") == []
     assert "was trained with prompt style answer, not reasoning" in doubts(folder)[0]
+
+
+def test_another_task_than_the_trained_one_is_reported(tmp_path: Path) -> None:
+    tests = [{"name": "t", "source": "miniature:mcq/dev"}]
+
+    def describe(folder: Path, scoring: str) -> list[str]:
+        evaluation = EvaluationConfig.model_validate({"tests": tests, "style": "reasoning", "scoring": scoring})
+        return describe_other_task({"base": (), "01": [Link(name="01", folder=str(folder))]}, evaluation)
+
+    sources = [{"source": "q", "style": "reasoning"}]
+    about = {"fingerprint": {"phases.01": {"sources": sources}}, "question_sources": ["q"]}
+    reasons, answers = adapter(tmp_path / "a" / "adapter"), adapter(tmp_path / "b" / "adapter")
+    runs.commit(tmp_path / "a", {**about, "rationale": ["facts"]})
+    runs.commit(tmp_path / "b", {**about, "rationale": []})
+    (said,) = describe(reasons, "letter")
+    assert said.startswith("01: trained to reason before the answer, and scored by `letter`")
+    assert "another task than the trained one" in said
+    assert describe(reasons, "option_text") and not describe(reasons, "reason") and not describe(answers, "letter")
 
 
 def test_a_test_without_questions_or_of_a_taken_name_is_refused() -> None:

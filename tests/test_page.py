@@ -428,3 +428,25 @@ def test_format_and_rotations_are_shown_as_the_report_has_them(tmp_path: Path) -
     row = report["stages"][0]["rotations"]
     assert cells[1][2:5] == ["4", format_percent(row["accuracy"]), format_percent(row["consistency"])]
     assert cells[1][5] == "A 8 / 8 · B 8 / 8 · C 8 / 8 · D 8 / 8"
+
+
+def test_letters_by_likelihood_and_equal_stages_are_named(tmp_path: Path) -> None:
+    html, _ = make_page(tmp_path, [*answer("00", "one", "AAAAAAAA"), *(replace(p, stage="01") for p in REASONED_PAGE)])
+    assert html.count("by likelihood</span>") == 2  # gained questions that list both stages
+    cells = [cells for _, cells in Page(html).rows if cells[:3] == ["01", "one", "8"]]
+    assert cells[0][2:7] == ["8", "4", "4", "4", "100.0"]
+    same = [*answer("00", "one", "ABCDABCA"), *answer("01", "one", "ABCDABCA")]
+    html, report = make_page(tmp_path, same)
+    assert "not distinguishable at n = 8" in html and "to 0.0" not in html
+    assert report["comparisons"][0]["high"] == pytest.approx(1 - 0.025 ** (1 / 8))
+
+
+REASONED_PAGE = [
+    replace(
+        p,
+        probabilities=tuple(0.7 if letter == p.choice else 0.1 for letter in "ABCD"),
+        text=f"facts: 발열\nanswer:\n{p.choice}" if i % 2 else "facts: 발열이 있다",
+        format_score=1.0 if i % 2 else 0.5,
+    )
+    for i, p in enumerate(answer("00", "one", "ABCDABCD"))
+]

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from medlora import scores
+from medlora.display import print_report
 from medlora.records import Prediction
 from medlora.report import build_report, summarise, write_predictions
 
@@ -124,3 +125,51 @@ def test_single_answers_come_back_from_their_file(predictions: list[Prediction],
     assert [Prediction(**{**row, "probabilities": tuple(row["probabilities"])}) for row in rows] == predictions
     assert str(table.schema.field("choice").type) == "string"
     assert str(table.schema.field("probabilities").type).startswith("list<") and "double" in str(table.schema)
+
+
+def reasoned(text: str, choice: str = "B", gold: str = "B", kept: float = 1.0, id: str = "q") -> Prediction:
+    """An answer of scoring `reason`: the letter is the most likely one behind the text."""
+    shares = tuple(0.7 if letter == choice else 0.1 for letter in "ABCD")
+    return Prediction(id, "one", "01", gold, choice, "", shares, text, options=4, tokens=9, format_score=kept)
+
+
+REASONED = [
+    reasoned("facts: 발열\nanswer:\nB", id="q0"),
+    reasoned("facts: 발열\nanswer:\nA", choice="A", id="q1"),
+    reasoned("정답은 B입니다.", kept=0.0, id="q2"),
+    reasoned("facts: 발열이 있고", kept=0.5, id="q3"),
+    reasoned("정답은 C가 아니다.", choice="C", kept=0.0, id="q4"),
+]
+
+
+def test_letters_taken_by_likelihood_are_counted_beside_the_kept_format(capsys: pytest.CaptureFixture[str]) -> None:
+    report = build_report(REASONED, {}, seed=0)
+    assert report["stages"][0]["by_likelihood"] == {
+        "answers": 5,
+        "unwritten": 2,
+        "unwritten_correct": 1,
+        "kept": 2,
+        "kept_accuracy": 0.5,
+    }
+    print_report(report, worked=True)
+    shown = capsys.readouterr().out
+    assert "by likelihood" in shown and "50.0% of 2" in shown and "2 letters were taken by likelihood" in shown
+    for other in (replace(REASONED[0], format_score=None), replace(REASONED[0], probabilities=())):
+        assert summarise([other])[0]["by_likelihood"] is None
+
+
+def test_unparsed_answers_are_in_the_table_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(build_report(answer("00", "one", "ABCDAB-!"), {}, seed=0), worked=True)
+    assert "unparsed" in capsys.readouterr().out
+    print_report(build_report(answer("00", "one", "ABCDABCA"), {}, seed=0), worked=True)
+    shown = capsys.readouterr().out
+    assert "unparsed" not in shown and "by likelihood" not in shown
+
+
+def test_a_test_that_all_stages_pass_is_called_saturated(capsys: pytest.CaptureFixture[str]) -> None:
+    report = build_report([*answer("base", "one", "ABCDABCD"), *answer("00", "one", "ABCDABCD")], {}, seed=0)
+    (said,) = report["remarks"]
+    assert said.startswith("test one is saturated: all 2 stages answer 98% or more of its 8 questions right")
+    print_report(report, worked=True)
+    assert "beware: test one is saturated" in capsys.readouterr().out
+    assert build_report(TWO_TESTS, {}, seed=0)["remarks"] == []

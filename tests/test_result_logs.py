@@ -54,6 +54,39 @@ def test_blanks_and_other_words_are_unparsed_and_told_apart(log) -> None:
     assert scores.accuracy(found.predictions).unparsed == 3
 
 
+@pytest.mark.parametrize(
+    ("cell", "letter"),
+    [
+        *(
+            (cell, "C")
+            for cell in ("C", "c", "C.", "(C)", "[C]", "Ｃ", "Ⓒ", "3", "3.0", "３", "3번", "(3)", "③", "❸", "다", "㉢")
+        ),
+        *((cell, "C") for cell in ("C. 혈청 CK", "3번 혈청 CK", "③ 혈청 CK")),
+        *(
+            (cell, None)
+            for cell in ("", "AB", "A, B", "A or B", "C/D", "3,4", "6", "33", "3.5", "C 세포", "정답", "none")
+        ),
+    ],
+)
+def test_cells_with_one_meaning_are_read_and_others_are_not(log, cell: str, letter: str | None) -> None:
+    found = read_result_log(log(f'd_0,d,0,3,"{cell}",x\n'))
+    assert (found.predictions[0].gold, found.predictions[0].choice) == ("C", letter)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("d_0,d,0,0,1,x\nd_1,d,0,1,2,x\n", "column answer holds 0; it has two meanings"),
+        ("d_0,d,0,1,0,x\nd_1,d,0,1,2,x\n", "column pred holds 0; it has two meanings"),
+        ('d_0,d,0,"A, B",A,x\n', "column answer holds 'A, B', which names several options"),
+        ("d_0,d,0,yes,A,x\n", "column answer holds 'yes'; write A to E or 1 to 5"),
+    ],
+)
+def test_what_has_two_meanings_is_refused_by_name(log, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_result_log(log(text))
+
+
 def test_rows_without_id_or_gold_are_left_out_and_counted(log) -> None:
     found = read_result_log(log(",d,0,A,A,A\nd_1,d,0,,A,A\nd_2,d,0,A,A,A\nd_2,d,0,B,A,A\nd_3,d,0,C,C,C\n"))
     assert [p.id for p in found.predictions] == ["d_3"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -117,7 +117,17 @@ def test_bootstrap_interval_is_that_of_scipy_and_of_its_seed() -> None:
     low, high = expected.confidence_interval
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.011)  # one question is 0.01
     assert found == scores.compare(before, after, seed=3)
-    assert scores.compare(before, before_named(before, "same"), seed=3).low == 0.0
+
+
+@pytest.mark.parametrize("total", [1, 10, 124, 3009])
+def test_where_no_pair_differs_the_interval_is_exact(total: int) -> None:
+    before = stage("base", "1" * (total - total // 3) + "0" * (total // 3))
+    found = scores.compare(before, before_named(before, "same"), seed=3)
+    limit = binomtest(0, total).proportion_ci(0.95, method="exact").high
+    assert (found.low, found.high) == pytest.approx((-limit, limit))
+    one_gained = [replace(p, choice=p.gold) if i == total - 1 else p for i, p in enumerate(before)]
+    if total // 3:  # one pair that differs: the bootstrap again
+        assert scores.compare(before, before_named(one_gained, "better"), seed=3).low == 0.0
 
 
 def before_named(predictions: list[Prediction], name: str) -> list[Prediction]:

@@ -26,7 +26,14 @@ from medlora.sweep_checks import check_sweep, refuse_other
 from medlora.sweep_display import SweepDisplay
 from medlora.sweep_ledger import Ledger, Trial
 from medlora.sweep_population import WAIT, Population, Proposal, find_lineage
-from medlora.sweep_report import compare_with_start, describe_pair, find_summary, find_winner, write_results
+from medlora.sweep_report import (
+    compare_with_start,
+    describe_pair,
+    describe_saturation,
+    find_summary,
+    find_winner,
+    write_results,
+)
 from medlora.sweep_search import Suggester, measure_importance
 from medlora.sweep_space import Choice, Range, parse_domain, validate
 
@@ -480,12 +487,21 @@ def make_report(accuracies: dict[str, float]) -> dict[str, Any]:
     return {"stages": stages, "overall": overall, "comparisons": pairs, "created": "now"}
 
 
+def test_a_saturated_dev_split_is_reported() -> None:
+    (said,) = describe_saturation(compare_with_start(make_report({"000": 0.992, "004": 1.0})))
+    assert said.startswith("the dev split is saturated: all 2 trials compared on it answer 98% or more of its 100")
+    assert not describe_saturation(compare_with_start(make_report({"000": 0.97, "004": 1.0})))
+    assert not describe_saturation(compare_with_start(make_report({"000": 1.0})))
+
+
 def test_the_difference_is_said_with_its_doubt() -> None:
     comparison = compare_with_start(make_report({"000": 0.5, "004": 0.521, "002": 0.48}))
     assert describe_pair(comparison["pairs"][0]) == (
         "better by +2.1 points (95 % -0.3 .. 4.4), McNemar p 0.030 (Holm 0.060), n = 100"
     )
     assert describe_pair(comparison["pairs"][1]).startswith("worse by -2.0 points")
+    (even,) = compare_with_start(make_report({"000": 0.5, "004": 0.5}))["pairs"]
+    assert describe_pair(even) == "not distinguishable at n = 100 (95 % -2.4 .. 2.3), McNemar p 0.030 (Holm 0.030)"
     assert find_winner(comparison) == "004"
     assert find_winner(compare_with_start(make_report({"000": 0.5, "004": 0.5}))) == "000"
 

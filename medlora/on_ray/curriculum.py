@@ -12,7 +12,15 @@ from medlora import runs, storage
 from medlora.config import ActorPlacement, PhaseConfig, RunConfig
 from medlora.data_card import check_data, describe_findings, describe_overlap
 from medlora.errors import InputError
-from medlora.evaluation import FINGERPRINT, Asked, Stages, describe_evaluation, find_report, read_asked
+from medlora.evaluation import (
+    FINGERPRINT,
+    Asked,
+    Stages,
+    describe_evaluation,
+    describe_other_task,
+    find_report,
+    read_asked,
+)
 from medlora.lineage import (
     Link,
     extend_chain,
@@ -294,7 +302,11 @@ def _evaluate(
     about = {
         "name": config.name,
         "config": config.model_dump(mode="json"),
-        "notes": [*describe_overlap(runs.read_json(run.data) or {}), *describe_quarantine(config.evaluation)],
+        "notes": [
+            *describe_other_task(stages, config.evaluation),
+            *describe_overlap(runs.read_json(run.data) or {}),
+            *describe_quarantine(config.evaluation),
+        ],
         "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in done.items()},
     }
     began = time.monotonic()
