@@ -22,7 +22,7 @@ MAX_COLUMNS = 10_000
 """Most columns of a table."""
 MAX_RATIO = 200
 """Most times that an archive may grow when it is unpacked, once it gave _FREE_BYTES."""
-_FREE_BYTES = 64 * 2**20
+_FREE_BYTES = 16 * 2**20
 MAX_USELESS_ROWS = 100_000
 """Bad rows without one record among them after which a source is not read on."""
 
@@ -103,3 +103,10 @@ def check_growth(name: str, packed: int, unpacked: int) -> None:
             f"{name}: unpacks to more than {MAX_RATIO} times its size ({unpacked:,} bytes out of {packed:,}); no text does, "
             "so it may be a bomb; unpack it yourself if it is real"
         )
+
+
+def name_type(value: Any) -> str:
+    """What a message calls the kind of a value."""
+    kinds: list[tuple[Any, str]] = [(type(None), "nothing"), (bool, "true or false"), (int | float, "a number")]
+    kinds += [(str, "a text"), (Mapping, "a mapping"), (list | tuple, "a list")]
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)

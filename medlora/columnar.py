@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medlora.bounds import MAX_COLUMNS
+from medlora.bounds import MAX_COLUMNS, check_growth
 from medlora.errors import InputError
 from medlora.object_store import is_store, open_store
 from medlora.row_formats import Row
@@ -27,11 +27,13 @@ def read_parquet(name: str) -> Iterator[Row]:
             if len(file.schema_arrow) > MAX_COLUMNS:
                 raise InputError(f"{name}: {len(file.schema_arrow):,} columns, more than {MAX_COLUMNS:,}")
             worst, packed = _measure(file.metadata)
-            number = 0
+            number = unpacked = 0
             # A word of a dictionary is stored once and may stand in every row: such columns are left packed.
             names = packed if worst * _ROWS > _BATCH_BYTES else []
             with parquet.ParquetFile(opened, read_dictionary=names) as whole:
                 for batch in whole.iter_batches(batch_size=max(1, min(_ROWS, _BATCH_BYTES // max(1, _mean(file))))):
+                    unpacked += _count_bytes(batch)
+                    check_growth(name, opened.size(), unpacked)
                     for row in _take_rows(batch):
                         number += 1
                         yield f"{name}:{number}", row
@@ -61,14 +63,23 @@ def _mean(file: Any) -> int:
     return max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
 
 
-def _take_rows(batch: Any) -> Iterator[Any]:
+def _count_bytes(batch: Any) -> int:
+    """How large the rows of a batch are once every word of a dictionary is written out."""
     import pyarrow
     from pyarrow import compute
 
-    most = 0
+    whole = 0
     for column in batch.columns:
-        if pyarrow.types.is_dictionary(column.type) and len(column.dictionary):
-            most += compute.max(compute.binary_length(column.dictionary)).as_py() or 0
-    step = max(1, min(len(batch), _BATCH_BYTES // max(1, most)))
+        if pyarrow.types.is_dictionary(column.type):
+            lengths = compute.binary_length(column.dictionary).take(column.indices)
+            whole += compute.sum(lengths).as_py() or 0
+        else:
+            whole += column.nbytes
+    return whole
+
+
+def _take_rows(batch: Any) -> Iterator[Any]:
+    """The rows of a batch as plain values, so many at a time as surely fit."""
+    step = max(1, min(len(batch), len(batch) * _BATCH_BYTES // max(1, _count_bytes(batch)) // 4))
     for start in range(0, len(batch), step):
         yield from batch.slice(start, step).to_pylist()

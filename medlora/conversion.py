@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from medlora.bounds import list_names, shorten
+from medlora.bounds import list_names, name_type, shorten
 from medlora.config_sources import AnswerColumn, Columns
 from medlora.exam_columns import rename_columns
 from medlora.option_lists import list_options
@@ -81,7 +81,7 @@ def to_record(
     Raises RecordError with the reason when the row makes no record.
     """
     if not isinstance(row, Mapping):
-        raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}", "no mapping")
+        raise RecordError(f"a row is a mapping of columns, found {name_type(row)}", "no mapping")
     row = _rename(row, schema)
     for column in schema.needs:
         if column not in row and column not in LETTER_COLUMNS[2:]:
@@ -320,7 +320,7 @@ def _get_rationale(row: Mapping[str, Any], column: str | None) -> dict[str, str]
         return {str(name): text for name, text in found.items() if text}
     if not isinstance(found, str):
         raise RecordError(
-            f"a rationale is text or a mapping of {', '.join(FIELDS)}, found {type(found).__name__}", "rationale"
+            f"a rationale is text or a mapping of {', '.join(FIELDS)}, found {name_type(found)}", "rationale"
         )
     parts = re.split(rf"^({'|'.join(FIELDS)}):[ \t]*", found.strip(), flags=re.MULTILINE)
     if len(parts) > 1 and not parts[0].strip():

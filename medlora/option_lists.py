@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medlora.bounds import clean, list_names
+from medlora.bounds import clean, list_names, name_type
 from medlora.option_marks import read_answer, read_mark
 from medlora.records import LETTERS, RecordError
 
@@ -37,7 +37,7 @@ def list_options(found: Any, name: str) -> tuple[tuple[Any, ...], int | None]:
         # parquet and the hub fill up what other rows have
         return _order([(label, text) for label, text in found.items() if text is not None], name)
     if not _is_list(found):
-        raise RecordError(f"`{name}` must be a list or a mapping, found {_name_type(found)}", "wrong type")
+        raise RecordError(f"`{name}` must be a list or a mapping, found {name_type(found)}", "wrong type")
     found = list(found)
     if found and all(isinstance(part, Mapping) for part in found):
         pairs = [
@@ -53,10 +53,6 @@ def list_options(found: Any, name: str) -> tuple[tuple[Any, ...], int | None]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _name_type(value: Any) -> str:
-    return "nothing" if value is None else "a number" if isinstance(value, int | float) else type(value).__name__
 
 
 def _order(pairs: Sequence[tuple[Any, Any]], name: str) -> tuple[tuple[Any, ...], int | None]:

@@ -26,7 +26,7 @@ _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _SIGN = rf"(?P<digit>10|[1-9])|(?P<letter>[A-Ja-j])|(?P<hangul>[{HANGUL}])|(?P<jamo>[{JAMO}])"
 _IN_BRACKETS = re.compile(rf"\s*[(\[<]\s*(?:{_SIGN})\s*번?\s*[)\]>]\s*[.:]?")
 _NUMBERED = re.compile(r"\s*(?P<digit>10|[1-9])\s?번(?![가-힣])\s*[.):]?")
-_BEFORE_A_STOP = re.compile(rf"\s*(?:{_SIGN})\s?(?:[):](?!\d)|\.(?=\s|[가-힣(]|$)|\s-(?=\s))")
+_BEFORE_A_STOP = re.compile(rf"\s*(?:{_SIGN})\s?(?:[):](?!\d)|\.(?=\s|[가-힣(]|$))")
 _CUE = re.compile(r"\s*(?:최종\s*)?(?:정답|답안?|answer)\s*(?:은|는|:|=)?\s*", re.I)
 STRONG = {"enclosed", "numbered"}
 """Families that are hardly ever the beginning of an option's own text."""
@@ -100,6 +100,8 @@ def strip_marks(options: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
     if all(place == mark.place for place, mark in found):
         kept = [mark.rest if mark and mark.rest else option for mark, option in zip(marks, options, strict=True)]
         return tuple(kept), True
+    if family not in STRONG and len(set(places)) < len(places):
+        return tuple(options), False  # "1) a, 2) b" in every option: the parts of an order, no marks
     in_a_row = sorted(places) == list(range(min(places), min(places) + len(places)))
     if family == "letter" and not in_a_row:
         return tuple(options), False  # "E. coli": an initial, no mark
@@ -117,4 +119,5 @@ def _is_combination(mark: Mark) -> bool:
         return any(char in _ENCLOSED for char in mark.rest)
     if mark.family in ("jamo", "hangul", "(jamo)", "(hangul)"):
         return bool(re.match(rf"[,·+&/]|(?:[,·+&/\s(]*[{HANGUL}{JAMO}][.)]*)+$", mark.rest))
-    return bool(re.match(r"[,·+&/]", mark.rest))
+    following = rf"(?<![\d.]){mark.place + 1}\s?[-–.):]\s" if "digit" in mark.family else r"(?!)"
+    return bool(re.match(r"[,·+&/]", mark.rest) or re.search(following, mark.rest))

@@ -187,7 +187,10 @@ class _RawStream(io.RawIOBase):
     def __init__(self, store: Any, path: str, name: str, packed: bool) -> None:
         import pyarrow
 
-        self.packed = store.open_input_stream(path, compression=None)
+        # A stream from a store cannot say how far it is: there the whole size counts.
+        self.size = store.get_file_info(path).size or 0
+        opened = store.open_input_stream(path, compression=None) if is_store(name) else store.open_input_file(path)
+        self.packed = opened
         kind = "gzip" if path.endswith(".gz") else "zstd"
         self.stream = pyarrow.CompressedInputStream(self.packed, kind) if packed else self.packed
         self.file, self.unpacked = name, 0
@@ -202,7 +205,7 @@ class _RawStream(io.RawIOBase):
             raise InputError(f"{self.file}: cannot be unpacked: {str(error).splitlines()[0]}") from None
         self.unpacked += len(content)
         if self.stream is not self.packed:
-            check_growth(self.file, self.packed.tell(), self.unpacked)
+            check_growth(self.file, self.packed.tell() if self.packed.seekable() else self.size, self.unpacked)
         buffer[: len(content)] = content
         return len(content)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from medlora.bounds import list_names
+from medlora.bounds import list_names, name_type
 from medlora.config_sources import AnswerColumn, Columns
 from medlora.exam_columns import match_columns
 from medlora.records import LETTERS
@@ -169,7 +169,7 @@ def suggest(name: str, names: Iterable[Any]) -> str | None:
 def explain_no_schema(row: Any, kind: str = "auto") -> str:
     """Why no known schema fits a row: its columns, what is nearest, what is known."""
     if not isinstance(row, Mapping):
-        return f"a row is a mapping of columns, found {type(row).__name__}"
+        return f"a row is a mapping of columns, found {name_type(row)}"
     known = [schema for schema in SCHEMAS if kind in ("auto", schema.kind)]
     nearest = max(known, key=lambda schema: sum(column in row for column in schema.needs) / len(schema.needs))
     missing = [column for column in nearest.needs if column not in row]

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from medlora.bounds import MAX_USELESS_ROWS, bound_row, clean, shorten
+from medlora.bounds import MAX_USELESS_ROWS, bound_row, clean, name_type, shorten
 from medlora.config_sources import AnswerColumn, SourceConfig, TestConfig
 from medlora.conversion import find_base, get_answer, to_record
 from medlora.errors import InputError
@@ -254,7 +254,7 @@ def _convert(
         raise RecordError(row.reason, row.kind)
     if schema is None:
         if type(row) not in KINDS:
-            raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}", "no mapping")
+            raise RecordError(f"a row is a mapping of columns, found {name_type(row)}", "no mapping")
         return row, []
     subject = source.subject if isinstance(source, TestConfig) else None
     default_id = _name_row(where, found)
