@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medlora.bounds import MAX_COLUMNS, check_growth
+from medlora.bounds import MAX_COLUMNS, MAX_LINE_BYTES, check_growth
 from medlora.errors import InputError
 from medlora.object_store import is_store, open_store
 from medlora.row_formats import Row
@@ -26,12 +26,14 @@ def read_parquet(name: str) -> Iterator[Row]:
         with store.open_input_file(path) as opened, parquet.ParquetFile(opened) as file:
             if len(file.schema_arrow) > MAX_COLUMNS:
                 raise InputError(f"{name}: {len(file.schema_arrow):,} columns, more than {MAX_COLUMNS:,}")
+            if (mean := _mean(file)) > 2 * MAX_LINE_BYTES:
+                raise InputError(f"{name}: its rows have {mean:,} bytes on average, which is no row; cut the texts")
             worst, packed = _measure(file.metadata)
             number = unpacked = 0
             # A word of a dictionary is stored once and may stand in every row: such columns are left packed.
             names = packed if worst * _ROWS > _BATCH_BYTES else []
             with parquet.ParquetFile(opened, read_dictionary=names) as whole:
-                for batch in whole.iter_batches(batch_size=max(1, min(_ROWS, _BATCH_BYTES // max(1, _mean(file))))):
+                for batch in whole.iter_batches(batch_size=max(1, min(_ROWS, _BATCH_BYTES // max(1, mean)))):
                     unpacked += _count_bytes(batch)
                     check_growth(name, opened.size(), unpacked)
                     for row in _take_rows(batch):

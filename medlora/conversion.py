@@ -13,7 +13,7 @@ from medlora.bounds import list_names, name_type, shorten
 from medlora.config_sources import AnswerColumn, Columns
 from medlora.exam_columns import rename_columns
 from medlora.option_lists import list_options
-from medlora.option_marks import STRONG, Mark, names_several, read_answer, read_mark, strip_marks
+from medlora.option_marks import HALF_WIDTH, STRONG, Mark, names_several, read_answer, read_mark, strip_marks
 from medlora.records import FIELDS, LETTERS, McqRecord, Record, RecordError, TextRecord, TranslationRecord
 from medlora.schemas import EXAMS, LETTER_COLUMNS, Schema, suggest
 
@@ -216,6 +216,8 @@ def _read_number(answer: Any) -> int | None:
         return None
     if isinstance(answer, float) and math.isfinite(answer) and answer.is_integer():
         return int(answer)
+    if isinstance(answer, str):
+        answer = answer.translate(HALF_WIDTH)
     if isinstance(answer, str) and re.fullmatch(r"\s*-?[0-9]{1,3}(?:\.0{1,6})?\s*", answer):
         return int(float(answer))
     return answer if isinstance(answer, int) else None
@@ -242,12 +244,10 @@ def _to_letter(answer: Any, options: Sequence[Any], first: int, pinned: bool) ->
     if number is not None:
         return _agree(answer, _count_from(first, number, answer, letters), [] if pinned else named), []
     mark = read_answer(answer) if isinstance(answer, str) else None
-    if mark and not mark.rest and (mark.family.strip("()") in ("letter", "digit") or len(named) != 1):
+    if mark and not mark.rest:
         letter = _place(mark, first, answer, letters)
         flags = ["answer in lower case"] if answer.strip(" ().").islower() and not pinned else []
         return _agree(answer, letter, [] if pinned else named), flags
-    if mark and not mark.rest and named and not pinned:
-        return _agree(answer, _place(mark, first, answer, letters), named), []
     if isinstance(answer, str) and not named and names_several(answer):
         raise RecordError(f"several right answers ({shorten(answer)}); a record has one", "several answers")
     if len(named) > 1:

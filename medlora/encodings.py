@@ -31,11 +31,15 @@ def recognise(sample: bytes) -> str:
         text = codecs.getincrementaldecoder("cp949")().decode(sample)
     except UnicodeDecodeError:
         return "utf-8"
+    # Japanese and Chinese code pages also read as CP949: as syllables that no Korean writes, or with many Hanja.
+    common = len(_HANGUL.findall(text.encode("euc_kr", "ignore").decode("euc_kr")))
+    hanja = len(re.findall("[一-鿿豈-﫿]", text))
     wide = [char for char in text if char > "\x7f"]
     korean = sum(map(bool, map(_PLAUSIBLE.match, wide)))
     words = len(_HANGUL.findall(text))
     as_utf8 = len(_HANGUL.findall(sample.decode("utf-8", "ignore")))
-    return "cp949" if words >= 2 and words > 4 * as_utf8 and korean >= 0.95 * len(wide) else "utf-8"
+    fits = words >= 2 and words > 4 * as_utf8 and korean >= 0.95 * len(wide)
+    return "cp949" if fits and common >= 0.9 * words and hanja <= 0.2 * words else "utf-8"
 
 
 class Recoded(io.RawIOBase):

@@ -46,7 +46,7 @@ def match_columns(names: tuple[str, ...]) -> tuple[dict[str, str] | None, str]:
 
 def _read_option(name: str) -> str | None:
     match = _OPTION.fullmatch(name)
-    mark = read_answer(f"({match[1]})" if match[1].isdigit() else match[1]) if match else None
+    mark = read_answer(f"({match[1]})" if match[1].isdecimal() else match[1]) if match else None
     return LETTERS[mark.place - 1] if mark and not mark.rest and mark.place <= len(LETTERS) else None
 
 

@@ -21,7 +21,7 @@ _ENCLOSED |= {
     for i in range(10)
 }
 """Also Ⓐ ⓐ ⒜ and their like, ㉠, ㉮, ㈀, ㈎ and Ⅰ."""
-_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 """Full-width letters, digits and brackets; every one stays one character, so places in the text stay, too."""
 _SIGN = rf"(?P<digit>10|[1-9])|(?P<letter>[A-Ja-j])|(?P<hangul>[{HANGUL}])|(?P<jamo>[{JAMO}])"
 _IN_BRACKETS = re.compile(rf"\s*[(\[<]\s*(?:{_SIGN})\s*번?\s*[)\]>]\s*[.:]?")
@@ -43,7 +43,7 @@ class Mark:
 
 def read_mark(text: str) -> Mark | None:
     """The mark that a text begins with; None where it begins with none."""
-    plain = text.translate(_HALF_WIDTH)
+    plain = text.translate(HALF_WIDTH)
     begin = len(plain) - len(plain.lstrip())
     if (sign := plain[begin : begin + 1]) in _ENCLOSED and sign:
         rest = text[begin + 1 :].lstrip(" .):번" if text[begin + 1 : begin + 2] == "번" else " .):\u3000")
@@ -64,7 +64,7 @@ def _order_of(sign: str) -> int:
 def read_answer(text: str) -> Mark | None:
     """The mark that an answer is, or begins with: a bare letter or 가, ③, 3번, (C), `C. text`, also behind `정답:`."""
     said = text[found.end() :] if (found := _CUE.match(text)) else text
-    plain = said.translate(_HALF_WIDTH).strip().rstrip(".")
+    plain = said.translate(HALF_WIDTH).strip().rstrip(".")
     if re.fullmatch(rf"[A-Ja-j]|[{HANGUL}]|[{JAMO}]", plain):
         family = "letter" if plain.isascii() else "hangul"
         return Mark(1 + _order_of(plain), family, "")
@@ -75,7 +75,7 @@ def read_answer(text: str) -> Mark | None:
 
 def names_several(text: str) -> bool:
     """Whether a text is a list of marks and nothing else: `A, C`, `①③`, `1, 3`, `가/다`."""
-    plain = text.translate(_HALF_WIDTH).strip()
+    plain = text.translate(HALF_WIDTH).strip()
     sign = rf"(?:[A-J]|10|[1-9]번?|[{HANGUL}]|[{JAMO}]|[{re.escape(''.join(_ENCLOSED))}]|\([A-J1-9]\))"
     return bool(
         re.fullmatch(rf"{sign}(?:\s*(?:[,;/·&+]|and|와|과|및|또는|or)\s*{sign})+", plain)
@@ -118,6 +118,6 @@ def _is_combination(mark: Mark) -> bool:
     if mark.family == "enclosed":
         return any(char in _ENCLOSED for char in mark.rest)
     if mark.family in ("jamo", "hangul", "(jamo)", "(hangul)"):
-        return bool(re.match(rf"[,·+&/]|(?:[,·+&/\s(]*[{HANGUL}{JAMO}][.)]*)+$", mark.rest))
+        return bool(re.match(rf"[,·+&/]|[와과]\s|(?:[,·+&/\s(]*[{HANGUL}{JAMO}][.)]*)+$", mark.rest))
     following = rf"(?<![\d.]){mark.place + 1}\s?[-–.):]\s" if "digit" in mark.family else r"(?!)"
     return bool(re.match(r"[,·+&/]", mark.rest) or re.search(following, mark.rest))

@@ -56,6 +56,8 @@ def list_files(name: str, kind: str = "auto") -> list[str]:
         files = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
         if not files:
             raise InputError(f"{name}: no file matches; sources are read relative to {Path.cwd()}")
+    elif not path.is_file() and path.exists():
+        raise InputError(f"{path}: is a pipe or a device; save what it gives as a file and name that")
     elif not path.is_file():
         raise InputError(f"{path}: there is no such file or folder; sources are read relative to {Path.cwd()}")
     else:
@@ -172,13 +174,23 @@ def _open(name: str, encoding: str = "auto") -> io.BufferedReader[Any]:
             store, path = open_store(name if is_store(name) else str(Path(name).absolute()))
             raw: io.RawIOBase = _RawStream(store, path, name, packed)
         else:
-            raw = io.FileIO(name)
+            raw = _PlainFile(name)
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror or str(error).splitlines()[0]}") from None
     file = io.BufferedReader(raw, 2**20)
     _check_beginning(name, file.peek(1))
     chosen = recognise(file.peek(1)) if encoding == "auto" else encoding.replace("euc-kr", "cp949")
     return file if chosen == "utf-8" else io.BufferedReader(Recoded(file, chosen), 2**20)
+
+
+class _PlainFile(io.FileIO):
+    """A file whose errors name it."""
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return super().readinto(buffer) or 0
+        except OSError as error:
+            raise InputError(f"{self.name}: cannot be read: {error.strerror or error}") from None
 
 
 class _RawStream(io.RawIOBase):

@@ -78,7 +78,9 @@ def find_separator(name: str, sample: bytes, wanted: str = "auto") -> tuple[str,
         return ("\t" if wanted == "tab" else wanted) if wanted != "auto" or not above else above[1], int(bool(above))
     if re.search(r"\.tsv(\.gz|\.zst)?(\?|$)", name):
         return "\t", 0
-    tables = {sep: _cut(lines if len(lines) == 1 else lines[:-1] or lines, sep) for sep in SEPARATORS}
+    if len(lines) > 2 and not lines[-1].endswith(("\n", "\r")):
+        lines.pop()  # perhaps cut off
+    tables = {sep: _cut(lines, sep) for sep in SEPARATORS}
     cut = {sep: rows for sep, rows in tables.items() if rows and 1 < len(rows[0]) <= MAX_COLUMNS}
     if len(cut) < 2:
         return next(iter(cut), ","), 0
