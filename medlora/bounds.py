@@ -22,7 +22,7 @@ MAX_COLUMNS = 10_000
 """Most columns of a table."""
 MAX_RATIO = 200
 """Most times that an archive may grow when it is unpacked, once it gave _FREE_BYTES."""
-_FREE_BYTES = 16 * 2**20
+_FREE_BYTES = 4 * 2**20
 MAX_USELESS_ROWS = 100_000
 """Bad rows without one record among them after which a source is not read on."""
 

@@ -35,7 +35,7 @@ def read_parquet(name: str) -> Iterator[Row]:
             with parquet.ParquetFile(opened, read_dictionary=names) as whole:
                 for batch in whole.iter_batches(batch_size=max(1, min(_ROWS, _BATCH_BYTES // max(1, mean)))):
                     unpacked += _count_bytes(batch)
-                    check_growth(name, opened.size(), unpacked)
+                    check_growth(name, _find_packed(file, number), unpacked)
                     for row in _take_rows(batch):
                         number += 1
                         yield f"{name}:{number}", row
@@ -48,7 +48,7 @@ def read_parquet(name: str) -> Iterator[Row]:
 
 def _measure(metadata: Any) -> tuple[int, list[str]]:
     """The most bytes that one row can have, and the columns of which each value may be that long: texts at the top level."""
-    worst, texts = 0, {}
+    worst, texts = 0, dict[str, None]()
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         columns = [group.column(j) for j in range(group.num_columns)]
@@ -57,6 +57,18 @@ def _measure(metadata: Any) -> tuple[int, list[str]]:
             c.path_in_schema: None for c in columns if c.physical_type == "BYTE_ARRAY" and "." not in c.path_in_schema
         }
     return worst, list(texts)
+
+
+def _find_packed(file: Any, number: int) -> int:
+    """Bytes in the file of the row groups up to the one that holds row `number`, from 0."""
+    packed = rows = 0
+    for i in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(i)
+        packed += sum(group.column(j).total_compressed_size for j in range(group.num_columns))
+        rows += group.num_rows
+        if number < rows:
+            break
+    return packed
 
 
 def _mean(file: Any) -> int:

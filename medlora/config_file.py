@@ -14,9 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from medlora.bounds import name_type
 from medlora.config import RunConfig
+from medlora.config_jobs import refuse_other_job
 from medlora.config_places import Places, refuse_twice
 from medlora.config_sources import Section
-from medlora.config_words import describe_problem, show_value
+from medlora.config_words import describe_problem, is_key, keys_at, name_key, show_value
 from medlora.errors import InputError
 
 Config = TypeVar("Config", bound=Section)
@@ -132,7 +133,7 @@ def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        _refuse_other_job(path, raw, model)
+        refuse_other_job(path, raw, model)
         places = Places(_read_text(path), raw, overrides, _Loader)
         found = [places.describe(line) for line in explain(error, model)]
         more = [f"... and {len(found) - _MOST_LINES} more"] if len(found) > _MOST_LINES else []
@@ -141,29 +142,6 @@ def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig
 
 
 _MOST_LINES = 20
-_JOBS = {
-    "RunConfig": ("a run's", "jobs/curriculum.py"),
-    "EvaluateConfig": ("an evaluation's", "jobs/evaluate_mcq.py"),
-    "SweepConfig": ("a sweep's", "jobs/sweep.py"),
-}
-"""By the model of a job's config: whose it is, and the job that reads it."""
-
-
-def _refuse_other_job(path: Path, raw: Mapping[str, Any], model: type[Any]) -> None:
-    """Raise InputError where a config that is not valid for this job is one of another."""
-    found = _tell_job(raw)
-    if found is None or model.__name__ not in _JOBS or found == model.__name__:
-        return
-    (whose, other), (wanted, job) = _JOBS[found], _JOBS[model.__name__]
-    raise InputError(f"{path}: this is {whose} config: python {other} --config {path} ({job} reads {wanted} config)")
-
-
-def _tell_job(raw: Mapping[str, Any]) -> str | None:
-    if "base" in raw and "phases" in raw:
-        return "RunConfig"
-    if "space" in raw or "config" in raw:
-        return "SweepConfig"
-    return "EvaluateConfig" if "stages" in raw else "RunConfig" if "phases" in raw else None
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -233,15 +211,15 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     problems = error.errors(include_url=False)
     said = set()
     for problem in problems:
-        path = [part for part in problem["loc"] if _is_key(part)]
-        dotted = _name_key(problem["loc"])
+        path = [part for part in problem["loc"] if is_key(part)]
+        dotted = name_key(problem["loc"])
         # A list whose items are wrong is counted as too short as well; a union complains once a branch.
         deeper = any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
         if dotted in said or deeper:
             continue
         said.add(dotted)
         if problem["type"] == "extra_forbidden":
-            allowed = _keys_at(model, path[:-1])
+            allowed = keys_at(model, path[:-1])
             near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
             yield f"{dotted}: unknown key; {hint}"
@@ -250,41 +228,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"{dotted}: is required"
         else:
-            same = [other for other in problems if _name_key(other["loc"]) == dotted]
+            same = [other for other in problems if name_key(other["loc"]) == dotted]
             yield f"{dotted}: {describe_problem(same)}"
-
-
-def _name_key(location: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in location if _is_key(part))
-
-
-_BRANCH = re.compile(r"bool|int|float|str|none|dict|list|tuple|[A-Z][a-z]+(?:[A-Z][a-z]+)+")
-
-
-def _is_key(part: int | str) -> bool:
-    """Whether a part of pydantic's location stands in the file; the branch names of unions (`literal[...]`) do not."""
-    return isinstance(part, int) or (re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None and not _BRANCH.fullmatch(part))
-
-
-def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    """The keys that the section at `path` knows; empty where it is no section."""
-    current: type[BaseModel] | None = model
-    for part in path:
-        if isinstance(part, int):
-            continue
-        if current is None or part not in current.model_fields:
-            return []
-        current = _section_of(current.model_fields[part].annotation)
-    return list(current.model_fields) if current else []
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if found := _section_of(argument):
-            return found
-    return None
 
 
 def schema() -> dict[str, Any]:

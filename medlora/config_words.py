@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 _NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 _WORDS = {
     "int": "a whole number",
@@ -73,3 +75,37 @@ def _describe_wanted(problem: Mapping[str, Any]) -> str:
         return f"one of {context.get('expected_tags', context.get('expected'))}"
     words = next((words for begin, words in _WORDS.items() if kind.startswith(begin)), None)
     return words or re.sub(r"^(Input|Value|String|List|Tuple) should (be|have)\s+", "", str(problem["msg"]))
+
+
+_BRANCH = re.compile(r"bool|int|float|str|none|dict|list|tuple|[A-Z][a-z]+(?:[A-Z][a-z]+)+")
+
+
+def is_key(part: int | str) -> bool:
+    """Whether a part of pydantic's location stands in the file; the branch names of unions (`literal[...]`) do not."""
+    return isinstance(part, int) or (re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None and not _BRANCH.fullmatch(part))
+
+
+def name_key(location: Sequence[int | str]) -> str:
+    """The dotted key of one of pydantic's locations."""
+    return ".".join(str(part) for part in location if is_key(part))
+
+
+def keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """The keys that the section at `path` knows; empty where it is no section."""
+    current: type[BaseModel] | None = model
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if current is None or part not in current.model_fields:
+            return []
+        current = _section_of(current.model_fields[part].annotation)
+    return list(current.model_fields) if current else []
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if found := _section_of(argument):
+            return found
+    return None

@@ -32,14 +32,17 @@ def recognise(sample: bytes) -> str:
     except UnicodeDecodeError:
         return "utf-8"
     # Japanese and Chinese code pages also read as CP949: as syllables that no Korean writes, or with many Hanja.
-    common = len(_HANGUL.findall(text.encode("euc_kr", "ignore").decode("euc_kr")))
-    hanja = len(re.findall("[一-鿿豈-﫿]", text))
+    common = sum(len(char.encode("euc_kr", "ignore")) == 2 for char in _HANGUL.findall(text))
+    hanja = sum("\u4e00" <= char <= "\u9fff" or "\uf900" <= char <= "\ufaff" for char in text)
+    particles = sum(char in "은는이가을를의에다하" for char in text)
     wide = [char for char in text if char > "\x7f"]
     korean = sum(map(bool, map(_PLAUSIBLE.match, wide)))
     words = len(_HANGUL.findall(text))
     as_utf8 = len(_HANGUL.findall(sample.decode("utf-8", "ignore")))
     fits = words >= 2 and words > 4 * as_utf8 and korean >= 0.95 * len(wide)
-    return "cp949" if fits and common >= 0.9 * words and hanja <= 0.2 * words else "utf-8"
+    return (
+        "cp949" if fits and common >= 0.9 * words and (hanja <= 0.2 * words or particles >= 0.15 * words) else "utf-8"
+    )
 
 
 class Recoded(io.RawIOBase):

@@ -29,7 +29,7 @@ def list_options(found: Any, name: str) -> tuple[tuple[Any, ...], int | None]:
     if isinstance(found, str):
         found = _parse_text(found, name)
     if isinstance(found, Mapping):
-        labels, texts = (next((found[key] for key in keys if key in found), None) for keys in (_LABELS, _TEXTS))
+        labels, texts = _get(found, _LABELS), _get(found, _TEXTS)
         if _is_list(labels) and _is_list(texts):
             if len(labels) != len(texts):
                 raise RecordError(f"`{name}` has {len(labels)} labels and {len(texts)} texts", "wrong letters")
@@ -40,15 +40,17 @@ def list_options(found: Any, name: str) -> tuple[tuple[Any, ...], int | None]:
         raise RecordError(f"`{name}` must be a list or a mapping, found {name_type(found)}", "wrong type")
     found = list(found)
     if found and all(isinstance(part, Mapping) for part in found):
-        pairs = [
-            tuple(next((part[k] for k in keys if k in part), None) for keys in (_LABELS, _TEXTS)) for part in found
-        ]
+        pairs = [(_get(part, _LABELS), _get(part, _TEXTS)) for part in found]
         if any(text is None for _, text in pairs):
             raise RecordError(f"`{name}` has parts without a text (columns {list_names(found[0])})", "wrong type")
         return (tuple(text for _, text in pairs), None) if all(p[0] is None for p in pairs) else _order(pairs, name)
     if found and all(_is_list(part) and len(part) == 2 for part in found):
         return _order([(part[0], part[1]) for part in found if part[1] is not None], name)
     return tuple(found), None
+
+
+def _get(found: Mapping[Any, Any], keys: Sequence[str]) -> Any:
+    return next((found[key] for key in keys if key in found), None)
 
 
 def _is_list(value: Any) -> bool:

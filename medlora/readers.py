@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import re
 import socket
 from collections.abc import Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from medlora.bounds import check_growth, read_bounded_lines
+from medlora.bounds import read_bounded_lines
 from medlora.columnar import read_parquet
-from medlora.encodings import NAMES, Recoded, recognise
+from medlora.encodings import NAMES, recognise
 from medlora.errors import InputError
 from medlora.object_store import is_store, open_store
 from medlora.row_formats import Broken, Row, decode_line, read_array, read_lines
+from medlora.streams import PACKED, open_text
 from medlora.tables import SEPARATORS, find_separator, read_csv
 
 _IN_FOLDERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """A workbook often stands beside the CSV that was saved of it, so it is read only where it is named."""
 SUFFIXES = (*_IN_FOLDERS, ".xlsx")
-PACKED = (".gz", ".zst")
-"""Endings that may stand behind SUFFIXES: pyarrow unpacks them."""
 _GLOB = re.compile(r"[*?\[]")
-_MARKS = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"PK\x03\x04": "a zip archive",
-    b"%PDF-": "a PDF",
-    b"\x1f\x8b": "gzip",
-}
-"""First bytes of what is no UTF-8 text, whatever its name says."""
 
 
 def list_files(name: str, kind: str = "auto") -> list[str]:
@@ -130,7 +119,8 @@ def read_file(name: str, start: int = 0, encoding: str = "auto", separator: str 
     elif name.startswith("hf:"):
         yield from _read_hub(name, start)
     elif "|" in name:
-        yield from islice(_read_aligned(*name.split("|", 1), encoding), start, None)
+        english, _, korean = name.partition("|")
+        yield from islice(_read_aligned(english, korean, encoding), start, None)
     elif plain.endswith(".parquet"):
         yield from islice(read_parquet(name), start, None)
     elif plain.endswith(".xlsx"):
@@ -140,7 +130,7 @@ def read_file(name: str, start: int = 0, encoding: str = "auto", separator: str 
         with store.open_input_file(path) as book:
             yield from islice(read_workbook(name, book), start, None)
     else:
-        with _open(name, encoding) as file:
+        with open_text(name, encoding) as file:
             first = file.peek(1)
             if plain.endswith((".csv", ".tsv")):
                 yield from islice(read_csv(name, file, separator), start, None)
@@ -155,80 +145,15 @@ def describe_reading(name: str, encoding: str = "auto", separator: str = "auto")
     plain = _strip_packing(name.partition("?")[0])
     if name.startswith(("miniature:", "hf:")) or "|" in name or plain.endswith((".parquet", ".xlsx")):
         return []
-    with _open(name, "utf-8") as file:
+    with open_text(name, "utf-8") as file:
         found = recognise(file.peek(1)) if encoding == "auto" else "utf-8"
     said = [f"file read as {NAMES[found]}"] if found in NAMES else []
     if plain.endswith(".csv") and separator == "auto":
-        with _open(name, encoding) as file:
+        with open_text(name, encoding) as file:
             delimiter, _ = find_separator(name, file.peek(1))
         if delimiter != ",":
             said.append(f"cells separated by {SEPARATORS.get(delimiter, repr(delimiter))}")
     return said
-
-
-def _open(name: str, encoding: str = "auto") -> io.BufferedReader[Any]:
-    """A binary stream of a file, unpacked and in UTF-8, that holds something and begins like text."""
-    packed = name.partition("?")[0].endswith(PACKED)
-    try:
-        if packed or is_store(name):
-            store, path = open_store(name if is_store(name) else str(Path(name).absolute()))
-            raw: io.RawIOBase = _RawStream(store, path, name, packed)
-        else:
-            raw = _PlainFile(name)
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror or str(error).splitlines()[0]}") from None
-    file = io.BufferedReader(raw, 2**20)
-    _check_beginning(name, file.peek(1))
-    chosen = recognise(file.peek(1)) if encoding == "auto" else encoding.replace("euc-kr", "cp949")
-    return file if chosen == "utf-8" else io.BufferedReader(Recoded(file, chosen), 2**20)
-
-
-class _PlainFile(io.FileIO):
-    """A file whose errors name it."""
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            return super().readinto(buffer) or 0
-        except OSError as error:
-            raise InputError(f"{self.name}: cannot be read: {error.strerror or error}") from None
-
-
-class _RawStream(io.RawIOBase):
-    """A pyarrow stream for io.BufferedReader, unpacked while it grows like text; its errors name the file."""
-
-    def __init__(self, store: Any, path: str, name: str, packed: bool) -> None:
-        import pyarrow
-
-        # A stream from a store cannot say how far it is: there the whole size counts.
-        self.size = store.get_file_info(path).size or 0
-        opened = store.open_input_stream(path, compression=None) if is_store(name) else store.open_input_file(path)
-        self.packed = opened
-        kind = "gzip" if path.endswith(".gz") else "zstd"
-        self.stream = pyarrow.CompressedInputStream(self.packed, kind) if packed else self.packed
-        self.file, self.unpacked = name, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            content = self.stream.read(len(buffer))
-        except OSError as error:
-            raise InputError(f"{self.file}: cannot be unpacked: {str(error).splitlines()[0]}") from None
-        self.unpacked += len(content)
-        if self.stream is not self.packed:
-            check_growth(self.file, self.packed.tell() if self.packed.seekable() else self.size, self.unpacked)
-        buffer[: len(content)] = content
-        return len(content)
-
-
-def _check_beginning(name: str, first: bytes) -> None:
-    if not first:
-        raise InputError(f"{name}: the file is empty")
-    if found := next((what for mark, what in _MARKS.items() if first.startswith(mark)), None):
-        raise InputError(
-            f"{name}: is {found}, not UTF-8 text; save it as UTF-8, or under the ending that says what it is"
-        )
 
 
 def _read_aligned(english: str, korean: str, encoding: str) -> Iterator[Row]:
@@ -252,7 +177,7 @@ def _read_aligned(english: str, korean: str, encoding: str) -> Iterator[Row]:
 
 def _read_side(name: str, encoding: str) -> Iterator[str | Broken]:
     """The lines of a file, empty ones too: they are what keeps two files aligned."""
-    with _open(name, encoding) as file:
+    with open_text(name, encoding) as file:
         for number, line in enumerate(read_bounded_lines(name, file), 1):
             yield decode_line(line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n"))
 

@@ -22,7 +22,7 @@ from medlora.quarantine import write_quarantine
 from medlora.sources import read, scan
 
 QUESTION = {"question": "Q?", "A": "열", "B": "기침", "answer": 1}
-LONGEST_MESSAGE = 1_500
+LONGEST_MESSAGE = 2_500
 
 
 def refusal(path: Path | str, **more: Any) -> str:
@@ -101,7 +101,7 @@ def test_an_aligned_side_is_bounded_too(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_values_of_a_row_are_bounded_but_not_the_words_of_a_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "x", "m": [' + "1," * 1_100_000 + "1]}")
-    assert "1,100,002 values in it, more than 1,000,000" in refusal(path)
+    assert "values in it, more than 1,000,000" in refusal(path)
     path = write(tmp_path / "b.jsonl", json.dumps({"text": '[1], {2}, \\" ' * 200_000}))
     assert len(read(SourceConfig(source=str(path)))) == 1
 
@@ -130,9 +130,10 @@ def test_a_quote_that_is_never_closed_is_named(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_an_archive_that_grows_like_no_text_is_refused(
-    tmp_path: Path, name: str, unit: bytes, before: bytes, behind: bytes
+    tmp_path: Path, name: str, unit: bytes, before: bytes, behind: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = before + unit * 40_000 + behind
+    monkeypatch.setattr(bounds, "_FREE_BYTES", 2**18)
+    content = before + unit * 10_000 + behind
     path = write(tmp_path / f"{name}.gz", gzip.compress(content))
     assert "unpacks to more than 200 times its size" in refusal(path)
     with pyarrow.output_stream(str(tmp_path / f"{name}.zst"), compression="zstd") as file:
@@ -151,7 +152,7 @@ def test_a_parquet_file_of_few_words_written_out_is_refused(tmp_path: Path) -> N
     word = pyarrow.array(["a" * 2000]).take(pyarrow.array([0] * 100_000))
     pyarrow.parquet.write_table(pyarrow.table({"text": word}), tmp_path / "a.parquet")
     assert "unpacks to more than 200 times its size" in refusal(tmp_path / "a.parquet")
-    cells = pyarrow.array(["a" * 5_000_000] * 100, pyarrow.large_string())
+    cells = pyarrow.array(["a" * 5_000_000] * 20, pyarrow.large_string())
     pyarrow.parquet.write_table(pyarrow.table({"text": cells}), tmp_path / "b.parquet", compression="zstd")
     assert "unpacks to more than 200 times its size" in refusal(tmp_path / "b.parquet")
 
