@@ -129,7 +129,11 @@ def load(path: Path, overrides: Sequence[str], model: type[Config]) -> Config: .
 
 def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig) -> Any:
     """The config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
-    raw = load_raw(path, overrides)
+    return validate(path, load_raw(path, overrides), overrides, model)
+
+
+def validate(path: Path, raw: Mapping[str, Any], overrides: Sequence[str], model: type[Config]) -> Config:
+    """The config of a file's plain values; raises InputError that names every wrong key with its line."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:

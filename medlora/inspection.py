@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medlora.config import BaseModelConfig
+from medlora.config_file import explain
 from medlora.config_sources import Columns, TrainSource
 from medlora.errors import InputError
 from medlora.prompts import render
@@ -78,8 +79,7 @@ def _make_source(name: str, arguments: argparse.Namespace) -> TrainSource:
             style=arguments.style,
         )
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in error.errors())
-        raise InputError(f"{name}: {reasons}") from None
+        raise InputError(f"{name}: {'; '.join(explain(error, TrainSource))}") from None
 
 
 def _load_tokenizer(model: str) -> Any:
