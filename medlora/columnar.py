@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medlora.bounds import MAX_COLUMNS, MAX_LINE_BYTES, check_growth
+from medlora.bounds import MAX_COLUMNS, MAX_LINE_BYTES, check_growth, clean
 from medlora.errors import InputError
 from medlora.object_store import is_store, open_store
 from medlora.row_formats import Row
@@ -42,7 +42,7 @@ def read_parquet(name: str) -> Iterator[Row]:
     except MemoryError:
         raise InputError(f"{name}: its rows do not fit into memory; write it anew with shorter values") from None
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        reason = clean(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise InputError(f"{name}: is no readable parquet file: {reason}") from None
 
 

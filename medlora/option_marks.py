@@ -24,10 +24,14 @@ _ENCLOSED |= {
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 """Full-width letters, digits and brackets; every one stays one character, so places in the text stay, too."""
 _SIGN = rf"(?P<digit>10|[1-9])|(?P<letter>[A-Ja-j])|(?P<hangul>[{HANGUL}])|(?P<jamo>[{JAMO}])"
-_IN_BRACKETS = re.compile(rf"\s*[(\[<]\s*(?:{_SIGN})\s*번?\s*[)\]>]\s*[.:]?")
+_IN_BRACKETS = re.compile(rf"\s*[(\[<]\s*(?:{_SIGN})\s*번?\s*[)\]>](?:\s?번(?![가-힣]))?\s*[.:]?")
 _NUMBERED = re.compile(r"\s*(?P<digit>10|[1-9])\s?번(?![가-힣])\s*[.):]?")
-_BEFORE_A_STOP = re.compile(rf"\s*(?:{_SIGN})\s?(?:[):](?!\d)|\.(?=\s|[가-힣(]|$))")
-_CUE = re.compile(r"\s*(?:최종\s*)?(?:정답|답안?|answer)\s*(?:은|는|:|=)?\s*", re.I)
+_BEFORE_A_STOP = re.compile(rf"\s*(?:{_SIGN})\s?(?:[):](?!\d)|\.(?!\d)|、)")
+_CUE = re.compile(
+    r"\s*(?:\[?\s*(?:최종\s*)?(?:정답|답안?|answer|ans)(?![A-Za-z])\s*\]?|보기|선택지|선지|옵션|option|choice)\s*(?:은|는|:|=|\.)?\s*",
+    re.I,
+)
+_BEFORE_TEXT = re.compile(rf"\s*(?:{_SIGN})\s+(?=\S)")
 STRONG = {"enclosed", "numbered"}
 """Families that are hardly ever the beginning of an option's own text."""
 
@@ -65,12 +69,19 @@ def read_answer(text: str) -> Mark | None:
     """The mark that an answer is, or begins with: a bare letter or 가, ③, 3번, (C), `C. text`, also behind `정답:`."""
     said = text[found.end() :] if (found := _CUE.match(text)) else text
     plain = said.translate(HALF_WIDTH).strip().rstrip(".")
-    if re.fullmatch(rf"[A-Ja-j]|[{HANGUL}]|[{JAMO}]", plain):
+    if re.fullmatch(rf"[A-Ja-j]번?|[{HANGUL}]|[{JAMO}]", plain):
+        plain = plain[0]
         family = "letter" if plain.isascii() else "hangul"
         return Mark(1 + _order_of(plain), family, "")
     if found and re.fullmatch(r"10|[0-9](?:\.0+)?", plain):
         return Mark(int(float(plain)), "digit", "")
-    return read_mark(said)
+    if mark := read_mark(said):
+        return mark
+    if bare := _BEFORE_TEXT.match(said.translate(HALF_WIDTH)):
+        family, sign = next((kind, each) for kind, each in bare.groupdict().items() if each)
+        place = int(sign) if sign.isdigit() else 1 + _order_of(sign)
+        return Mark(place, family, said[bare.end() :].strip())
+    return None
 
 
 def names_several(text: str) -> bool:
@@ -94,16 +105,17 @@ def strip_marks(options: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
     if len(found) < 2 or len(families) > 1 or any(_is_combination(mark) for _, mark in found):
         return tuple(options), False
     whole, (family,) = len(found) == len(options), families
-    if not whole and family not in STRONG:
-        return tuple(options), False
     places = [mark.place for _, mark in found]
-    if all(place == mark.place for place, mark in found):
+    agreeing = sum(place == mark.place for place, mark in found)
+    if not whole and family not in STRONG and agreeing < 3:
+        return tuple(options), False
+    if agreeing == len(found):
         kept = [mark.rest if mark and mark.rest else option for mark, option in zip(marks, options, strict=True)]
         return tuple(kept), True
-    if family not in STRONG and len(set(places)) < len(places):
+    if family not in STRONG and agreeing < 3 and (not whole or len(set(places)) < len(places)):
         return tuple(options), False  # "1) a, 2) b" in every option: the parts of an order, no marks
     in_a_row = sorted(places) == list(range(min(places), min(places) + len(places)))
-    if family == "letter" and not in_a_row:
+    if family == "letter" and not in_a_row and agreeing < 3:
         return tuple(options), False  # "E. coli": an initial, no mark
     wrong = next((place, mark) for place, mark in found if place != mark.place)
     raise RecordError(

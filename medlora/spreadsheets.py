@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
-from medlora.bounds import MAX_RATIO
+from medlora.bounds import MAX_RATIO, clean
 from medlora.errors import InputError
 from medlora.row_formats import Broken, Row
 from medlora.tables import check_header, take_cells
@@ -38,7 +38,7 @@ def read_workbook(name: str, file: Any) -> Iterator[Row]:
             )
         yield from _read_sheet(name, sheets[0])
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, OSError, SyntaxError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = clean(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise InputError(f"{name}: is no readable Excel workbook: {reason}") from None
 
 

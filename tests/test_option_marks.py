@@ -20,6 +20,8 @@ MARKS = {
     "bracketed": ["(1) ", "(2) ", "(3) ", "(4) ", "(5) "],
     "numbered": ["1번 ", "2번 ", "3번 ", "4번 ", "5번 "],
     "lettered": ["A. ", "B. ", "C. ", "D. ", "E. "],
+    "close to the text": ["A.", "B.", "C.", "D.", "E."],
+    "ideographic comma": ["1、", "2、", "3、", "4、", "5、"],
     "small": ["a) ", "b) ", "c) ", "d) ", "e) "],
     "letters in brackets": ["(A) ", "(B) ", "(C) ", "(D) ", "(E) "],
     "full width": ["Ａ．", "Ｂ．", "Ｃ．", "Ｄ．", "Ｅ．"],
@@ -99,6 +101,9 @@ def test_what_only_looks_like_a_mark_stays(options: list[str]) -> None:
 def test_marks_on_some_options_count_where_they_can_be_nothing_else() -> None:
     assert strip_marks(["① a", "② b", "c"]) == (("a", "b", "c"), True)
     assert strip_marks(["1. a", "2. b", "c"]) == (("1. a", "2. b", "c"), False)
+    assert strip_marks(["A. a", "B. b", "C. c", "none"]) == (("a", "b", "c", "none"), True)
+    with pytest.raises(RecordError, match="option 5 carries the mark of option 4"):
+        strip_marks(["A. a", "B. b", "C. c", "D. d", "D. e"])
     with pytest.raises(RecordError, match="option 1 carries the mark of option 2"):
         strip_marks(["② a", "① b", "c"])
 
@@ -114,6 +119,22 @@ def test_marks_on_some_options_count_where_they_can_be_nothing_else() -> None:
         *[
             (mark, "C")
             for mark in ("③ 발진", "③발진", "3번 발진", "C. 발진", "(C) 발진", "C: 발진", "3) 발진", "다. 발진")
+        ],
+        *[
+            (mark, "C")
+            for mark in (
+                "보기 3",
+                "선택지 3번",
+                "option C",
+                "C번",
+                "(3)번",
+                "③번",
+                "[정답] 3",
+                "Ans: C",
+                "C 발진",
+                "3 발진",
+                "정답 C",
+            )
         ],
         *[(mark, "C") for mark in ("정답: ③", "정답 3", "답: C", "정답은 3번", "Answer: C", "발진", ["③"], [3.0])],
     ],
@@ -138,6 +159,8 @@ def test_an_answer_is_any_mark_with_one_meaning(answer: Any, letter: str) -> Non
         ("가, 다", "several answers"),
         ("A와 C", "several answers"),
         ("A/C", "several answers"),
+        ("C 두통", "letter and text disagree"),
+        ("3번째", "answer is no option"),
         ("C. 두통", "letter and text disagree"),
         ("③ 두통", "letter and text disagree"),
         ("C. 없는 것", "answer is no option"),
