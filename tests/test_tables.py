@@ -277,3 +277,8 @@ def test_without_openpyxl_the_extra_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04")
     assert "pip install 'medlora[excel]'" in refusal(tmp_path / "a.xlsx")
+
+
+def test_keys_that_a_config_does_not_use_are_no_part_of_its_fingerprint() -> None:
+    assert not {"encoding", "separator"} & SourceConfig(source="a.csv").model_dump().keys()
+    assert SourceConfig(source="a.csv", separator=";").model_dump()["separator"] == ";"
