@@ -127,6 +127,12 @@ EXAMS = {
         ("question", "A", "B", "answer"),
         _mcq("answer", 1, LETTER_COLUMNS, subject="subject"),
     ),
+    "table": Schema(
+        "table",
+        "question, option1.. (choice_a), answer; whether numbers begin with 0 or 1 is as the data shows",
+        ("question", "A", "B", "answer"),
+        _mcq("answer", "data", LETTER_COLUMNS, subject="subject"),
+    ),
     "exam-list": Schema(
         "exam-list",
         "Korean exams with all options in one column: 문제, 보기 (선택지), 정답",
@@ -144,7 +150,8 @@ def find_schema(rows: Iterable[Any], kind: str = "auto") -> Schema | None:
                 if (kind == "auto" or schema.kind == kind) and all(column in row for column in schema.needs):
                     return schema
             if kind in ("auto", "mcq") and (renamed := match_columns(tuple(map(str, row)))[0]) is not None:
-                return EXAMS["exam-list" if "options" in renamed else "exam"]
+                korean = not renamed["answer"].isascii()
+                return EXAMS["exam-list" if "options" in renamed else "exam" if korean else "table"]
     return None
 
 

@@ -156,8 +156,8 @@ EXAMS = [
     (["문제 ", "1번", "2번", "3번", "정답번호", "정답해설", "영역"], "exam"),
     (["문제", "(1)", "(2)", "(3)", "정답", "해설", "과목"], "exam"),
     (["문제", "A", "B", "C", "정답", "해설", "과목"], "exam"),
-    (["question", "option1", "option2", "option3", "answer", "explanation", "subject"], "exam"),
-    (["question", "Choice_A", "Choice_B", "Choice_C", "Answer", "cot", "subject"], "exam"),
+    (["question", "option1", "option2", "option3", "answer", "explanation", "subject"], "table"),
+    (["question", "Choice_A", "Choice_B", "Choice_C", "Answer", "cot", "subject"], "table"),
 ]
 
 
@@ -282,3 +282,11 @@ def test_without_openpyxl_the_extra_is_named(tmp_path: Path, monkeypatch: pytest
 def test_keys_that_a_config_does_not_use_are_no_part_of_its_fingerprint() -> None:
     assert not {"encoding", "separator"} & SourceConfig(source="a.csv").model_dump().keys()
     assert SourceConfig(source="a.csv", separator=";").model_dump()["separator"] == ";"
+
+
+def test_numbers_under_english_headers_count_as_the_data_shows(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("question,option1,option2,option3,answer\nQ,x,y,z,0\nR,x,y,z,2\n", encoding="utf-8")
+    assert [answer for _, _, answer in ask(path)] == ["A", "C"]
+    path.write_text("question,option1,option2,option3,answer\nQ,x,y,z,1\nR,x,y,z,2\n", encoding="utf-8")
+    assert "say whether the first option is 0 or 1: columns.answer.base" in refusal(path)
