@@ -12,8 +12,12 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from medlora.bounds import name_type
 from medlora.config import RunConfig
+from medlora.config_jobs import refuse_other_job
+from medlora.config_places import Places, refuse_twice
 from medlora.config_sources import Section
+from medlora.config_words import describe_problem, is_key, keys_at, name_key, show_value
 from medlora.errors import InputError
 
 Config = TypeVar("Config", bound=Section)
@@ -39,12 +43,18 @@ _Loader.add_implicit_resolver(
 
 _MOST_VALUES = 100_000
 """More than any config has; aliases of aliases make billions of a few lines."""
+_MOST_BYTES = 4 * 2**20
 
 
 def read_yaml(text: str) -> Any:
-    """YAML text as plain values, with YAML 1.2 numbers; raises yaml.YAMLError, also for aliases that grow without bound."""
+    """YAML text as plain values, with YAML 1.2 numbers.
+
+    Raises yaml.YAMLError, also for a key that stands twice in one mapping and for aliases that grow without bound.
+    """
     try:
-        values = _count_values(yaml.compose(text, _Loader), {})
+        root = yaml.compose(text, _Loader)
+        refuse_twice(root)
+        values = _count_values(root, {})
         if values > _MOST_VALUES:
             raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES:,} values")
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
@@ -67,32 +77,43 @@ def _count_values(node: yaml.Node | None, known: dict[yaml.Node, int]) -> int:
     return count
 
 
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, which no config is")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such config file; see configs/ for complete ones") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: cannot be read: is a folder; name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: cannot be read: is not UTF-8 (at byte {error.start + 1}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The config file as a plain mapping with `--set` overrides applied and `phase_defaults` spread over the phases.
 
     Raises InputError when the file is missing, unreadable or not a mapping, or an override names nothing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such config file; see configs/ for complete ones") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    try:
-        raw = read_yaml(text)
+        raw = read_yaml(_read_text(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
         raise InputError(
-            f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}; see configs/quickstart.yaml"
+            f"{path}: a config is a mapping of keys to values, found {name_type(raw)}; see configs/quickstart.yaml"
         )
     for override in overrides:
         _override(raw, override)
     defaults = raw.pop("phase_defaults", None) or {}
     if not isinstance(defaults, dict):
-        raise InputError(f"{path}: phase_defaults must be a mapping, found {type(defaults).__name__}")
+        raise InputError(f"{path}: phase_defaults must be a mapping of keys to values, found {name_type(defaults)}")
     if isinstance(raw.get("phases"), list):
         raw["phases"] = [{**defaults, **phase} if isinstance(phase, dict) else phase for phase in raw["phases"]]
     return raw
@@ -108,22 +129,35 @@ def load(path: Path, overrides: Sequence[str], model: type[Config]) -> Config: .
 
 def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig) -> Any:
     """The config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
-    raw = load_raw(path, overrides)
+    return validate(path, load_raw(path, overrides), overrides, model)
+
+
+def validate(path: Path, raw: Mapping[str, Any], overrides: Sequence[str], model: type[Config]) -> Config:
+    """The config of a file's plain values; raises InputError that names every wrong key with its line."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in explain(error, model))
+        refuse_other_job(path, raw, model)
+        places = Places(_read_text(path), raw, overrides, _Loader)
+        found = [places.describe(line) for line in explain(error, model)]
+        more = [f"... and {len(found) - _MOST_LINES} more"] if len(found) > _MOST_LINES else []
+        lines = "\n".join(f"  {line}" for line in [*found[:_MOST_LINES], *more])
         raise InputError(f"{path}: the config is not valid:\n{lines}") from None
+
+
+_MOST_LINES = 20
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    key = key.strip()
     if not equals or not key:
         raise InputError(f"--set {override}: write KEY=VALUE, e.g. --set phases.01.learning_rate=1e-4")
     try:
         value = read_yaml(text)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML: {error}") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"--set {override}: the value is not valid YAML: {reason}") from None
     try:
         set_value(raw, key, value)
     except InputError as error:
@@ -153,7 +187,7 @@ def find_node(raw: dict[str, Any], parts: Sequence[str], make: bool = False) -> 
         else:
             node = node.get(part) if node.get(part) is not None else {}
         if not isinstance(node, dict | list):
-            raise InputError(f"{'.'.join(parts[: depth + 1])} is {node!r}, which has no keys")
+            raise InputError(f"{'.'.join(parts[: depth + 1])} is {show_value(node)}, which has no keys")
     return node
 
 
@@ -181,15 +215,15 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     problems = error.errors(include_url=False)
     said = set()
     for problem in problems:
-        path = [part for part in problem["loc"] if _is_key(part)]
-        dotted = ".".join(str(part) for part in path)
+        path = [part for part in problem["loc"] if is_key(part)]
+        dotted = name_key(problem["loc"])
         # A list whose items are wrong is counted as too short as well; a union complains once a branch.
         deeper = any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
         if dotted in said or deeper:
             continue
         said.add(dotted)
         if problem["type"] == "extra_forbidden":
-            allowed = _keys_at(model, path[:-1])
+            allowed = keys_at(model, path[:-1])
             near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
             yield f"{dotted}: unknown key; {hint}"
@@ -198,34 +232,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"{dotted}: is required"
         else:
-            found = json.dumps(problem["input"], ensure_ascii=False, default=str)
-            yield f"{dotted}: {problem['msg']}, found {found[:120]}"
-
-
-def _is_key(part: int | str) -> bool:
-    """Whether a part of pydantic's location stands in the file; the branch names of unions (`literal[...]`) do not."""
-    return isinstance(part, int) or re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None
-
-
-def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    """The keys that the section at `path` knows; empty where it is no section."""
-    current: type[BaseModel] | None = model
-    for part in path:
-        if isinstance(part, int):
-            continue
-        if current is None or part not in current.model_fields:
-            return []
-        current = _section_of(current.model_fields[part].annotation)
-    return list(current.model_fields) if current else []
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if found := _section_of(argument):
-            return found
-    return None
+            same = [other for other in problems if name_key(other["loc"]) == dotted]
+            yield f"{dotted}: {describe_problem(same)}"
 
 
 def schema() -> dict[str, Any]:

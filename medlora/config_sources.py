@@ -62,7 +62,7 @@ class SourceConfig(Section):
     """Where records come from."""
 
     source: str
-    """File (.jsonl .json .csv .parquet .txt, also .gz or .zst of them), folder, glob, `s3://` or `gs://` URI,
+    """File (.jsonl .json .csv .tsv .parquet .txt, also .gz or .zst of them, .xlsx), folder, glob, `s3://` or `gs://` URI,
     `hf:owner/name/config:split@revision`, `miniature:NAME`, or two aligned text files as `ENGLISH|KOREAN`."""
     kind: Literal["auto", "text", "translation", "mcq"] = "auto"
     """What the rows are; `auto` looks at the columns."""
@@ -74,6 +74,10 @@ class SourceConfig(Section):
     """Use the first so many records."""
     unicode: Literal["keep", "nfc"] = "keep"
     """`nfc`: what the model sees is composed (Unicode NFC), too; matching always is."""
+    encoding: Literal["auto", "utf-8", "cp949", "euc-kr", "utf-16"] = "auto"
+    """How the text of a file is encoded; `auto` is UTF-8, unless the first bytes are surely Korean CP949 or UTF-16."""
+    separator: Literal["auto", ",", ";", "tab", "|"] = "auto"
+    """What stands between the cells of a CSV; `auto` looks at its first rows."""
     licence: str | None = None
     """What the data may be used for, e.g. `CC BY-NC 2.0`; written into the run's data card."""
 
@@ -87,6 +91,7 @@ class SourceConfig(Section):
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Dumps stand in the fingerprints of finished runs: a key that came later must not make them look changed.
         later = {"adaptor": None, "columns": None, "unicode": "keep", "licence": None, "sample": None}
+        later |= {"encoding": "auto", "separator": "auto"}
         dumped: dict[str, Any] = serialise(self)
         return {key: value for key, value in dumped.items() if key not in later or value != later[key]}
 

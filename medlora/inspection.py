@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from medlora.config import BaseModelConfig
+from medlora.config_file import explain
 from medlora.config_sources import Columns, TrainSource
 from medlora.errors import InputError
 from medlora.prompts import render
-from medlora.schemas import SCHEMAS
+from medlora.schemas import EXAMS, SCHEMAS
 from medlora.sources import Scan, scan, stream
 
 _SAMPLES = 3
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     inspect.add_argument(
         "--columns", type=json.loads, metavar="JSON", help='as `columns` in a config: {"text": "body"}'
     )
+    inspect.add_argument("--encoding", default="auto", choices=["auto", "utf-8", "cp949", "euc-kr", "utf-16"])
+    inspect.add_argument("--separator", default="auto", choices=["auto", ",", ";", "tab", "|"])
     inspect.add_argument("--style", default="reasoning", choices=["reasoning", "answer", "kormedmcqa"])
     inspect.add_argument("--base", metavar="MODEL", help="folder or hub id (or miniature): also count its tokens")
     inspect.add_argument("--limit", type=int, help="look at the first so many records only")
@@ -71,11 +74,12 @@ def _make_source(name: str, arguments: argparse.Namespace) -> TrainSource:
             adaptor=arguments.adaptor,
             columns=columns,
             limit=arguments.limit,
+            encoding=arguments.encoding,
+            separator=arguments.separator,
             style=arguments.style,
         )
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in error.errors())
-        raise InputError(f"{name}: {reasons}") from None
+        raise InputError(f"{name}: {'; '.join(explain(error, TrainSource))}") from None
 
 
 def _load_tokenizer(model: str) -> Any:
@@ -90,7 +94,7 @@ def _load_tokenizer(model: str) -> Any:
 
 def _print_schemas(console: Console) -> None:
     table = Table("name", "known by the columns", "what")
-    for schema in SCHEMAS:
+    for schema in (*SCHEMAS, *EXAMS.values()):
         table.add_row(schema.name, ", ".join(schema.needs), schema.about)
     console.print(table)
 

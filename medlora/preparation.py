@@ -115,10 +115,14 @@ class Preparation:
         return manifest is not None and runs.check_files(self.folder, manifest) is None
 
     def explain(self) -> str:
-        """Why they have to be made: what differs from tokens of the same source that are there."""
+        """Why they have to be made: what differs from tokens of the same source in the same style that are there.
+
+        Another style is no reason: phases that use a source in two styles have both in the cache, side by side.
+        """
         others = [runs.read_manifest(path.parent) for path in self.folder.parent.glob(f"*/{runs.MANIFEST}")]
         made = [other["fingerprint"] for other in others if other]
-        near = [other for other in made if other.get("source") == self.fingerprint["source"]]
+        same = ("source", "style")
+        near = [other for other in made if all(other.get(key) == self.fingerprint[key] for key in same)]
         if not near:
             return FIRST
         differences = min((runs.find_differences(other, self.fingerprint) for other in near), key=len)

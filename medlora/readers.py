@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import re
 import socket
 from collections.abc import Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+from medlora.bounds import read_bounded_lines
+from medlora.columnar import read_parquet
+from medlora.encodings import NAMES, recognise
 from medlora.errors import InputError
 from medlora.object_store import is_store, open_store
-from medlora.row_formats import Broken, Row, decode_line, read_array, read_csv, read_lines
+from medlora.row_formats import Broken, Row, decode_line, read_array, read_lines
+from medlora.streams import PACKED, open_text
+from medlora.tables import SEPARATORS, find_separator, read_csv
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-PACKED = (".gz", ".zst")
-"""Endings that may stand behind SUFFIXES: pyarrow unpacks them."""
+_IN_FOLDERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+"""A workbook often stands beside the CSV that was saved of it, so it is read only where it is named."""
+SUFFIXES = (*_IN_FOLDERS, ".xlsx")
 _GLOB = re.compile(r"[*?\[]")
-_MARKS = {
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"PK\x03\x04": "a zip archive",
-    b"%PDF-": "a PDF",
-    b"\x1f\x8b": "gzip",
-}
-"""First bytes of what is no UTF-8 text, whatever its name says."""
 
 
 def list_files(name: str, kind: str = "auto") -> list[str]:
@@ -42,14 +37,16 @@ def list_files(name: str, kind: str = "auto") -> list[str]:
         return _list_store(name, kind)
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(str(p) for p in path.rglob("*") if _has_known_ending(p.name) and p.is_file())
+        files = sorted(str(p) for p in path.rglob("*") if _has_known_ending(p.name, _IN_FOLDERS) and p.is_file())
         if not files:
-            raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+            raise InputError(f"{path}: no {', '.join(_IN_FOLDERS)} file in this folder")
         return files
     if not path.is_file() and _GLOB.search(name):
         files = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
         if not files:
             raise InputError(f"{name}: no file matches; sources are read relative to {Path.cwd()}")
+    elif not path.is_file() and path.exists():
+        raise InputError(f"{path}: is a pipe or a device; save what it gives as a file and name that")
     elif not path.is_file():
         raise InputError(f"{path}: there is no such file or folder; sources are read relative to {Path.cwd()}")
     else:
@@ -63,8 +60,8 @@ def _strip_packing(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".zst")
 
 
-def _has_known_ending(name: str) -> bool:
-    return _strip_packing(name).endswith(SUFFIXES)
+def _has_known_ending(name: str, endings: tuple[str, ...] = SUFFIXES) -> bool:
+    return _strip_packing(name).endswith(endings)
 
 
 def _check_ending(name: str, kind: str) -> None:
@@ -84,13 +81,13 @@ def _list_store(name: str, kind: str) -> list[str]:
         found = store.get_file_info(path)
         if found.type == fs.FileType.Directory:
             inside = store.get_file_info(fs.FileSelector(path, recursive=True))
-            files = sorted(file.path for file in inside if file.is_file and _has_known_ending(file.path))
+            files = sorted(file.path for file in inside if file.is_file and _has_known_ending(file.path, _IN_FOLDERS))
         else:
             files = [path] if found.type == fs.FileType.File else []
     except (OSError, ArrowException) as error:
         raise InputError(f"{name}: cannot be listed: {str(error).splitlines()[0]}") from None
     if not files:
-        raise InputError(f"{name}: there is no such file, or no {', '.join(SUFFIXES)} file in this folder")
+        raise InputError(f"{name}: there is no such file, or no {', '.join(_IN_FOLDERS)} file in this folder")
     scheme = name.partition("://")[0]
     query = f"?{name.partition('?')[2]}" if "?" in name else ""
     files = [f"{scheme}://{file}{query}" for file in files]
@@ -111,95 +108,60 @@ def sign_file(name: str) -> str:
     return "\n".join(f"{p.absolute()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths if p.exists())
 
 
-def read_file(name: str, start: int = 0) -> Iterator[Row]:
+def read_file(name: str, start: int = 0, encoding: str = "auto", separator: str = "auto") -> Iterator[Row]:
     """The rows of one of `list_files`, from its row `start` (0 is the first) on, as a stream.
 
     A row that cannot be taken apart is a Broken; InputError is raised for what makes the whole file unreadable.
     """
+    plain = _strip_packing(name.partition("?")[0])
     if name.startswith("miniature:"):
         yield from islice(_read_miniature(name.removeprefix("miniature:")), start, None)
     elif name.startswith("hf:"):
         yield from _read_hub(name, start)
     elif "|" in name:
-        yield from islice(_read_aligned(*name.split("|", 1)), start, None)
-    elif (plain := _strip_packing(name.partition("?")[0])).endswith(".parquet"):
-        yield from islice(_read_parquet(name), start, None)
+        english, _, korean = name.partition("|")
+        yield from islice(_read_aligned(english, korean, encoding), start, None)
+    elif plain.endswith(".parquet"):
+        yield from islice(read_parquet(name), start, None)
+    elif plain.endswith(".xlsx"):
+        from medlora.spreadsheets import read_workbook
+
+        store, path = open_store(name if is_store(name) else str(Path(name).absolute()))
+        with store.open_input_file(path) as book:
+            yield from islice(read_workbook(name, book), start, None)
     else:
-        with _open(name) as file:
+        with open_text(name, encoding) as file:
             first = file.peek(1)
-            if plain.endswith(".csv"):
-                yield from islice(read_csv(name, file), start, None)
+            if plain.endswith((".csv", ".tsv")):
+                yield from islice(read_csv(name, file, separator), start, None)
             elif plain.endswith(".json") and first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 yield from islice(read_array(name, file), start, None)
             else:
                 yield from read_lines(name, file, start, plain.endswith((".json", ".jsonl")))
 
 
-def _open(name: str) -> io.BufferedReader[Any]:
-    """A binary stream of a file, unpacked, that holds something and begins like text."""
-    packed = name.partition("?")[0].endswith(PACKED)
-    try:
-        if packed or is_store(name):
-            store, path = open_store(name if is_store(name) else str(Path(name).absolute()))
-            raw: io.RawIOBase = _RawStream(store.open_input_stream(path, compression="detect"), name)
-        else:
-            raw = io.FileIO(name)
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror or str(error).splitlines()[0]}") from None
-    file = io.BufferedReader(raw, 2**20)
-    _check_beginning(name, file.peek(1))
-    return file
+def describe_reading(name: str, encoding: str = "auto", separator: str = "auto") -> list[str]:
+    """How a file is read where that was found out and is not plain UTF-8 with commas; for a note."""
+    plain = _strip_packing(name.partition("?")[0])
+    if name.startswith(("miniature:", "hf:")) or "|" in name or plain.endswith((".parquet", ".xlsx")):
+        return []
+    with open_text(name, "utf-8") as file:
+        found = recognise(file.peek(1)) if encoding == "auto" else "utf-8"
+    said = [f"file read as {NAMES[found]}"] if found in NAMES else []
+    if plain.endswith(".csv") and separator == "auto":
+        with open_text(name, encoding) as file:
+            delimiter, _ = find_separator(name, file.peek(1))
+        if delimiter != ",":
+            said.append(f"cells separated by {SEPARATORS.get(delimiter, repr(delimiter))}")
+    return said
 
 
-class _RawStream(io.RawIOBase):
-    """A pyarrow stream for io.BufferedReader; its errors name the file."""
-
-    def __init__(self, stream: Any, name: str) -> None:
-        self.stream, self.file = stream, name
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            content = self.stream.read(len(buffer))
-        except OSError as error:
-            raise InputError(f"{self.file}: cannot be unpacked: {str(error).splitlines()[0]}") from None
-        buffer[: len(content)] = content
-        return len(content)
-
-
-def _check_beginning(name: str, first: bytes) -> None:
-    if not first:
-        raise InputError(f"{name}: the file is empty")
-    if found := next((what for mark, what in _MARKS.items() if first.startswith(mark)), None):
-        raise InputError(
-            f"{name}: is {found}, not UTF-8 text; save it as UTF-8, or under the ending that says what it is"
-        )
-
-
-def _read_parquet(name: str) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        store, path = open_store(name if is_store(name) else str(Path(name).absolute()))
-        with parquet.ParquetFile(store.open_input_file(path)) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{name}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}: is no readable parquet file: {error}") from None
-
-
-def _read_aligned(english: str, korean: str) -> Iterator[Row]:
+def _read_aligned(english: str, korean: str, encoding: str) -> Iterator[Row]:
     sides = []
     for name in (english.strip(), korean.strip()):
         if len(files := list_files(name, "text")) != 1:
             raise InputError(f"{name}: one side of an aligned pair is one file, found {len(files)}")
-        sides.append(_read_side(files[0]))
+        sides.append(_read_side(files[0], encoding))
     for count, (en, ko) in enumerate(zip_longest(*sides), 1):
         if en is None or ko is None:
             longer = count + sum(1 for _ in sides[1 if en is None else 0])
@@ -213,10 +175,10 @@ def _read_aligned(english: str, korean: str) -> Iterator[Row]:
         yield f"{english.strip()}:{count}", broken or {"english": en, "korean": ko}
 
 
-def _read_side(name: str) -> Iterator[str | Broken]:
+def _read_side(name: str, encoding: str) -> Iterator[str | Broken]:
     """The lines of a file, empty ones too: they are what keeps two files aligned."""
-    with _open(name) as file:
-        for number, line in enumerate(file, 1):
+    with open_text(name, encoding) as file:
+        for number, line in enumerate(read_bounded_lines(name, file), 1):
             yield decode_line(line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n"))
 
 

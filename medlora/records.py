@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from medlora.bounds import name_type
+
 LETTERS = "ABCDEFGHIJ"
 """Option letters in order; a question has 2 to 10 options."""
 
@@ -36,7 +38,7 @@ class RecordError(ValueError):
 
 def _check_text(value: Any, name: str, most: int = MAX_FIELD_CHARS) -> None:
     if not isinstance(value, str):
-        raise RecordError(f"`{name}` must be text, found {type(value).__name__}", "wrong type")
+        raise RecordError(f"`{name}` must be text, found {name_type(value)}", "wrong type")
     if not value.strip():
         raise RecordError(f"`{name}` is empty", "empty field")
     if len(value) > most:

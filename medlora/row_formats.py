@@ -1,21 +1,22 @@
-"""Rows of JSON, CSV and plain lines out of a binary stream; a row that cannot be taken apart becomes a Broken."""
+"""Rows of JSON and plain lines out of a binary stream; a row that cannot be taken apart becomes a Broken."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from medlora.bounds import (
+    MAX_ARRAY_BYTES,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    MAX_VALUES,
+    read_bounded_lines,
+    shorten,
+)
 from medlora.errors import InputError
-from medlora.records import MAX_TEXT_CHARS
-
-HEADERS = {"question", "answer", "text", "id", "english", "korean", "stem", "options", "subject"}
-"""A first row that holds one of these is a header, though its last cell may be a letter, too."""
-_MAX_ARRAY_BYTES = 256 * 2**20
 
 Row = tuple[str, Any]
 """Where a row stands (`file:line`) and what it holds: a mapping of columns, a Broken, or a finished record."""
@@ -35,14 +36,14 @@ def decode_line(line: bytes) -> str | Broken:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        reason = f"is not UTF-8 ({error.reason} at byte {error.start + 1} of the line); save the file as UTF-8"
+        reason = f"is not UTF-8 ({error.reason} at byte {error.start + 1} of the line); save the file as UTF-8, or give its `encoding`"
         return Broken("not UTF-8", reason, line.decode("utf-8", "backslashreplace"))
 
 
 def read_lines(name: str, file: IO[bytes], start: int, is_json: bool) -> Iterator[Row]:
     """JSON lines or lines of plain text, from row `start` on; blank lines are no rows."""
     row = 0
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(read_bounded_lines(name, file), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         line = line.rstrip(b"\r\n")
@@ -67,32 +68,68 @@ def read_lines(name: str, file: IO[bytes], start: int, is_json: bool) -> Iterato
 
 def _parse_json(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_refuse_twice)
+        _check_shape(text)
+        return json.loads(text, object_pairs_hook=_refuse_twice, parse_int=_read_int)
     except json.JSONDecodeError as error:
         return Broken("broken JSON", f"not valid JSON at column {error.colno}: {error.msg}", text)
-    except _TwiceError as error:
-        return Broken("key twice", f"the key {error.args[0]!r} stands twice in one object", text)
-    except RecursionError:
-        return Broken("broken JSON", "not a row: JSON nested too deeply", text[:1000])
+    except _RefusedError as error:
+        return Broken(error.kind, error.reason, text)
 
 
-class _TwiceError(Exception):
-    pass
+class _RefusedError(Exception):
+    """JSON that is valid, or may be, and yet no row."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
+
+
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.S)
+_MOST_OPENED = 8_000_000
+"""Lists and mappings in one JSON array."""
+_FEW_BYTES = 2**20
+"""A shorter row can hold no more values than MAX_VALUES."""
+
+
+def _check_shape(text: str) -> None:
+    """Raise _RefusedError for more values, or deeper nesting, than a row has; before anything is built of it."""
+    opened = text.count("[") + text.count("{")
+    if opened <= MAX_DEPTH and len(text) <= _FEW_BYTES:
+        return
+    bare = _STRING.sub("", text)
+    values = bare.count(",") + bare.count("[") + bare.count("{")
+    if values > MAX_VALUES:
+        raise _RefusedError("absurd length", f"not a row: {values:,} values in it, more than {MAX_VALUES:,}")
+    depth = 0
+    for mark in re.findall(r"[\[\]{}]", bare):
+        depth += 1 if mark in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise _RefusedError("broken JSON", f"not a row: nested more than {MAX_DEPTH} deep")
+
+
+def _read_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS + 1:
+        raise _RefusedError(
+            "absurd length", f"not a row: a whole number of {len(digits):,} digits, more than {MAX_DIGITS}"
+        )
+    return int(digits)
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _TwiceError(next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _RefusedError("key twice", f"the key {shorten(twice)} stands twice in one object")
     return found
 
 
 def read_array(name: str, file: IO[bytes]) -> Iterator[Row]:
     """The items of one JSON array; raises InputError where it is broken, or too large to be held in memory."""
-    content = file.read(_MAX_ARRAY_BYTES + 1)
-    if len(content) > _MAX_ARRAY_BYTES:
+    content = file.read(MAX_ARRAY_BYTES + 1)
+    if len(content) > MAX_ARRAY_BYTES:
         raise InputError(
-            f"{name}: one JSON array of more than {_MAX_ARRAY_BYTES >> 20} MiB would sit in memory as a whole; write its "
+            f"{name}: one JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB would sit in memory as a whole; write its "
             "items as lines (`jq -c '.[]' FILE > FILE.jsonl`)"
         )
     try:
@@ -104,13 +141,14 @@ def read_array(name: str, file: IO[bytes]) -> Iterator[Row]:
         yield from _parse_array(name, text)
     except json.JSONDecodeError as error:
         raise InputError(f"{name}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except _TwiceError as error:
-        raise InputError(f"{name}: the key {error.args[0]!r} stands twice in one object") from None
+    except _RefusedError as error:
+        raise InputError(f"{name}: {error.reason}") from None
 
 
 def _parse_array(name: str, text: str) -> Iterator[Row]:
     """The items of an array with the lines they begin in; `#item` tells those apart that share a line."""
-    decoder = json.JSONDecoder(object_pairs_hook=_refuse_twice)
+    _check_array(text)
+    decoder = json.JSONDecoder(object_pairs_hook=_refuse_twice, parse_int=_read_int)
     at, line, before = text.index("[") + 1, 1, 0
     counted = item = 0
     while True:
@@ -133,54 +171,18 @@ def _parse_array(name: str, text: str) -> Iterator[Row]:
         raise json.JSONDecodeError(f"Extra data behind the array ({rest[:20]!r})", text, at + 1)
 
 
+def _check_array(text: str) -> None:
+    """As `_check_shape` for the items of an array: nesting, and so many lists that memory would not hold them."""
+    if (opened := text.count("[") + text.count("{")) > _MOST_OPENED:
+        raise _RefusedError("absurd length", f"{opened:,} lists and mappings in one array; write its items as lines")
+    depth = 0
+    for mark in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
+        depth += 1 if mark in "[{" else -1
+        if depth > MAX_DEPTH + 1:
+            raise _RefusedError("broken JSON", f"its items are nested more than {MAX_DEPTH} deep")
+
+
 def _skip_space(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
-
-
-def read_csv(name: str, file: IO[bytes]) -> Iterator[Row]:
-    """The rows of a CSV by its header, or by `_name_columns` where it has none."""
-    # Bytes that are no UTF-8 become lone surrogates, so that one bad row does not take the others along.
-    csv.field_size_limit(MAX_TEXT_CHARS)
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield f"{name}:{line}", Broken("broken CSV", f"not valid CSV up to line {reader.line_num}: {error}", "")
-            continue
-        if not any(cell.strip() for cell in cells):
-            continue
-        if header is None:
-            header = _name_columns(cells)
-            if twice := next((name for name in header if header.count(name) > 1), None):
-                raise InputError(f"{name}:{line}: the column {twice!r} stands twice in the header")
-            if [cell.strip() for cell in cells] == header:
-                continue
-        yield f"{name}:{line}", _take_cells(header, cells)
-
-
-def _take_cells(header: list[str], cells: list[str]) -> Any:
-    if (bad := next((cell for cell in cells if re.search("[\udc80-\udcff]", cell)), None)) is not None:
-        content = ",".join(cells).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return Broken("not UTF-8", f"is not UTF-8 ({bad[:20]!a}...); save the file as UTF-8", content)
-    if len(cells) != len(header):
-        return Broken("cells do not fit", f"{len(cells)} cells, but there are {len(header)} columns", ",".join(cells))
-    return dict(zip(header, cells, strict=True))
-
-
-def _name_columns(cells: list[str]) -> list[str]:
-    """The columns of a CSV by its first row: its header, or (as MMLU has it) `question`, letters and `answer`.
-
-    Without a header the last cell is the answer's letter.
-    """
-    letters = "ABCDEFGHIJ"[: len(cells) - 2]
-    names = {cell.strip().lower() for cell in cells}
-    if not names & HEADERS and len(letters) >= 2 and len(cells[-1].strip()) == 1 and cells[-1].strip() in letters:
-        return ["question", *letters, "answer"]
-    return [cell.strip() for cell in cells]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+from medlora.bounds import list_names, name_type
 from medlora.config_sources import AnswerColumn, Columns
+from medlora.exam_columns import match_columns
 from medlora.records import LETTERS
 
 LETTER_COLUMNS = tuple(LETTERS)
@@ -99,12 +102,44 @@ SCHEMAS = (
         _mcq("answer", 1, LETTER_COLUMNS, subject="subject"),
     ),
     Schema(
+        "arc",
+        "ARC, CommonsenseQA: choices as {text, label}, the key of the answer",
+        ("question", "choices", "answerKey"),
+        _mcq("answerKey", 1, "choices", subject="subject"),
+    ),
+    Schema(
+        "openbookqa",
+        "OpenBookQA: as ARC, with question_stem",
+        ("question_stem", "choices", "answerKey"),
+        _mcq("answerKey", 1, "choices", "question_stem"),
+    ),
+    Schema(
         "translation", "english, korean", ("english", "korean"), Columns(english="english", korean="korean", id="id")
     ),
     Schema("translation-codes", "en, ko", ("en", "ko"), Columns(english="en", korean="ko", id="id")),
     Schema("text", "text; lines of plain text", ("text",), Columns(text="text", id="id")),
 )
-"""In the order in which they are looked for."""
+"""In the order in which they are looked for; behind them those of EXAMS, which are known by more than one name."""
+EXAMS = {
+    "exam": Schema(
+        "exam",
+        "Korean exams: 문제 (문항, 질문), 보기1.. (선택지1, ①, 1번), 정답, also 해설, 과목",
+        ("question", "A", "B", "answer"),
+        _mcq("answer", 1, LETTER_COLUMNS, subject="subject"),
+    ),
+    "table": Schema(
+        "table",
+        "question, option1.. (choice_a), answer; whether numbers begin with 0 or 1 is as the data shows",
+        ("question", "A", "B", "answer"),
+        _mcq("answer", "data", LETTER_COLUMNS, subject="subject"),
+    ),
+    "exam-list": Schema(
+        "exam-list",
+        "Korean exams with all options in one column: 문제, 보기 (선택지), 정답",
+        ("question", "options", "answer"),
+        _mcq("answer", 1, "options", subject="subject"),
+    ),
+}
 
 
 def find_schema(rows: Iterable[Any], kind: str = "auto") -> Schema | None:
@@ -114,6 +149,9 @@ def find_schema(rows: Iterable[Any], kind: str = "auto") -> Schema | None:
             for schema in SCHEMAS:
                 if (kind == "auto" or schema.kind == kind) and all(column in row for column in schema.needs):
                     return schema
+            if kind in ("auto", "mcq") and (renamed := match_columns(tuple(map(str, row)))[0]) is not None:
+                korean = not renamed["answer"].isascii()
+                return EXAMS["exam-list" if "options" in renamed else "exam" if korean else "table"]
     return None
 
 
@@ -129,18 +167,26 @@ def make_schema(columns: Columns) -> Schema:
     return Schema("columns", "as the config says", tuple(column for column in wanted if column), columns, pinned=pinned)
 
 
+def suggest(name: str, names: Iterable[Any]) -> str | None:
+    """The one of the first `names` that is spelled most like `name`."""
+    short = [str(each) for each in islice(names, 200) if len(str(each)) <= 60]
+    return next(iter(difflib.get_close_matches(name, short, 1, 0.7)), None)
+
+
 def explain_no_schema(row: Any, kind: str = "auto") -> str:
     """Why no known schema fits a row: its columns, what is nearest, what is known."""
     if not isinstance(row, Mapping):
-        return f"a row is a mapping of columns, found {type(row).__name__}"
+        return f"a row is a mapping of columns, found {name_type(row)}"
     known = [schema for schema in SCHEMAS if kind in ("auto", schema.kind)]
     nearest = max(known, key=lambda schema: sum(column in row for column in schema.needs) / len(schema.needs))
     missing = [column for column in nearest.needs if column not in row]
-    close = difflib.get_close_matches(missing[0], [str(name) for name in row], 1, 0.7)
-    hint = f" (is it {close[0]}?)" if close else ""
+    close = suggest(missing[0], row)
+    hint = f" (is it {close}?)" if close else ""
+    if twice := match_columns(tuple(map(str, row)))[1]:
+        return f"{twice}; name the columns: columns: {{question: ..., options: [...], answer: ...}}"
     near = f"nearest: {nearest.name}, without {', '.join(missing)}{hint}; "
     shapes = " | ".join(", ".join(schema.needs) for schema in known)
     return (
-        f"unknown schema (columns {', '.join(map(str, row)) or 'none'}); "
+        f"unknown schema (columns {list_names(row) or 'none'}); "
         f"{near if len(missing) < len(nearest.needs) else ''}known: {shapes}; or name the columns: columns: {{...}}"
     )

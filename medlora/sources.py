@@ -13,17 +13,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from medlora.bounds import MAX_USELESS_ROWS, bound_row, clean, name_type, shorten
 from medlora.config_sources import AnswerColumn, SourceConfig, TestConfig
 from medlora.conversion import find_base, get_answer, to_record
 from medlora.errors import InputError
-from medlora.readers import list_files, read_file, sign_file
+from medlora.readers import describe_reading, list_files, read_file, sign_file
 from medlora.records import McqRecord, Record, RecordError, TextRecord, TranslationRecord
 from medlora.row_formats import Broken
-from medlora.schemas import SCHEMAS, Schema, explain_no_schema, find_schema, make_schema
+from medlora.schemas import EXAMS, SCHEMAS, Schema, explain_no_schema, find_schema, make_schema
 
 KINDS: dict[type, str] = {TextRecord: "text", TranslationRecord: "translation", McqRecord: "mcq"}
 MAX_SHOWN = 10
 """Bad rows that a message shows."""
+_REASON_CHARS = 500
+"""Most characters of a reason, whatever the row holds."""
 _LOOKED_AT = 100
 """Rows by which a schema is found."""
 
@@ -121,7 +124,7 @@ def scan(source: SourceConfig, on_bad: Callable[[BadRow], None] | None = None) -
 
 
 def _sign(source: SourceConfig, files: Sequence[str]) -> str:
-    read_by = ("source", "kind", "adaptor", "columns", "limit", "unicode", "subject")
+    read_by = ("source", "kind", "adaptor", "columns", "limit", "unicode", "subject", "encoding", "separator")
     reading = {key: value for key, value in source.model_dump(mode="json").items() if key in read_by}
     return json.dumps([{**reading, "subject": reading.get("subject")}, *map(sign_file, files)], sort_keys=True)
 
@@ -170,7 +173,8 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
     questions: dict[bytes, tuple[str, str]] = {}
     for file in files:
         rows = 0
-        for number, (where, row) in enumerate(read_file(file)):
+        found.flags.update(describe_reading(file, source.encoding, source.separator))
+        for number, (where, row) in enumerate(_read(source, file)):
             if source.limit is not None and found.records == source.limit:
                 break
             rows = number + 1
@@ -178,12 +182,18 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
                 record, flags = _convert(row, chosen[file], source, where, found)
                 _check_against_earlier(record, where, found, ids, questions)
             except RecordError as error:
-                bad = BadRow(where, error.kind, str(error), row.content if isinstance(row, Broken) else row)
+                content = row.content if isinstance(row, Broken) else row
+                bad = BadRow(where, error.kind, clean(str(error), _REASON_CHARS), bound_row(content))
                 found.bad[bad.kind] += 1
                 found.skipped.add((file, number))
                 if len(found.shown) < MAX_SHOWN:
                     found.shown.append(bad)
                 on_bad(bad)
+                if not found.records and found.bad.total() >= MAX_USELESS_ROWS:
+                    raise InputError(
+                        f"{source.source}: none of its first {MAX_USELESS_ROWS:,} rows is a valid record, so no more "
+                        f"are read; the first: {found.shown[0]}"
+                    ) from None
                 continue
             found.records += 1
             found.flags.update(flags)
@@ -199,11 +209,15 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
     return found
 
 
+def _read(source: SourceConfig, file: str, start: int = 0) -> Iterator[tuple[str, Any]]:
+    return read_file(file, start, source.encoding, source.separator)
+
+
 def _choose_schema(source: SourceConfig, file: str) -> Schema | None:
     """None where rows are records already, or where there is none."""
     if source.columns is not None or source.adaptor is not None:
         return _get_schema(source, source.adaptor)
-    rows = [pair for pair in islice(read_file(file), _LOOKED_AT) if not isinstance(pair[1], Broken)]
+    rows = [pair for pair in islice(_read(source, file), _LOOKED_AT) if not isinstance(pair[1], Broken)]
     if not rows or type(rows[0][1]) in KINDS:
         return None
     schema = find_schema((row for _, row in rows), source.kind)
@@ -216,9 +230,9 @@ def _choose_schema(source: SourceConfig, file: str) -> Schema | None:
 def _get_schema(source: SourceConfig, name: str | None) -> Schema:
     if source.columns is not None:
         return make_schema(source.columns)
-    named = next((schema for schema in SCHEMAS if schema.name == name), None)
+    named = next((schema for schema in (*SCHEMAS, *EXAMS.values()) if schema.name == name), None)
     if named is None:
-        known = ", ".join(schema.name for schema in SCHEMAS)
+        known = ", ".join(schema.name for schema in (*SCHEMAS, *EXAMS.values()))
         raise InputError(f"{source.source}: there is no adaptor {name!r}; known: {known}")
     return named
 
@@ -227,7 +241,7 @@ def _find_base(source: SourceConfig, schema: Schema, files: list[str]) -> int | 
     answer = schema.columns.answer
     if answer is None or (isinstance(answer, AnswerColumn) and answer.base != "data"):
         return None
-    rows = islice(((where, row) for file in files for where, row in read_file(file)), source.limit)
+    rows = islice(((where, row) for file in files for where, row in _read(source, file)), source.limit)
     found = ((where, get_answer(row, schema)) for where, row in rows)
     return find_base((where, *pair) for where, pair in found if pair)
 
@@ -240,7 +254,7 @@ def _convert(
         raise RecordError(row.reason, row.kind)
     if schema is None:
         if type(row) not in KINDS:
-            raise RecordError(f"a row is a mapping of columns, found {type(row).__name__}", "no mapping")
+            raise RecordError(f"a row is a mapping of columns, found {name_type(row)}", "no mapping")
         return row, []
     subject = source.subject if isinstance(source, TestConfig) else None
     default_id = _name_row(where, found)
@@ -269,7 +283,7 @@ def _check_against_earlier(
     if kind != found.kind:
         raise RecordError(f"is {kind} in a source of {found.kind}; one source holds one kind", "mixed kinds")
     if record.id in ids:
-        raise RecordError(f"id {record.id!r} stands at {ids[record.id]} already", "id twice")
+        raise RecordError(f"id {shorten(record.id)} stands at {ids[record.id]} already", "id twice")
     if isinstance(record, McqRecord):
         key = hashlib.blake2b(
             repr((record.question, record.options)).encode("utf-8", "replace"), digest_size=16
@@ -313,7 +327,7 @@ def cut_pieces(found: Scan, pieces: int) -> list[tuple[str, int, int]]:
 def _stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop: int) -> Iterator[tuple[str, Record]]:
     name = found.schemas[file]
     schema = None if name == "records" else _get_schema(source, name)
-    for number, (where, row) in enumerate(islice(read_file(file, start), stop - start), start):
+    for number, (where, row) in enumerate(islice(_read(source, file, start), stop - start), start):
         if (file, number) not in found.skipped:
             yield where, _convert(row, schema, source, where, found)[0]
 

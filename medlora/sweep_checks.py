@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from medlora import runs, storage
 from medlora.config import RunConfig
-from medlora.config_file import explain, load_raw
+from medlora.config_file import load_raw, validate
 from medlora.data_card import find_dropped
 from medlora.errors import InputError
 from medlora.evaluation import find_run
@@ -36,10 +36,9 @@ def check_sweep(config: SweepConfig) -> SweepPlan:
     path = Path(config.config)
     raw = load_raw(path, config.set)
     try:
-        run = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in explain(error, RunConfig))
-        raise InputError(f"config: {path} is not valid:\n{lines}") from None
+        run = validate(path, raw, config.set, RunConfig)
+    except InputError as error:
+        raise InputError(f"config: {error}") from None
     searched = _find_searched(config, run)
     everything = len(searched) == len(run.phases)
     space = parse_space(config.space, searched, everything)

@@ -81,13 +81,13 @@ def test_set_makes_sections_that_the_file_leaves_out(tmp_path: Path) -> None:
             "base.quantizaton: unknown key; did you mean 'quantization'?",
         ),
         ({"nmae": 1}, "nmae: unknown key; did you mean 'name'?"),
-        ({"seed": "x"}, "seed: Input should be a valid integer"),
-        ({"seed": -1}, "seed: Input should be greater than or equal to 0, found -1"),
-        ({"name": "../evil"}, "name: String should match pattern"),
-        ({"name": "a;rm"}, "name: String should match pattern"),
-        ({"phases": []}, "phases: Tuple should have at least 1 item"),
-        ({"lora": {"r": 0}}, "lora.r: Input should be greater than or equal to 1"),
-        ({"lora": {"dropout": 1.0}}, "lora.dropout: Input should be less than 1"),
+        ({"seed": "x"}, 'seed: must be a whole number, found "x"'),
+        ({"seed": -1}, "seed: must be at least 0, found -1"),
+        ({"name": "../evil"}, "name: must be a name of letters, digits"),
+        ({"name": "a;rm"}, "name: must be a name of letters, digits"),
+        ({"phases": []}, "phases: must be a list of at least 1 item, found []"),
+        ({"lora": {"r": 0}}, "lora.r: must be at least 1, found 0"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout: must be below 1, found 1.0"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_dotted_key(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -115,7 +115,7 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
             "phases.1.sources.0.source: 'b.jsonl' is the test evaluation.tests.0",
         ),
         ("phases.7.name=x", "no item '7'; there are 0..1 or by name 00, 01"),
-        ("name.x=1", "name is 'run', which has no keys"),
+        ("name.x=1", 'name is "run", which has no keys'),
         ("novalue", "write KEY=VALUE"),
     ],
 )
@@ -125,7 +125,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, override: str, sa
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("- a\n- b\n", "found list"), ("", "found NoneType"), ("a: [1", "run.yaml:"), ("a: b: c", "not valid YAML")],
+    [("- a\n- b\n", "found a list"), ("", "found nothing"), ("a: [1", "run.yaml:"), ("a: b: c", "not valid YAML")],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, said: str) -> None:
     assert said in refusal(tmp_path, text)
@@ -175,3 +175,100 @@ def test_the_shipped_schema_is_the_code_s(name: str, made: dict[str, Any], modul
 def test_flat_batches_are_not_compiled(tmp_path: Path) -> None:
     said = refusal(tmp_path, minimal(), "phases.01.compile=true", "phases.01.batching=flat")
     assert "phases.1.compile: flat batches have another shape at every step" in said and "batching: padded" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "name: a\nlora:\n  r: 4\n  alpha: 8\n  r: 8\n",
+            "run.yaml:5:3: not valid YAML: the key 'r' stands in lines 3 and 5",
+        ),
+        ("name: a\nname: b\n", "the key 'name' stands in lines 1 and 2 of one mapping; remove one"),
+        ("phases:\n  - name: x\n  - {name: y, chain: new, chain: stack}\n", "the key 'chain' stands twice in line 3"),
+        ('a: 1\n"a": 2\n', "the key 'a' stands in lines 1 and 2"),
+    ],
+)
+def test_a_key_twice_in_one_mapping_is_refused_with_both_lines(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(tmp_path, text)
+
+
+def test_one_key_in_two_mappings_is_no_key_twice() -> None:
+    assert read_yaml("a: {r: 1}\nb: {r: 2}\n1: x\n'1': y") == {"a": {"r": 1}, "b": {"r": 2}, 1: "x", "1": "y"}
+    assert read_yaml("x: &d {r: 1}\ny: {<<: *d, r: 2}") == {"x": {"r": 1}, "y": {"r": 2}}
+
+
+def test_set_refuses_a_key_twice_and_takes_spaces(tmp_path: Path) -> None:
+    assert load(write(tmp_path, minimal()), ["lora.r = 8", " seed= 3 "]).lora.r == 8
+    assert load(write(tmp_path, minimal()), [" seed= 3 "]).seed == 3
+    assert "the key 'r' stands twice" in refusal(tmp_path, minimal(), "lora={r: 1, r: 2}")
+
+
+WRONG = """name: run
+base: {model: m}
+phase_defaults:
+  learning_rate: -1
+phases:
+  - name: "00"
+    chain: new
+    sources: [{source: a.txt}]
+  - name: tuned
+    chain: continue
+    learning_rate: fast
+    sources:
+      - {source: data/b.jsonl, weight: heavy}
+    replay: [{phase: nope, share: 0.1}]
+"""
+
+
+def test_errors_carry_the_line_and_the_name_of_the_phase(tmp_path: Path) -> None:
+    said = refusal(tmp_path, WRONG, "seed=x")
+    assert "--set: seed: must be a whole number" in said
+    assert "line 4 (phases.00.learning_rate): phases.0.learning_rate: must be above 0, found -1" in said
+    assert 'line 11 (phases.tuned.learning_rate): phases.1.learning_rate: must be a number, found "fast"' in said
+    assert "line 13 (phases.tuned.sources.b.weight): phases.1.sources.0.weight: must be a number" in said
+    valid = WRONG.replace("-1", "1").replace("fast", "1").replace("heavy", "1")
+    said = refusal(tmp_path, valid)
+    assert "line 14 (phases.tuned.replay.nope.phase): phases.1.replay.0.phase: 'nope' is no earlier phase" in said
+    said = refusal(tmp_path, valid, "phases.tuned.replay=[]", "phases.tuned.chain=new", "phases.00.chain=stack")
+    assert "--set (phases.00.chain): phases.0.chain: 'stack' needs a phase before it" in said
+    assert "\n  base: is required" in refusal(
+        tmp_path, "name: x\nphases: [{name: a, chain: new, sources: [{source: s}]}]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("phases=3", "phases: must be a list, found 3"),
+        ("phases.0.sources=x", 'phases.0.sources: must be a list, found "x"'),
+        ("seed=null", "seed: must be a whole number, found nothing"),
+        ("base=x", 'base: must be a mapping of keys to values, found "x"'),
+        ("phases.0.chain=neww", 'phases.0.chain: must be new, continue or stack, found "neww"'),
+        ("phases.0.packing=3", "phases.0.packing: must be true or false, found 3"),
+        ("base.model=7", 'base.model: must be text, found 7; put it in quotes: "..."'),
+        ("phases.0.learning_rate=.inf", "phases.0.learning_rate: must be a number"),
+        ("evaluation={tests: [], beside_training: maybe}", "evaluation.beside_training: must be auto or true or false"),
+    ],
+)
+def test_what_must_stand_at_a_key_is_said_in_plain_words(tmp_path: Path, override: str, said: str) -> None:
+    found = refusal(tmp_path, minimal(), override)
+    assert said in found
+    assert not any(word in found for word in ("Input should", "valid tuple", "NoneType", "Tuple", "String", "bool"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "said"),
+    [
+        ("sweep", RunConfig, "this is a sweep's config: python jobs/sweep.py --config"),
+        ("evaluate", RunConfig, "this is an evaluation's config: python jobs/evaluate_mcq.py --config"),
+        ("quickstart", SweepConfig, "this is a run's config: python jobs/curriculum.py --config"),
+        ("evaluate", SweepConfig, "this is an evaluation's config"),
+        ("quickstart", EvaluateConfig, "this is a run's config"),
+        ("sweep", EvaluateConfig, "this is a sweep's config"),
+    ],
+)
+def test_the_config_of_another_job_is_named_in_one_line(name: str, model: Any, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load(ROOT / "configs" / f"{name}.yaml", (), model)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

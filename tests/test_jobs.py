@@ -55,7 +55,7 @@ def test_help_is_light(job: str) -> None:
         ([{k: v for k, v in QUESTION.items() if k != "B"}], {}, "nearest: letters, without B"),
         ([], {}, "rows.jsonl: the file is empty"),
         ([{"stem": "x"}], {}, "rows.jsonl:1: unknown schema (columns stem)"),
-        ([QUESTION], {"name": "../out"}, "name: String should match pattern"),
+        ([QUESTION], {"name": "../out"}, "name: must be a name of letters"),
         ([QUESTION], {"start": ["nowhere"]}, "start.0: "),
         (
             [QUESTION],

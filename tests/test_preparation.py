@@ -85,8 +85,7 @@ def test_what_changes_the_tokens_makes_new_ones_and_says_why(
     prepare(first, tokenizer)
     assert made_from(source, tokenizer, tmp_path).done
 
-    styled = made_from(source, tokenizer, tmp_path, "answer")
-    assert not styled.done and styled.explain().endswith('something else: style: was "reasoning", now "answer"')
+    assert not made_from(source, tokenizer, tmp_path, "answer").done
     other = made_from(source, load_tokenizer(BaseModelConfig(model=bases["llama"])), tmp_path)
     assert not other.done and "tokenizer: was" in other.explain() and ";" not in other.explain()
     longer = load_tokenizer(BaseModelConfig(model=bases["gemma"]), extra_tokens=["고혈압증"])
@@ -97,6 +96,36 @@ def test_what_changes_the_tokens_makes_new_ones_and_says_why(
     write(path, "mcq", 9)
     changed = made_from(source, tokenizer, tmp_path)
     assert not changed.done and "records: was" in changed.explain()
+
+
+def test_two_phases_with_two_styles_keep_both_in_the_cache(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "rows.jsonl", "mcq", 8)
+    styles = ("answer", "reasoning", "kormedmcqa")
+    said: list[str] = []
+    made = {
+        style: list(prepare(made_from(source, tokenizer, tmp_path, style), tokenizer, say=said.append))
+        for style in styles
+    }
+    assert len({str(tokens) for tokens in made.values()}) == 3
+    assert all(text.endswith("for the first time") for text in said) and len(said) == 3
+    monkeypatch.setattr(preparation, "tokenise", lambda *_: pytest.fail("tokenised again"))
+    for style in (*styles, *reversed(styles)):
+        plan = made_from(source, tokenizer, tmp_path, style)
+        assert plan.done and list(prepare(plan, tokenizer, say=said.append)) == made[style]
+    assert len(said) == 3
+
+
+def test_changed_records_are_a_reason_in_each_style(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    source = write(path, "mcq", 8)
+    for style in ("answer", "reasoning"):
+        prepare(made_from(source, tokenizer, tmp_path, style), tokenizer)
+    write(path, "mcq", 9)
+    for style in ("answer", "reasoning"):
+        why = made_from(source, tokenizer, tmp_path, style).explain()
+        assert "records: was" in why and "style" not in why
 
 
 def test_a_text_knows_no_style(tokenizer: Any, tmp_path: Path) -> None:

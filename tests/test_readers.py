@@ -122,7 +122,7 @@ def test_a_row_that_cannot_be_taken_apart_is_broken_where_it_stands(
     [
         ("a.jsonl", b"", "the file is empty"),
         ("a.csv.gz", gzip.compress(b""), "the file is empty"),
-        ("a.jsonl", "글".encode("utf-16"), "is UTF-16, not UTF-8 text"),
+        ("a.jsonl", "글".encode("utf-32"), "is UTF-32, not UTF-8 text"),
         ("a.jsonl", gzip.compress(b"x"), "is gzip, not UTF-8 text"),
         ("a.txt", b"PK\x03\x04", "is a zip archive"),
         ("a.jsonl.gz", b"{}", "cannot be unpacked"),
@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_taken_apart_is_broken_where_it_stands(
         ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', ":2: is not UTF-8"),
         ("a.json", b'[{"a": 1, "a": 2}]', "the key 'a' stands twice"),
         ("a.csv", b"a,b,a\n1,2,3\n", "the column 'a' stands twice"),
-        ("a.xlsx", b"x", "cannot tell what .xlsx holds; known: .jsonl"),
+        ("a.docx", b"x", "cannot tell what .docx holds; known: .jsonl"),
         ("a", b"x", "lines of plain text need `kind: text`"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, conten
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "there is no such file or folder; sources are read relative to" in refusal(tmp_path / "nope.jsonl")
     assert "no file matches" in refusal(f"{tmp_path}/*.jsonl")
-    assert "no .jsonl, .json, .csv, .parquet, .txt file in this folder" in refusal(tmp_path)
+    assert "no .jsonl, .json, .csv, .tsv, .parquet, .txt file in this folder" in refusal(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:

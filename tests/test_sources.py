@@ -104,7 +104,7 @@ def test_files_without_a_record_are_refused(tmp_path: Path) -> None:
     path.write_text(" \n ")
     assert "holds no records" in refusal(path)
     path.write_text("[1, 2]\n")
-    assert "a row is a mapping of columns, found list" in refusal(write_rows(tmp_path, [1, 2], name="l.jsonl"))
+    assert "a row is a mapping of columns, found a list" in refusal(write_rows(tmp_path, [1, 2], name="l.jsonl"))
 
 
 def test_an_adaptor_or_columns_may_be_named(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Which job a config is for, by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medlora.errors import InputError
+
+_JOBS = {
+    "RunConfig": ("a run's", "jobs/curriculum.py"),
+    "EvaluateConfig": ("an evaluation's", "jobs/evaluate_mcq.py"),
+    "SweepConfig": ("a sweep's", "jobs/sweep.py"),
+}
+"""By the model of a job's config: whose it is, and the job that reads it."""
+
+
+def refuse_other_job(path: Path, raw: Mapping[str, Any], model: type[Any]) -> None:
+    """Raise InputError where a config that is not valid for this job is one of another."""
+    found = _tell_job(raw)
+    if found is None or model.__name__ not in _JOBS or found == model.__name__:
+        return
+    (whose, other), (wanted, job) = _JOBS[found], _JOBS[model.__name__]
+    raise InputError(f"{path}: this is {whose} config: python {other} --config {path} ({job} reads {wanted} config)")
+
+
+def _tell_job(raw: Mapping[str, Any]) -> str | None:
+    if "base" in raw and "phases" in raw:
+        return "RunConfig"
+    if "space" in raw or "config" in raw:
+        return "SweepConfig"
+    return "EvaluateConfig" if "stages" in raw else "RunConfig" if "phases" in raw else None
