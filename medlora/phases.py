@@ -72,6 +72,10 @@ def run_phase(
         keep_freed_memory()
         try:
             return _run(job, folder, report if main else lambda event: None, device, world, main, is_leaving, kept)
+        except FloatingPointError as error:
+            raise InputError(
+                f"phase {job.phase.name}: {error}, so no adapter was written; lower phases.{job.phase.name}.learning_rate"
+            ) from error
         except (OSError, RuntimeError) as error:
             # torch.save and safetensors say in words of their own that nothing more could be written.
             if runs.is_disk_full(error, folder.root):
@@ -161,6 +165,7 @@ def _run(
             epoch_steps=epoch_steps,
             longest=drawn.find_longest(2),
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
+            name_rows=drawn.name_rows,
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
         result, phase = train_in_memory(

@@ -95,6 +95,7 @@ LAYERS = {
             "stages",
             "validation",
             "callbacks",
+            "divergence",
             "training",
         },
         {"ray"},
