@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from medlora import runs, storage
-from medlora.callbacks import Report, Segment
+from medlora.callbacks import Leaving, Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle
 from medlora.encoding import Collator
@@ -68,6 +68,7 @@ def run_phase(
         _pull(job, folder, world, main)
         folder.root.mkdir(parents=True, exist_ok=True)
         stack.enter_context(runs.log_to(*sinks) if main else nullcontext())
+        stack.enter_context(_log_failure(job.phase.name))
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         try:
@@ -86,6 +87,21 @@ def run_phase(
             raise
         finally:
             clear_memory()
+
+
+@contextmanager
+def _log_failure(phase: str) -> Iterator[None]:
+    """Write into the phase's log why it ended, with the traceback of what is no message for the user."""
+    try:
+        yield
+    except Leaving:
+        raise
+    except InputError as error:
+        log.error("phase %s ends: %s", phase, error)
+        raise
+    except Exception:
+        log.exception("phase %s ends by an exception", phase)
+        raise
 
 
 def _pull(job: PhaseJob, folder: runs.PhaseFolder, world: int, main: bool) -> None:

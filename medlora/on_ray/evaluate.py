@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
-from medlora.errors import InputError
+from medlora.errors import InputError, RunError
 from medlora.evaluation import Asked, Batch, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link, read_extra_tokens
 from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
+from medlora.on_ray.failures import describe_exception, tell_failure
 from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.records import McqRecord, Prediction
+
+log = logging.getLogger("medlora.run")
 
 _WHOLE_TRIES = 2
 
@@ -108,9 +112,9 @@ def answer_on_ray(
 ) -> Iterator[list[Prediction]]:
     """The predictions of each batch as it comes back, in no particular order, every batch exactly once.
 
-    A batch whose actor dies is asked again as a whole, then question by question; a question that raises or kills its
-    actor `placement.retries` times over is reported as failed (Prediction.error) while all others are answered.
-    Raises InputError for what only the user can mend, RuntimeError when the actors die while they load the model.
+    A batch whose actor dies is asked again as a whole, then question by question; a question that raises, or kills its
+    actor `placement.retries` times over, is reported as failed (Prediction.error) while all others are answered.
+    Raises InputError for what only the user can mend, RunError where the model cannot be loaded.
     """
     if not batches:
         return
@@ -122,11 +126,14 @@ def answer_on_ray(
     most = min(placement.workers, len(batches))
     least = min(placement.least_workers, most)
     refusals: list[str] = []
+    failed: list[dict[str, Any]] = []
     begun = threading.Event()
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "refused":
             refusals.append(event["text"])
+        elif event["event"] == "failed":
+            failed.append(event)
         elif event["event"] == "loading":
             begun.set()
         elif event["event"] == "ready":
@@ -174,7 +181,12 @@ def answer_on_ray(
     if refusals:
         raise InputError(refusals[0])
     if failure is not None:
-        raise failure
+        first = failed[0] if failed else describe_exception(failure)
+        log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
+        raise RunError(
+            f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "
+            "cause is mended, the same command asks only what is not answered yet"
+        )
 
 
 class Attempts:
@@ -213,12 +225,15 @@ class BatchAnswerer:
     def __init__(self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any) -> None:
         self.attempts, self.retries, self.inbox = attempts, retries, inbox
         inbox.put({"event": "loading"})
-        if not ray.get(attempts.begin_load.remote()):
-            raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
         try:
+            if not ray.get(attempts.begin_load.remote()):
+                raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
             self.model = build()
         except InputError as error:
             inbox.put({"event": "refused", "text": str(error)})
+            raise
+        except Exception as error:
+            tell_failure(inbox, error)
             raise
         ray.get(attempts.end_load.remote())
         inbox.put({"event": "ready", "host": socket.gethostname()})
@@ -258,11 +273,10 @@ class BatchAnswerer:
         key, reason = f"{test}/{record.id}", "its process died"
         deaths = ray.get(self.attempts.begin.remote(key))
         try:
-            for _ in range(max(1, self.retries) if deaths < max(1, self.retries) else 0):
-                try:
-                    return self.model.answer([test], [record], stages)
-                except Exception as error:  # see above
-                    reason = repr(error)
+            if deaths < max(1, self.retries):
+                return self.model.answer([test], [record], stages)
+        except Exception as error:  # it would come again
+            reason = repr(error)
         finally:
             ray.get(self.attempts.end.remote(key))
         self._note(f"question {record.id} of {test} is reported as failed: {reason}")
