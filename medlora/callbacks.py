@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from medlora import runs, storage
+from medlora import pulse, runs, storage
 from medlora.chains import save_adapter
 from medlora.config import PhaseConfig
 from medlora.divergence import StepWatch
@@ -96,6 +96,30 @@ class LossLoggingCallback(TrainerCallback):
         )
 
 
+class PulseCallback(TrainerCallback):
+    """Says after each forward pass and step that training moves, for whoever watches for stalls."""
+
+    def __init__(self, compiled: bool) -> None:
+        self.compiled = compiled
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step compiles the model where that is asked for."""
+        what = "compiles the model in" if self.compiled else "is in"
+        pulse.begin(f"{what} step {state.global_step + 1} of {state.max_steps}", slow=self.compiled)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One forward pass of several."""
+        pulse.beat()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What follows a step: others note what they do."""
+        pulse.begin(f"is in step {min(state.global_step + 1, state.max_steps)} of {state.max_steps}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is there."""
+        self.on_step_end(args, state, control)
+
+
 def _read_peak_memory_mib() -> float:
     """Most memory this process has held: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
@@ -139,6 +163,7 @@ class MCQValidationCallback(TrainerCallback):
         if not due:
             return
         started = time.monotonic()
+        pulse.begin(f"scores dev after step {step}")
         try:
             score = self._validate(model, step) if state.is_world_process_zero else 0.0
         except FloatingPointError as error:  # a validation may see it before the loss is logged
@@ -151,6 +176,7 @@ class MCQValidationCallback(TrainerCallback):
             if decision[0]:
                 self.stopped_early = True
                 control.should_training_stop = control.should_save = True
+        pulse.begin(f"has scored dev after step {step}")
         self.seconds += time.monotonic() - started
         self.logging_callback.since += time.monotonic() - started
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from medlora import pulse
 from medlora.callbacks import Report
 from medlora.config_sources import TrainSource
 from medlora.data_card import stream_kept
@@ -137,6 +138,7 @@ def _prepare_part(
     phase, began = job.phase, time.monotonic()
 
     def tell(done: int, total: int) -> None:
+        pulse.beat()
         if time.monotonic() - began > 1:
             report({"event": "preparing", "phase": f"{phase.name} tokens", "done": done, "total": total})
 

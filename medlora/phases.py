@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from medlora import runs, storage
+from medlora import pulse, runs, storage
 from medlora.callbacks import Leaving, Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle
@@ -127,6 +127,7 @@ def _run(
     phase, started = job.phase, time.monotonic()
     seed = derive_seed(job.seed, "phase", phase.name)
     report({"event": "phase", "phase": phase.name, "device": str(describe_device(device))})
+    pulse.begin("prepares its data", slow=True)
     log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, describe_device(device), socket.gethostname())
     hosts = _gather_hosts(world)
     if main:
@@ -154,6 +155,7 @@ def _run(
     }
     report_lengths(counts, phase.name, phase.max_tokens, report)
 
+    pulse.begin("loads the base model", slow=True)
     if kept is None:
         model = load_base(base, tokenizer, device)
     else:
@@ -168,6 +170,7 @@ def _run(
     shown = {name for each in found for name in each.rationale}
     validator = _make_validator(job, tokenizer, padded, [name for name in FIELDS if name in shown], seed)
     done = []
+    pulse.begin("draws its rows and tries a step", slow=True)
     for name, style, prepared in segments:
         steps, epoch_steps = _count_steps(job, name, sum(part.part.size for part in prepared.values()), batch)
         drawn = draw_rows(prepared, steps * batch, phase.weights == "tokens", seed)

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from medlora import runs
+from medlora import pulse, runs
 from medlora.adapter_files import find_non_finite
 from medlora.callbacks import (
     CheckpointCallback,
     LeaveCallback,
     LossLoggingCallback,
     MCQValidationCallback,
+    PulseCallback,
     Report,
     Segment,
 )
@@ -70,6 +71,7 @@ class _AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, rate = self.state.global_step, self._get_learning_rate()
+        pulse.begin(f"writes the checkpoint of step {step}")
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         # Every worker looks, so that none waits for one that has stopped; rank 0's writing looks once more.
         if self.args.world_size > 1 and (bad := find_non_finite(trained)):
@@ -194,7 +196,7 @@ def train(
     batch = phase.batch_size * phase.accumulation * world
     watch = StepWatch(phase, segment, folder, batch, model.dtype)
     logging_callback = LossLoggingCallback(watch, report)
-    callbacks: list[TrainerCallback] = [logging_callback, CheckpointCallback(folder)]
+    callbacks: list[TrainerCallback] = [PulseCallback(phase.compile), logging_callback, CheckpointCallback(folder)]
     validation_callback = None
     if segment.validate is not None and phase.validation is not None:
         validation_callback = MCQValidationCallback(folder, segment, phase, adapter, logging_callback, report)

@@ -25,6 +25,7 @@ LAYERS = {
             "option_text",
             "answers",
             "scores",
+            "pulse",
             "runs",
             "storage",
             "run_lock",

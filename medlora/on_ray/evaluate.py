@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from medlora import pulse
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.errors import InputError, RunError
 from medlora.evaluation import Asked, Batch, Question, Stages, name_batch, pack_prediction, unpack_prediction
@@ -25,6 +26,7 @@ from medlora.lineage import Link, read_extra_tokens
 from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
 from medlora.on_ray.failures import describe_exception, tell_failure
 from medlora.on_ray.placement import count_gpus, say_while_waiting
+from medlora.on_ray.stalls import StallWatch, beating, find_beat_s
 from medlora.records import McqRecord, Prediction
 
 log = logging.getLogger("medlora.run")
@@ -134,6 +136,8 @@ def answer_on_ray(
             refusals.append(event["text"])
         elif event["event"] == "failed":
             failed.append(event)
+        elif event["event"] == "beat":
+            watch.hear(event)
         elif event["event"] == "loading":
             begun.set()
         elif event["event"] == "ready":
@@ -150,7 +154,8 @@ def answer_on_ray(
     ]
     failure: Exception | None = None
     waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
-    with listen(hear) as inbox, waiting, _stderr_to(log_file), warnings.catch_warnings():
+    watch = StallWatch(placement, "evaluation", on_event, log)
+    with listen(hear) as inbox, waiting, watch.watching(), _stderr_to(log_file), warnings.catch_warnings():
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         asked = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -160,6 +165,7 @@ def answer_on_ray(
                 "attempts": attempts,
                 "retries": placement.retries,
                 "inbox": inbox,
+                "beat_s": find_beat_s(placement),
             },
             batch_size=1,
             compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
@@ -222,9 +228,15 @@ class Attempts:
 class BatchAnswerer:
     """The Ray Data actor: loads the model once, answers batch after batch, and isolates a question that breaks it."""
 
-    def __init__(self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any) -> None:
+    def __init__(
+        self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any, beat_s: float = 5.0
+    ) -> None:
         self.attempts, self.retries, self.inbox = attempts, retries, inbox
         inbox.put({"event": "loading"})
+        # For as long as the process lives: nothing tells an actor of Ray Data that it is no longer needed.
+        self.beating = beating(inbox, "the actor", beat_s)
+        self.beating.__enter__()
+        pulse.begin("loads the model", slow=True)
         try:
             if not ray.get(attempts.begin_load.remote()):
                 raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
@@ -236,6 +248,7 @@ class BatchAnswerer:
             tell_failure(inbox, error)
             raise
         ray.get(attempts.end_load.remote())
+        pulse.begin("")
         inbox.put({"event": "ready", "host": socket.gethostname()})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
@@ -245,8 +258,10 @@ class BatchAnswerer:
             batch.append((test, McqRecord(**{**record, "options": tuple(record["options"])})))
         stages = [str(stage) for stage in row["stages"][0]]
         started = time.monotonic()
+        pulse.begin(f"answers {len(batch)} questions of {', '.join(dict.fromkeys(test for test, _ in batch))}")
         predictions = self._answer_whole(batch, stages)
         predictions = predictions or [p for question in batch for p in self._answer_one(question, stages)]
+        pulse.begin("")
         event = {"event": "evaluation", "questions": len(batch), "seconds": time.monotonic() - started}
         self.inbox.put(event)
         return {"predictions": [json.dumps([pack_prediction(p) for p in predictions])]}
@@ -270,6 +285,7 @@ class BatchAnswerer:
 
     def _answer_one(self, question: Question, stages: list[str]) -> list[Prediction]:
         test, record = question
+        pulse.begin(f"answers question {record.id} of {test}")
         key, reason = f"{test}/{record.id}", "its process died"
         deaths = ray.get(self.attempts.begin.remote(key))
         try:

@@ -26,6 +26,7 @@ from medlora.on_ray.failures import (
 )
 from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
 from medlora.on_ray.prepare import prepare_on_ray
+from medlora.on_ray.stalls import StallWatch, beating, find_beat_s
 
 if TYPE_CHECKING:
     from medlora.on_ray.early import EarlyScoring
@@ -70,7 +71,9 @@ def train_on_ray(
         if early is not None and not begun.is_set():
             early.phase_has()
         begun.set()
-        if event["event"] == "refused":
+        if event["event"] == "beat":
+            watch.hear(event)
+        elif event["event"] == "refused":
             refusals.append(event["text"])
         elif event["event"] == "failed":
             failed.append(event)
@@ -86,9 +89,10 @@ def train_on_ray(
     text = f"starting {count} with {describe_worker(placement, gpus)} each"
     on_event({"event": "note", "phase": job.phase.name, "text": text})
     nonce = storage.leave_nonce(run.root)
+    watch = StallWatch(placement, job.phase.name, on_event, logging.getLogger(f"medlora.run.{run.name}"))
     attempts = 0
     failure: Exception | None = None
-    with listen(hear) as inbox:
+    with listen(hear) as inbox, watch.watching():
         while True:
             # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
             trainer = _Trainer(
@@ -102,6 +106,7 @@ def train_on_ray(
                     "cwd": os.getcwd(),
                     "gpu": gpus > 0,
                     "say_host": cluster.nodes > 1,
+                    "beat_s": find_beat_s(placement),
                 },
                 scaling_config=ScalingConfig(
                     num_workers=placement.workers,
@@ -119,6 +124,7 @@ def train_on_ray(
                 ),
             )
             begun.clear()
+            watch.forget()
             if early is not None:
                 early.phase_asks(placement, gpus)
             try:
@@ -224,13 +230,14 @@ def _train_loop(config: dict[str, Any]) -> None:
         inbox.put({"event": "note", "phase": config["job"]["phase"]["name"], "text": text})
     try:
         storage.check_seen(Path(config["run"]), config["nonce"])
-        run_phase(
-            PhaseJob.model_validate(config["job"]),
-            runs.PhaseFolder(Path(config["folder"])),
-            inbox.put,
-            "cuda" if config["gpu"] else "cpu",
-            is_leaving=_is_leaving,
-        )
+        with beating(inbox, f"worker {ray.train.get_context().get_world_rank()}", config["beat_s"]):
+            run_phase(
+                PhaseJob.model_validate(config["job"]),
+                runs.PhaseFolder(Path(config["folder"])),
+                inbox.put,
+                "cuda" if config["gpu"] else "cpu",
+                is_leaving=_is_leaving,
+            )
     except Leaving:
         inbox.put({"event": "leaving"})
     except InputError as error:
