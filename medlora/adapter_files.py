@@ -45,8 +45,8 @@ def find_non_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     filled = {
         name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() and tensor.is_floating_point()
     }
-    # The largest magnitude cannot overflow as a sum of squares can, and NaN spreads through it.
-    if not filled or torch.isfinite(torch.nn.utils.get_total_norm(filled.values(), float("inf"))):
+    # NaN and infinity spread into the norm. A sum of squares may overflow on its own, so what it finds is looked up.
+    if not filled or torch.isfinite(torch.nn.utils.get_total_norm(filled.values())):
         return []
     return [name for name, tensor in filled.items() if not torch.isfinite(tensor).all()]
 

@@ -61,6 +61,7 @@ def run_phase(
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
     )
+    pulse.begin("fetches what the phase stands on", slow=True)
     transformers.logging.set_verbosity_error()
     with ExitStack() as stack:
         stack.enter_context(holding)
@@ -220,6 +221,7 @@ def _run(
         best = scored[-1] if scored else None
     if not main:
         return {}
+    pulse.begin("writes the adapter")
     extended = len(tokenizer) != len(load_tokenizer(base))
     save_adapter(model, phase.name, folder.adapter, tokenizer if extended else None, job.base.model)
     asked = [source.source for source, each in zip(phase.sources, found, strict=True) if each.kind == "mcq"]

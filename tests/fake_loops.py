@@ -35,15 +35,6 @@ def _run(config: dict[str, Any], work: Any) -> None:
     _train_loop(config)
 
 
-def raise_plain(config: dict[str, Any]) -> None:
-    """A bug."""
-
-    def work(rank: int, attempt: int) -> None:
-        raise ValueError("a bug of ours\nwith a second line")
-
-    _run(config, work)
-
-
 def raise_awkward(config: dict[str, Any]) -> None:
     """A bug whose exception cannot come back as it is."""
 

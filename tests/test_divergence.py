@@ -220,6 +220,34 @@ def test_tensors_are_checked_whatever_their_types_and_sizes(tmp_path: Path, valu
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_workers_agree_on_the_rows_and_one_alone_does_not_wait_for_the_others(
+    bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, two forward passes of four rows each: pass 1 of worker 1 holds rows 12 to 15 of the step's 16."""
+    phase = configure(bases["gemma"], data).phases[0].model_copy(update={"accumulation": 2})
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    all_losses = [[1.0, 2.0], [3.0, math.nan]]
+    monkeypatch.setattr(dist, "all_gather_object", lambda into, own: into.__setitem__(slice(None), all_losses))
+    said = []
+    for losses in all_losses:
+        segment = Segment("normal", [None] * 160, 10, 10, name_rows=lambda rows: [f"row {row}" for row in rows])  # type: ignore[list-item]
+        watch = StepWatch(phase, segment, runs.PhaseFolder(tmp_path), 16)
+        for loss in losses:
+            watch.add(torch.tensor(loss))
+        with pytest.raises(Diverged) as raised:
+            watch.check(2, torch.tensor(math.nan), 1e-3)
+        said.append(str(raised.value))
+    assert said[0] == said[1] and "Records of the batch: row 28; row 29; row 30; row 31." in said[0]
+    assert not (tmp_path / "checkpoints").exists()  # rank 0 alone writes the note
+    monkeypatch.setattr(dist, "all_gather_object", lambda *_: pytest.fail("the other worker is not there"))
+    watch.add(torch.tensor(math.inf))
+    with pytest.raises(Diverged, match="the loss is inf .*row 16; .*; and 8 more rows"):
+        watch.check(2, torch.tensor(1.0), 1e-3)
+
+
 def test_float16_may_skip_steps_but_not_for_ever(bases: dict[str, str], data: Path, tmp_path: Path) -> None:
     phase = configure(bases["gemma"], data).phases[0]
     watch = StepWatch(phase, Segment("normal", [], 100, 100), runs.PhaseFolder(tmp_path), 4, torch.float16)

@@ -290,7 +290,6 @@ def run_phase_of(
 @pytest.mark.parametrize(
     ("loop", "text", "workers"),
     [
-        (fake_loops.raise_plain, "phase 00: ValueError: a bug of ours (worker 0 on ", 1),
         (fake_loops.raise_awkward, "phase 00: Awkward: an awkward bug (worker 0 on ", 1),
         (fake_loops.raise_on_one_of_two, "phase 00: ValueError: a bug of rank 1 (worker 1 on ", 2),
     ],
