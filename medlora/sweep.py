@@ -223,10 +223,10 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
         "tests": [test.source for test in plan.run.evaluation.tests] if plan.run.evaluation else [],
         "retries": plan.config.placement.retries,
     }
-    for phase in described["run"]["phases"]:  # when a stall is reported changes no result
+    plain: dict[str, Any] = runs.as_json(described)
+    for phase in plain["run"]["phases"]:  # when a stall is reported changes no result
         for key in ("stall_s", "stall_kill_s"):
             (phase["placement"] or {}).pop(key, None)
-    plain: dict[str, Any] = runs.as_json(described)
     return plain
 
 
