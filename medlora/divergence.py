@@ -113,13 +113,14 @@ class StepWatch:
             records += f"; and {len(rows) - _MOST_SHOWN} more rows" if len(rows) > _MOST_SHOWN else ""
         wider = {torch.float16: "bfloat16", torch.bfloat16: "float32"}.get(self.dtype)
         steps = [_read_step(path) for path in (self.folder.checkpoints / self.segment.name).glob("checkpoint-*")]
+        broken = "; before any step, the base or an adapter below may be broken, too" if step == 1 else ""
         before = max((each for each in steps if each <= usable), default=0)
         return (
             f"phase {name}, step {step}: {what} (of {self.segment.steps} steps, learning rate {learning_rate:.2e})"
             f"{records}. Nothing of this step was saved. To mend it, lower phases.{name}.learning_rate "
             f"({self.phase.learning_rate:.2g} at its highest), raise phases.{name}.warmup_ratio"
             + (f", set base.compute_dtype to {wider}" if wider else "")
-            + f" or remove the records. A changed key needs --redo {name}, which sets this phase aside, or another "
+            + f" or remove the records{broken}. A changed key needs --redo {name}, which sets this phase aside, or another "
             f"--set name=.... The same command resumes from {f'step {before}' if before else 'the beginning'}, before the "
             "last finite loss; without a change it diverges again unless a device was at fault."
         )

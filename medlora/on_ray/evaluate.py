@@ -187,7 +187,7 @@ def answer_on_ray(
     if refusals:
         raise InputError(refusals[0])
     if failure is not None:
-        first = failed[0] if failed else describe_exception(failure)
+        first = failed[0] if failed else describe_exception(getattr(failure, "cause", None) or failure)
         log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
         raise RunError(
             f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "

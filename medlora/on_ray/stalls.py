@@ -72,7 +72,7 @@ def beating(inbox: Any, who: str, every_s: float) -> Iterator[None]:
     finally:
         pulse.begin("")
         ended.set()
-        thread.join(timeout=10)
+        thread.join(timeout=2)
         faulthandler.unregister(signal.SIGUSR2)
         os.close(handle)
 
@@ -122,7 +122,10 @@ class StallWatch:
 
         def watch() -> None:
             while not ended.wait(min(1.0, self.placement.stall_s / 4)):
-                self.check(time.monotonic())
+                try:
+                    self.check(time.monotonic())
+                except Exception:  # the work goes on without it
+                    self.log.exception("looking for stalls failed")
 
         thread = threading.Thread(target=watch, name="medlora-stalls", daemon=True)
         thread.start()
@@ -130,7 +133,7 @@ class StallWatch:
             yield
         finally:
             ended.set()
-            thread.join(timeout=5)
+            thread.join(timeout=1)
 
     def check(self, now: float) -> None:
         """Report and end what has not moved for too long."""
