@@ -91,7 +91,7 @@ def test_a_lost_connection_to_another_worker_is_known_by_its_text(error: Excepti
     assert is_lost_peer(error) == lost
 
 
-def test_an_exception_is_described_with_the_innermost_place_in_our_code() -> None:
+def test_an_exception_is_described_with_the_innermost_place_outside_of_libraries() -> None:
     try:
         Placement.model_validate({"workers": 0})
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sysconfig
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +33,10 @@ class WorkerFailed(Exception):
 
 
 def describe_exception(error: BaseException) -> dict[str, str]:
-    """An exception as plain text: `text` in one line, `at` its innermost place, preferably in our code, `traceback`."""
+    """An exception as plain text: `text` in one line, `at` its innermost place outside of libraries, `traceback`."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if f"{Path(__file__).parent.parent}" in frame.filename]
+    libraries = ("site-packages", sysconfig.get_path("stdlib"))
+    ours = [frame for frame in frames if not any(part in frame.filename for part in libraries)]
     place = (ours or frames or [None])[-1]
     lines = str(error).strip().splitlines()
     return {
