@@ -51,9 +51,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when the run is done, 2 when something the user gave is wrong, 130 when interrupted."""
+    """Exit code 0 when the run is done, 1 when an exception ended the work,
+    2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
-    from medlora.errors import InputError
+    from medlora.errors import InputError, RunError
 
     try:
         from medlora import runs, storage
@@ -91,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"medlora: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("medlora: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -100,7 +104,7 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
     """Runs side by side; everything that can be wrong with any of them is said before one starts."""
     from medlora import runs, storage
     from medlora.display import Display, print_reports
-    from medlora.errors import InputError
+    from medlora.errors import InputError, RunError
     from medlora.on_ray.curriculum import begin
     from medlora.on_ray.side_by_side import run_side_by_side
 
@@ -125,7 +129,7 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
     for run in folders:
         print(f"run: {storage.name_place(run.root)}" + (" (failed)" if run.name in failed else ""))
     for name, error in failed.items():
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError | RunError):
             traceback.print_exception(error)
         print(f"medlora: {name}: {error}", file=sys.stderr)
     return 0 if not failed else 2 if all(isinstance(error, InputError) for error in failed.values()) else 1

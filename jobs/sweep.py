@@ -34,9 +34,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when the sweep is done, 2 when something the user gave is wrong, 130 when interrupted."""
+    """Exit code 0 when the sweep is done, 1 when an exception ended the work,
+    2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
-    from medlora.errors import InputError
+    from medlora.errors import InputError, RunError
 
     try:
         from medlora import runs, storage
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"medlora: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("medlora: interrupted; the same command goes on, no finished trial is run again", file=sys.stderr)
         return 130

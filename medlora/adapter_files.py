@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +40,17 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
 
 
+def find_non_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or an infinite value; one fused pass where all of them are sound."""
+    filled = {
+        name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() and tensor.is_floating_point()
+    }
+    # NaN and infinity spread into the norm. A sum of squares may overflow on its own, so what it finds is looked up.
+    if not filled or torch.isfinite(torch.nn.utils.get_total_norm(filled.values())):
+        return []
+    return [name for name, tensor in filled.items() if not torch.isfinite(tensor).all()]
+
+
 def row_ids(config: LoraConfig, embeddings: str) -> list[int]:
     """The token ids of the vocabulary rows that an adapter trains in the embeddings of that name."""
     indices = config.trainable_token_indices or []
@@ -51,7 +62,14 @@ def row_ids(config: LoraConfig, embeddings: str) -> list[int]:
 def write_adapter(
     folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor], base_model_name: str | None
 ) -> None:
-    """Write an ordinary PEFT folder; equal adapters give equal bytes."""
+    """Write an ordinary PEFT folder; equal adapters give equal bytes.
+
+    Raises FloatingPointError, before anything is written, where a tensor holds a value that is not finite.
+    """
+    if bad := find_non_finite(tensors):
+        raise FloatingPointError(
+            f"{len(bad)} of {len(tensors)} trained tensors hold values that are not finite, {bad[0]} among them"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors' own save_file leaves a file that nobody else may read, whatever the umask says.
     data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
@@ -101,7 +119,10 @@ def export_chain(adapters: Sequence[str | Path], out: str | Path) -> None:
         target_modules=configs[0].target_modules if same else sorted(low_rank),
         trainable_token_indices={layer: sorted(by_id) for layer, by_id in rows.items()} or None,
     )
-    write_adapter(out, joined, tensors, configs[0].base_model_name_or_path)
+    try:
+        write_adapter(out, joined, tensors, configs[0].base_model_name_or_path)
+    except FloatingPointError as error:
+        raise InputError(f"{out}: {error}; an adapter of the chain is broken, train its phase again") from None
     tokenizers = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
     for file in sorted(tokenizers[-1].iterdir()) if tokenizers else ():
         if file.name != CONFIG and file.suffix in (".json", ".jinja", ".model", ".txt"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from medlora import pulse
 from medlora.memory import clear_memory
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Batcher:
                     log.warning("out of memory with %d rows of %d tokens: the batch is halved", len(batch), longest)
                     self._said = True
             else:
+                pulse.beat()
                 waiting = waiting[len(batch) :]
                 continue
             clear_memory()  # outside of `except`, where the traceback would keep the batch's tensors alive

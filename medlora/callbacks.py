@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from medlora import runs, storage
+from medlora import pulse, runs, storage
 from medlora.chains import save_adapter
 from medlora.config import PhaseConfig
+from medlora.divergence import StepWatch
 from medlora.encoding import Row
-from medlora.errors import InputError
 
 log = logging.getLogger("medlora.training")
 validation_log = logging.getLogger("medlora.validation")
@@ -43,13 +43,16 @@ class Segment:
     """The two longest of them, of which a step's memory is told."""
     validate: Callable[[Any], dict[str, float]] | None = None
     stop_at_format_score: float | None = None
+    name_rows: Callable[[Sequence[int]], list[str]] | None = None
+    """Which records the rows at these places are made from."""
 
 
 class LossLoggingCallback(TrainerCallback):
     """Writes loss, learning rate, gradient norm, tokens/s and peak memory every few steps; stops the run on a NaN."""
 
-    def __init__(self, folder: runs.PhaseFolder, segment: Segment, phase: str, batch: int, report: Report) -> None:
-        self.folder, self.segment, self.phase, self.batch, self.report = folder, segment, phase, batch, report
+    def __init__(self, watch: StepWatch, report: Report) -> None:
+        self.watch, self.report = watch, report
+        self.folder, self.segment, self.phase, self.batch = watch.folder, watch.segment, watch.phase.name, watch.batch
         self.since = time.monotonic()
         self.last_step = 0
 
@@ -66,18 +69,20 @@ class LossLoggingCallback(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         if not math.isfinite(logs["loss"]):
-            raise _explain_divergence(self.phase, args, state, f"the loss is {logs['loss']}")
+            step, rate = state.global_step, logs["learning_rate"]
+            raise self.watch.fail(step, f"the loss is {logs['loss']}", self.last_step - 1, rate)
         if not state.is_world_process_zero:
             return
         seen = self.segment.rows[self.last_step * self.batch : state.global_step * self.batch]
-        elapsed_s = time.monotonic() - self.since
+        elapsed_s, norm = time.monotonic() - self.since, float(logs["grad_norm"])
         row = {
             "segment": self.segment.name,
             "step": state.global_step,
             "steps": self.segment.steps,
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
-            "grad_norm": float(logs["grad_norm"]),
+            # Infinite only where float16's scaler skipped the step; JSON has no word for it.
+            "grad_norm": norm if math.isfinite(norm) else None,
             "tokens_per_s": round(sum(len(row.input_ids) for row in seen) / max(elapsed_s, 1e-9), 1),
             "peak_memory_mib": _read_peak_memory_mib(),
         }
@@ -85,17 +90,34 @@ class LossLoggingCallback(TrainerCallback):
         runs.append_json(self.folder.metrics, row)
         self.report({"event": "step", "phase": self.phase, **row})
         log.info(
-            "%(segment)s step %(step)d/%(steps)d  loss %(loss).4f  lr %(learning_rate).2e  grad %(grad_norm).3f  "
+            "%(segment)s step %(step)d/%(steps)d  loss %(loss).4f  lr %(learning_rate).2e  grad %(norm).3f  "
             "%(tokens_per_s).0f tokens/s  peak %(peak_memory_mib).0f MiB",
-            row,
+            row | {"norm": norm},
         )
 
 
-def _explain_divergence(phase: str, args: TrainingArguments, state: TrainerState, what: str) -> InputError:
-    return InputError(
-        f"phase {phase}, step {state.global_step}: {what}; lower phases.{phase}.learning_rate "
-        f"({args.learning_rate:.2g} at its highest) or raise warmup_ratio"
-    )
+class PulseCallback(TrainerCallback):
+    """Says after each forward pass and step that training moves, for whoever watches for stalls."""
+
+    def __init__(self, compiled: bool) -> None:
+        self.compiled = compiled
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step compiles the model where that is asked for."""
+        what = "compiles the model in" if self.compiled else "is in"
+        pulse.begin(f"{what} step {state.global_step + 1} of {state.max_steps}", slow=self.compiled)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One forward pass of several."""
+        pulse.beat()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What follows a step: others note what they do."""
+        pulse.begin(f"is in step {min(state.global_step + 1, state.max_steps)} of {state.max_steps}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is there."""
+        self.on_step_end(args, state, control)
 
 
 def _read_peak_memory_mib() -> float:
@@ -125,7 +147,13 @@ class MCQValidationCallback(TrainerCallback):
         self.seconds = 0.0
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
     ) -> None:
         """Validate where it is due; every worker takes rank 0's word on stopping."""
         config, step = self.phase.validation, state.global_step
@@ -135,10 +163,12 @@ class MCQValidationCallback(TrainerCallback):
         if not due:
             return
         started = time.monotonic()
+        pulse.begin(f"scores dev after step {step}")
         try:
             score = self._validate(model, step) if state.is_world_process_zero else 0.0
         except FloatingPointError as error:  # a validation may see it before the loss is logged
-            raise _explain_divergence(self.phase.name, args, state, str(error)) from error
+            rate = lr_scheduler.get_last_lr()[0]
+            raise self.logging_callback.watch.fail(step, str(error), step - 1, rate) from error
         if self.segment.stop_at_format_score is not None:
             decision = [score >= self.segment.stop_at_format_score]
             if args.world_size > 1:
@@ -146,6 +176,7 @@ class MCQValidationCallback(TrainerCallback):
             if decision[0]:
                 self.stopped_early = True
                 control.should_training_stop = control.should_save = True
+        pulse.begin(f"has scored dev after step {step}")
         self.seconds += time.monotonic() - started
         self.logging_callback.since += time.monotonic() - started
 

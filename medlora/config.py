@@ -96,6 +96,18 @@ class Placement(Section):
     """Ray node labels that a worker's node must have."""
     retries: int = Field(2, ge=0)
     """How often a phase goes on from its last checkpoint after a worker or node died."""
+    stall_s: float = Field(600, gt=0)
+    """Report a worker or actor every minute, with what it did last and a stack, once no step has come from it for so long."""
+    stall_kill_s: float | None = Field(None, gt=0)
+    """End it after so long, as if it had died; unset = never. More than the longest step, model load or compilation."""
+
+    @model_validator(mode="after")
+    def _check_stall(self) -> Self:
+        if self.stall_kill_s is not None and self.stall_kill_s < self.stall_s:
+            raise ValueError(
+                f"stall_kill_s: {self.stall_kill_s:g} is less than stall_s: {self.stall_s:g}; a stall is reported before it ends"
+            )
+        return self
 
     @property
     def least_workers(self) -> int:

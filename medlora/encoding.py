@@ -180,6 +180,10 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def find_examples(self, index: int) -> list[int]:
+        """The places of the examples that a row is made from."""
+        return [int(example) for example in self.pieces[self.starts[index] : self.starts[index + 1], 0]]
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]

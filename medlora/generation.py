@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from medlora import pulse
 from medlora.batching import Batcher, find_token_budget
 from medlora.models import stop_token_ids
 from medlora.prefix import Prefix, compute_last_logits, make_batch
@@ -116,6 +117,7 @@ class _Writer:
         alive = list(range(len(prompts)))
         logits = compute_last_logits(self.model, **batch)
         for step in range(self.max_tokens):
+            pulse.beat()
             tokens = self._choose(logits, [uniform[i] for i in alive] if uniform else [])
             for i, token in zip(alive, tokens.tolist(), strict=True):
                 ended[i] = token in self.ends

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 
+from medlora import pulse
 from medlora.callbacks import Report
 from medlora.config_sources import TrainSource
 from medlora.data_card import stream_kept
@@ -34,6 +35,8 @@ class PreparedPart:
     rows: Rows
     part: Part
     records: int
+    name_example: Callable[[int], str]
+    """The id of the record that the example at this place comes from."""
 
     @property
     def mean_tokens(self) -> float:
@@ -55,6 +58,17 @@ class Drawn(Sequence[Row]):
             return [self.prepared[key].rows[i] for key, i in self.draws[index]]
         key, i = self.draws[index]
         return self.prepared[key].rows[i]
+
+    def name_rows(self, places: Sequence[int]) -> list[str]:
+        """For each of these rows its source and the ids of the records that it is made from."""
+        named = []
+        for place in places:
+            key, i = self.draws[place]
+            prepared = self.prepared[key]
+            ids = list(dict.fromkeys(map(prepared.name_example, prepared.rows.find_examples(i))))
+            more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+            named.append(f"{key.partition(':')[2]}: {', '.join(ids[:3])}{more}")
+        return named
 
     def find_longest(self, count: int) -> list[Row]:
         """The longest rows, the longest first."""
@@ -124,6 +138,7 @@ def _prepare_part(
     phase, began = job.phase, time.monotonic()
 
     def tell(done: int, total: int) -> None:
+        pulse.beat()
         if time.monotonic() - began > 1:
             report({"event": "preparing", "phase": f"{phase.name} tokens", "done": done, "total": total})
 
@@ -142,7 +157,7 @@ def _prepare_part(
     kept = kept[: source.sample]
     order = store.order_examples(kept)
     rows = Rows(store, store.lengths, store.prompts, store.texts, order, phase.max_tokens, phase.packing)
-    return PreparedPart(rows, Part(len(rows), share), len(kept))
+    return PreparedPart(rows, Part(len(rows), share), len(kept), store.name_record)
 
 
 def _prepare_full(
@@ -153,9 +168,10 @@ def _prepare_full(
     records = list(stream_kept(source, job.dropped))
     random.Random(derive_seed(seed, key)).shuffle(records)
     chosen = [record for record in records if record.id != worked.id][: job.phase.full_prompt.records]
-    examples = [example for record in chosen for example in render(record, "reasoning_full", worked)]
+    made = [(record.id, example) for record in chosen for example in render(record, "reasoning_full", worked)]
+    names, examples = [name for name, _ in made], [example for _, example in made]
     rows = arrange(tokenise(tokenizer, examples), job.phase.max_tokens, job.phase.packing)
-    return PreparedPart(rows, Part(len(rows), share), len(chosen))
+    return PreparedPart(rows, Part(len(rows), share), len(chosen), names.__getitem__)
 
 
 def report_lengths(counts: dict[str, dict[str, dict[str, int]]], phase: str, max_tokens: int, report: Report) -> None:

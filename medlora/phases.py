@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from medlora import runs, storage
-from medlora.callbacks import Report, Segment
+from medlora import pulse, runs, storage
+from medlora.callbacks import Leaving, Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle
 from medlora.encoding import Collator
@@ -61,6 +61,7 @@ def run_phase(
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
     )
+    pulse.begin("fetches what the phase stands on", slow=True)
     transformers.logging.set_verbosity_error()
     with ExitStack() as stack:
         stack.enter_context(holding)
@@ -68,10 +69,15 @@ def run_phase(
         _pull(job, folder, world, main)
         folder.root.mkdir(parents=True, exist_ok=True)
         stack.enter_context(runs.log_to(*sinks) if main else nullcontext())
+        stack.enter_context(_log_failure(job.phase.name))
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         try:
             return _run(job, folder, report if main else lambda event: None, device, world, main, is_leaving, kept)
+        except FloatingPointError as error:
+            raise InputError(
+                f"phase {job.phase.name}: {error}, so no adapter was written; lower phases.{job.phase.name}.learning_rate"
+            ) from error
         except (OSError, RuntimeError) as error:
             # torch.save and safetensors say in words of their own that nothing more could be written.
             if runs.is_disk_full(error, folder.root):
@@ -82,6 +88,21 @@ def run_phase(
             raise
         finally:
             clear_memory()
+
+
+@contextmanager
+def _log_failure(phase: str) -> Iterator[None]:
+    """Write into the phase's log why it ended, with the traceback of what is no message for the user."""
+    try:
+        yield
+    except Leaving:
+        raise
+    except InputError as error:
+        log.error("phase %s ends: %s", phase, error)
+        raise
+    except Exception:
+        log.exception("phase %s ends by an exception", phase)
+        raise
 
 
 def _pull(job: PhaseJob, folder: runs.PhaseFolder, world: int, main: bool) -> None:
@@ -107,6 +128,7 @@ def _run(
     phase, started = job.phase, time.monotonic()
     seed = derive_seed(job.seed, "phase", phase.name)
     report({"event": "phase", "phase": phase.name, "device": str(describe_device(device))})
+    pulse.begin("prepares its data", slow=True)
     log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, describe_device(device), socket.gethostname())
     hosts = _gather_hosts(world)
     if main:
@@ -134,6 +156,7 @@ def _run(
     }
     report_lengths(counts, phase.name, phase.max_tokens, report)
 
+    pulse.begin("loads the base model", slow=True)
     if kept is None:
         model = load_base(base, tokenizer, device)
     else:
@@ -148,6 +171,7 @@ def _run(
     shown = {name for each in found for name in each.rationale}
     validator = _make_validator(job, tokenizer, padded, [name for name in FIELDS if name in shown], seed)
     done = []
+    pulse.begin("draws its rows and tries a step", slow=True)
     for name, style, prepared in segments:
         steps, epoch_steps = _count_steps(job, name, sum(part.part.size for part in prepared.values()), batch)
         drawn = draw_rows(prepared, steps * batch, phase.weights == "tokens", seed)
@@ -161,6 +185,7 @@ def _run(
             epoch_steps=epoch_steps,
             longest=drawn.find_longest(2),
             validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
+            name_rows=drawn.name_rows,
             stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
         )
         result, phase = train_in_memory(
@@ -196,6 +221,7 @@ def _run(
         best = scored[-1] if scored else None
     if not main:
         return {}
+    pulse.begin("writes the adapter")
     extended = len(tokenizer) != len(load_tokenizer(base))
     save_adapter(model, phase.name, folder.adapter, tokenizer if extended else None, job.base.model)
     asked = [source.source for source, each in zip(phase.sources, found, strict=True) if each.kind == "mcq"]

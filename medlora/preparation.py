@@ -85,6 +85,11 @@ class TokenStore(Sequence[Tokens]):
         row = index - (self.ends[part - 1] if part else 0)
         return Tokens(self.ids[part][row].values.to_pylist(), int(self.prompts[index]), bool(self.texts[index]))
 
+    def name_record(self, index: int) -> str:
+        """The id of the record that the example at this place comes from."""
+        part = bisect_right(self.ends, index)
+        return str(self._names[part][index - (self.ends[part - 1] if part else 0)].as_py())
+
     def order_examples(self, records: Iterable[int]) -> list[int]:
         """The examples of the records at these places, record by record."""
         ends = numpy.append(self.starts[1:], len(self))

@@ -224,6 +224,9 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
         "retries": plan.config.placement.retries,
     }
     plain: dict[str, Any] = runs.as_json(described)
+    for phase in plain["run"]["phases"]:  # when a stall is reported changes no result
+        for key in ("stall_s", "stall_kill_s"):
+            (phase["placement"] or {}).pop(key, None)
     return plain
 
 

@@ -50,7 +50,7 @@ class TrialLogs:
         """Take one event of a sweep; those of the inbox and those of the search come from two threads."""
         with self.lock:
             if event["event"] == "trial-step":
-                scalars = {f"{event['phase']}/{name}": event[name] for name in _SHOWN}
+                scalars = {f"{event['phase']}/{name}": event[name] for name in _SHOWN if event[name] is not None}
                 self._add(ledger.trials[event["trial"]], scalars, event["step"])
             elif event["event"] == "trial":
                 trial = ledger.trials[event["trial"]]

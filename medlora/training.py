@@ -16,17 +16,20 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from medlora import runs
+from medlora import pulse, runs
+from medlora.adapter_files import find_non_finite
 from medlora.callbacks import (
     CheckpointCallback,
     LeaveCallback,
     LossLoggingCallback,
     MCQValidationCallback,
+    PulseCallback,
     Report,
     Segment,
 )
 from medlora.chains import load_adapter_weights, save_adapter
 from medlora.config import PhaseConfig
+from medlora.divergence import StepWatch, check_checkpoint, forget_divergence, read_divergence
 from medlora.encoding import Collator
 from medlora.flat import FlatCollator
 from medlora.head import SupervisedHead
@@ -44,14 +47,39 @@ _SCHEDULES: dict[str, SchedulerType] = {
 class _AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the trained adapter alone instead of every adapter of the chain."""
 
-    def __init__(self, adapter: str, model: Any, **arguments: Any) -> None:
-        self.adapter, self.head = adapter, SupervisedHead(model)
+    def __init__(self, adapter: str, model: Any, watch: StepWatch, **arguments: Any) -> None:
+        self.adapter, self.watch, self.head = adapter, watch, SupervisedHead(model)
         super().__init__(model=model, compute_loss_func=self.head.compute_loss, **arguments)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         """As Trainer's, with the head at supervised positions alone."""
         with self.head.at(inputs.pop("supervised")):
             return super().compute_loss(model, inputs, *arguments, **options)
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """As Trainer's; the loss is kept for the check of the step."""
+        loss = super().training_step(*arguments, **options)
+        self.watch.add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As Trainer's, which asks for it right before the optimizer's step; raises Diverged."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None
+        self.watch.check(self.state.global_step + 1, grad_norm, self._get_learning_rate(), scaled)
+        return grad_norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, rate = self.state.global_step, self._get_learning_rate()
+        pulse.begin(f"writes the checkpoint of step {step}")
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        # Every worker looks, so that none waits for one that has stopped; rank 0's writing looks once more.
+        if self.args.world_size > 1 and (bad := find_non_finite(trained)):
+            raise self.watch.fail(step, f"{bad[0]} is not finite behind the step", step - 1, rate)
+        try:
+            super()._save_checkpoint(model, trial)
+        except FloatingPointError as error:
+            raise self.watch.fail(step, f"behind the step {error}", step - 1, rate) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -65,19 +93,24 @@ class _AdapterTrainer(Trainer):
         )
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: manifest there and every hash right. None when there is no such one."""
+def find_checkpoint(folder: Path, newest: int | None = None, warn: Callable[[str], None] = log.warning) -> Path | None:
+    """The newest checkpoint, of step `newest` at most, that may be resumed from; None when there is no such one.
+
+    Its manifest is there, every hash is right, and no weight or logged loss in it is NaN or infinite.
+    """
     for checkpoint in sorted(
         folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
     ):
+        if newest is not None and int(checkpoint.name.rpartition("-")[2]) > newest:
+            continue
         manifest = runs.read_manifest(checkpoint)
-        if manifest and not (wrong := runs.check_files(checkpoint, manifest)):
+        wrong = runs.check_files(checkpoint, manifest) if manifest else "no manifest"
+        if wrong:
+            warn(f"checkpoint {checkpoint.name} is not whole ({wrong}); an earlier one is used")
+        elif poison := check_checkpoint(checkpoint):
+            warn(f"checkpoint {checkpoint.name} is not used, since {poison}; an earlier one is used")
+        else:
             return checkpoint
-        log.warning(
-            "checkpoint %s is not whole (%s); an earlier one is used",
-            checkpoint.name,
-            wrong if manifest else "no manifest",
-        )
     return None
 
 
@@ -95,10 +128,21 @@ def train(
     """Train the adapter through a segment, from its last whole checkpoint where there is one.
 
     Returns plain figures: steps done, mean loss, seconds, whether it stopped early. The weights are left in the model.
-    Raises Leaving, after a checkpoint, where `is_leaving` says so.
+    Raises Leaving, after a checkpoint, where `is_leaving` says so; Diverged where a loss or gradient is not finite.
     """
+
+    def warn(text: str) -> None:
+        log.warning(text)
+        report({"event": "note", "phase": phase.name, "text": text})
+
     output = folder.checkpoints / segment.name
-    checkpoint = find_checkpoint(output)
+    diverged = read_divergence(folder, segment.name)
+    if diverged:
+        warn(
+            f"step {diverged['step']} diverged before ({diverged['what']}): no checkpoint of a step after "
+            f"{diverged['usable']} is resumed from"
+        )
+    checkpoint = find_checkpoint(output, diverged["usable"] if diverged else None, warn)
     resumed_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     ended_early = _stopped_early(checkpoint)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -107,6 +151,7 @@ def train(
     main = world == 1 or dist.get_rank() == 0
     if main:
         _forget_after(folder, segment.name, output, resumed_step)
+        forget_divergence(folder)
     if checkpoint:
         report({"event": "note", "phase": phase.name, "text": f"goes on from step {resumed_step} of {segment.steps}"})
         log.info("%s goes on from step %d of %d", segment.name, resumed_step, segment.steps)
@@ -149,8 +194,9 @@ def train(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; Ray gives each worker its own
     batch = phase.batch_size * phase.accumulation * world
-    logging_callback = LossLoggingCallback(folder, segment, phase.name, batch, report)
-    callbacks: list[TrainerCallback] = [logging_callback, CheckpointCallback(folder)]
+    watch = StepWatch(phase, segment, folder, batch, model.dtype)
+    logging_callback = LossLoggingCallback(watch, report)
+    callbacks: list[TrainerCallback] = [PulseCallback(phase.compile), logging_callback, CheckpointCallback(folder)]
     validation_callback = None
     if segment.validate is not None and phase.validation is not None:
         validation_callback = MCQValidationCallback(folder, segment, phase, adapter, logging_callback, report)
@@ -160,6 +206,7 @@ def train(
     trainer = _AdapterTrainer(
         adapter,
         model=model,
+        watch=watch,
         args=arguments,
         train_dataset=segment.rows,
         data_collator=collator,

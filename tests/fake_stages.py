@@ -39,6 +39,12 @@ class FakeStages:
         ]
 
 
+def raise_while_loading(journal: str) -> FakeStages:
+    """A model that cannot be loaded, for a reason that comes again."""
+    FakeStages(journal)
+    raise ValueError("no such layer")
+
+
 def die_while_loading() -> FakeStages:
     """A model that the machine has no memory for."""
     os.kill(os.getpid(), signal.SIGKILL)

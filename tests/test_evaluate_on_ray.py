@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_stages import FakeStages, die_while_loading
+from fake_stages import FakeStages, die_while_loading, raise_while_loading
 
 from medlora import runs
 from medlora.config import ActorPlacement, EvaluationConfig
+from medlora.errors import RunError
 from medlora.evaluation import LEDGER, PREDICTIONS, Batch, sort_predictions
 from medlora.records import McqRecord, Prediction
 from medlora.report import write_predictions
@@ -139,7 +140,7 @@ def test_a_question_that_breaks_the_model_fails_alone(ray_cluster: Any, tmp_path
     report = score(tmp_path / "e", ask(12, {5: fault}), ray_cluster, actors=1)
     assert [(row["n"], row["failed"]) for row in report["stages"]] == [(12, 1), (12, 1)]
     asked = Counter(line[1] for line in journal(tmp_path / "e", "ask"))
-    assert asked["q5"] <= 5 and all(asked[f"q{i}"] >= 1 for i in range(12))
+    assert asked["q5"] <= {"raise": 2, "kill": 5}[fault] and all(asked[f"q{i}"] >= 1 for i in range(12))
     import pyarrow.parquet
 
     errors = {row["id"]: row["error"] for row in pyarrow.parquet.read_table(tmp_path / "e" / PREDICTIONS).to_pylist()}
@@ -185,9 +186,21 @@ def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, 
     from medlora.on_ray.evaluate import answer_on_ray
 
     batches = [Batch((("t", record),), ("a",)) for record in ask(2)]
-    with pytest.raises(Exception, match="keep dying"):
+    with pytest.raises(RunError, match="evaluation: RuntimeError: the processes that load the model keep dying"):
         list(
             answer_on_ray(
                 batches, die_while_loading, ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log"
             )
         )
+
+
+def test_an_exception_of_the_load_is_raised_once_and_named(ray_cluster: Any, tmp_path: Path) -> None:
+    from medlora.on_ray.evaluate import answer_on_ray
+
+    batches = [Batch((("t", record),), ("a",)) for record in ask(2)]
+    build = partial(raise_while_loading, str(tmp_path / "e.journal"))
+    with pytest.raises(RunError) as raised:
+        list(answer_on_ray(batches, build, ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log"))
+    said = str(raised.value)
+    assert said.startswith("evaluation: ValueError: no such layer (on ") and "\n" not in said
+    assert len(journal(tmp_path / "e", "load")) == 1

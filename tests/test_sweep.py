@@ -263,6 +263,17 @@ def test_another_sweep_in_the_folder_is_refused_and_more_trials_are_not(tmp_path
         refuse_other(tmp_path, plan(tmp_path, run, {"lora.r": [4, 8]}))
 
 
+def test_when_a_stall_is_reported_makes_no_other_sweep(tmp_path: Path, run: dict[str, Any]) -> None:
+    from medlora.sweep import describe_sweep
+
+    run["phases"][2]["placement"] = {"cpus_per_worker": 1}
+    runs.write_json(tmp_path / "fingerprint.json", describe_sweep(plan(tmp_path, run, {"lora.r": [4, 8]})))
+    written = runs.read_json(tmp_path / "fingerprint.json")
+    assert "stall_s" not in written["run"]["phases"][2]["placement"]
+    run["phases"][2]["placement"] |= {"stall_s": 60, "stall_kill_s": 120}
+    refuse_other(tmp_path, plan(tmp_path, run, {"lora.r": [4, 8]}))
+
+
 # ---- ledger and sampler ---------------------------------------------------------------------------------------------
 
 

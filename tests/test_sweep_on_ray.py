@@ -131,12 +131,13 @@ def test_a_dead_trial_goes_on_twice_and_a_diverged_one_never(
     }
     ledger = search(tmp_path / "s", ray_cluster, 6, does, halving=False)
     states = {id: trial.state for id, trial in ledger.trials.items()}
-    assert states == dict.fromkeys(("000", "001", "004", "005"), "finished") | dict.fromkeys(("002", "003"), "failed")
-    assert count_tries(tmp_path / "s") == {"000": 1, "001": 2, "002": 3, "003": 1, "004": 2, "005": 1}
-    assert [ledger.trials[id].deaths for id in ("001", "002", "003", "004")] == [1, 3, 0, 1]
+    assert states == dict.fromkeys(("000", "001", "005"), "finished") | dict.fromkeys(("002", "003", "004"), "failed")
+    assert count_tries(tmp_path / "s") == {"000": 1, "001": 2, "002": 3, "003": 1, "004": 1, "005": 1}
+    assert [ledger.trials[id].deaths for id in ("001", "002", "003", "004")] == [1, 3, 0, 0]
     assert ledger.trials["002"].why == "its process died" and ledger.trials["003"].why == "the loss is nan"
     assert "trial 001: its process died; it goes on from its last checkpoint" in caplog.text
-    assert "trial 004: RuntimeError: a bug of ours; it goes on" in caplog.text
+    assert ledger.trials["004"].why.startswith("RuntimeError: a bug of ours (fake_trials.py:")
+    assert "trial 004 ends by an exception:\nTraceback (most recent call last)" in caplog.text
 
 
 def test_more_trials_at_a_time_than_there_is_room_for_are_refused(ray_cluster: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -17,13 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from medlora import pulse
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
-from medlora.errors import InputError
+from medlora.errors import InputError, RunError
 from medlora.evaluation import Asked, Batch, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link, read_extra_tokens
 from medlora.on_ray.cluster import Cluster, OnEvent, beside_driver, listen, quiet_ray_data, ray
+from medlora.on_ray.failures import describe_exception, tell_failure
 from medlora.on_ray.placement import count_gpus, say_while_waiting
+from medlora.on_ray.stalls import StallWatch, beating, find_beat_s
 from medlora.records import McqRecord, Prediction
+
+log = logging.getLogger("medlora.run")
 
 _WHOLE_TRIES = 2
 
@@ -108,9 +114,9 @@ def answer_on_ray(
 ) -> Iterator[list[Prediction]]:
     """The predictions of each batch as it comes back, in no particular order, every batch exactly once.
 
-    A batch whose actor dies is asked again as a whole, then question by question; a question that raises or kills its
-    actor `placement.retries` times over is reported as failed (Prediction.error) while all others are answered.
-    Raises InputError for what only the user can mend, RuntimeError when the actors die while they load the model.
+    A batch whose actor dies is asked again as a whole, then question by question; a question that raises, or kills its
+    actor `placement.retries` times over, is reported as failed (Prediction.error) while all others are answered.
+    Raises InputError for what only the user can mend, RunError where the model cannot be loaded.
     """
     if not batches:
         return
@@ -122,11 +128,16 @@ def answer_on_ray(
     most = min(placement.workers, len(batches))
     least = min(placement.least_workers, most)
     refusals: list[str] = []
+    failed: list[dict[str, Any]] = []
     begun = threading.Event()
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "refused":
             refusals.append(event["text"])
+        elif event["event"] == "failed":
+            failed.append(event)
+        elif event["event"] == "beat":
+            watch.hear(event)
         elif event["event"] == "loading":
             begun.set()
         elif event["event"] == "ready":
@@ -143,7 +154,8 @@ def answer_on_ray(
     ]
     failure: Exception | None = None
     waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
-    with listen(hear) as inbox, waiting, _stderr_to(log_file), warnings.catch_warnings():
+    watch = StallWatch(placement, "evaluation", on_event, log)
+    with listen(hear) as inbox, waiting, watch.watching(), _stderr_to(log_file), warnings.catch_warnings():
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         asked = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -153,6 +165,7 @@ def answer_on_ray(
                 "attempts": attempts,
                 "retries": placement.retries,
                 "inbox": inbox,
+                "beat_s": find_beat_s(placement),
             },
             batch_size=1,
             compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
@@ -174,7 +187,12 @@ def answer_on_ray(
     if refusals:
         raise InputError(refusals[0])
     if failure is not None:
-        raise failure
+        first = failed[0] if failed else describe_exception(getattr(failure, "cause", None) or failure)
+        log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
+        raise RunError(
+            f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "
+            "cause is mended, the same command asks only what is not answered yet"
+        )
 
 
 class Attempts:
@@ -210,17 +228,27 @@ class Attempts:
 class BatchAnswerer:
     """The Ray Data actor: loads the model once, answers batch after batch, and isolates a question that breaks it."""
 
-    def __init__(self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any) -> None:
+    def __init__(
+        self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any, beat_s: float = 5.0
+    ) -> None:
         self.attempts, self.retries, self.inbox = attempts, retries, inbox
         inbox.put({"event": "loading"})
-        if not ray.get(attempts.begin_load.remote()):
-            raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
+        # For as long as the process lives: nothing tells an actor of Ray Data that it is no longer needed.
+        self.beating = beating(inbox, "the actor", beat_s)
+        self.beating.__enter__()
+        pulse.begin("loads the model", slow=True)
         try:
+            if not ray.get(attempts.begin_load.remote()):
+                raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
             self.model = build()
         except InputError as error:
             inbox.put({"event": "refused", "text": str(error)})
             raise
+        except Exception as error:
+            tell_failure(inbox, error)
+            raise
         ray.get(attempts.end_load.remote())
+        pulse.begin("")
         inbox.put({"event": "ready", "host": socket.gethostname()})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
@@ -230,8 +258,10 @@ class BatchAnswerer:
             batch.append((test, McqRecord(**{**record, "options": tuple(record["options"])})))
         stages = [str(stage) for stage in row["stages"][0]]
         started = time.monotonic()
+        pulse.begin(f"answers {len(batch)} questions of {', '.join(dict.fromkeys(test for test, _ in batch))}")
         predictions = self._answer_whole(batch, stages)
         predictions = predictions or [p for question in batch for p in self._answer_one(question, stages)]
+        pulse.begin("")
         event = {"event": "evaluation", "questions": len(batch), "seconds": time.monotonic() - started}
         self.inbox.put(event)
         return {"predictions": [json.dumps([pack_prediction(p) for p in predictions])]}
@@ -255,14 +285,14 @@ class BatchAnswerer:
 
     def _answer_one(self, question: Question, stages: list[str]) -> list[Prediction]:
         test, record = question
+        pulse.begin(f"answers question {record.id} of {test}")
         key, reason = f"{test}/{record.id}", "its process died"
         deaths = ray.get(self.attempts.begin.remote(key))
         try:
-            for _ in range(max(1, self.retries) if deaths < max(1, self.retries) else 0):
-                try:
-                    return self.model.answer([test], [record], stages)
-                except Exception as error:  # see above
-                    reason = repr(error)
+            if deaths < max(1, self.retries):
+                return self.model.answer([test], [record], stages)
+        except Exception as error:  # it would come again
+            reason = repr(error)
         finally:
             ray.get(self.attempts.end.remote(key))
         self._note(f"question {record.id} of {test} is reported as failed: {reason}")

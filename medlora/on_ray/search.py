@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from medlora import runs
 from medlora.config import Placement
 from medlora.errors import InputError
 from medlora.on_ray.cluster import Cluster, OnEvent
+from medlora.on_ray.failures import describe_exception, is_death
 from medlora.on_ray.placement import count_gpus
 from medlora.sweep_ledger import START, Ledger, Trial
 from medlora.sweep_population import WAIT, Proposal
@@ -123,7 +125,7 @@ def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, c
     resources = tune.PlacementGroupFactory([bundle], **({"bundle_label_selector": [labels]} if labels else {}))
     with _own_files(folder) as temporary:
         tuner = tune.Tuner(
-            tune.with_resources(search.trainable, resources),
+            tune.with_resources(partial(_run_once, search.trainable), resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(search, unfinished),
                 scheduler=_Judge(search),
@@ -144,6 +146,18 @@ def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, c
         tuner.fit()
     if search.refusals:
         raise InputError(search.refusals[0])
+
+
+def _run_once(trainable: Callable[[dict[str, Any]], None], trial: dict[str, Any]) -> None:
+    """Run a trial; its own exception, which would come again, is its end and no death that Tune retries."""
+    try:
+        trainable(trial)
+    except Exception as error:
+        if is_death(error):
+            raise
+        found = describe_exception(error)
+        text = f"{found['text']} ({found['at']})"
+        tune.report({"ended": "failed", "why": text, "traceback": found["traceback"]})
 
 
 @contextmanager
@@ -227,6 +241,8 @@ class _Judge(_Silent, FIFOScheduler):
                 search.refusals.append(result["why"])
                 return self.CONTINUE
             search.ledger.end(id, ended, result["why"])
+            if "traceback" in result:
+                log.error("trial %s ends by an exception:\n%s", id, result["traceback"])
         else:
             step, score = int(result["step"]), float(result["score"])
             stop = bool(search.halving and search.halving.judge(id, step, score)) and not result["last"]

@@ -19,6 +19,7 @@ from medlora.on_ray.cluster import Cluster, OnEvent, connect, listen
 from medlora.on_ray.placement import check_placement, count_gpus, find_concurrency
 from medlora.on_ray.prepare import prepare_on_ray
 from medlora.on_ray.search import Halving, Search, search_on_ray
+from medlora.on_ray.stalls import StallWatch, find_beat_s
 from medlora.on_ray.sweep_scoring import score_best, score_once
 from medlora.on_ray.train import train_on_ray
 from medlora.on_ray.trial import run_trial
@@ -158,7 +159,12 @@ def _search(
 
     mirror, refusals = _Mirror(folder.root), list[str]()
 
+    watch = StallWatch(config.placement, "trials", on_event)
+
     def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "beat":
+            watch.hear(event)
+            return
         logs.show(event, ledger)
         on_event(event)
         try:
@@ -167,7 +173,7 @@ def _search(
             refusals.append(str(error))
 
     on_event({"event": "search", "concurrency": concurrency})
-    with listen(hear) as inbox:
+    with listen(hear) as inbox, watch.watching():
         common = {
             "folder": str(folder.root),
             "scans": _pack_scans(plan),
@@ -175,6 +181,7 @@ def _search(
             "card": card,
             "nonce": storage.leave_nonce(folder.root),
             "inbox": inbox,
+            "beat_s": find_beat_s(config.placement),
             "cwd": os.getcwd(),
             "gpu": count_gpus(config.placement, cluster) > 0,
         }

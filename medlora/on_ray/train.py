@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -11,11 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from medlora import runs, storage
 from medlora.config import Placement
-from medlora.errors import InputError
+from medlora.errors import InputError, RunError
 from medlora.lineage import PhaseJob
 from medlora.on_ray.cluster import Cluster, OnEvent, listen
+from medlora.on_ray.failures import (
+    WorkerFailed,
+    describe_exception,
+    describe_lost,
+    is_death,
+    is_lost_peer,
+    split_failures,
+    tell_failure,
+)
 from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
 from medlora.on_ray.prepare import prepare_on_ray
+from medlora.on_ray.stalls import StallWatch, beating, find_beat_s
 
 if TYPE_CHECKING:
     from medlora.on_ray.early import EarlyScoring
@@ -33,13 +44,14 @@ def train_on_ray(
 
     A worker or node that dies costs one of `placement.retries`: the phase goes on from its last whole checkpoint, which
     is ours (hashed, sealed by a manifest) rather than Ray's. A node that is drained (preempted) costs none: the phase
-    makes a checkpoint and goes on elsewhere. An exception in the phase is raised at once, since it would
-    come again. `early` is told when the phase asks for its workers and when it has them. Raises InputError for what only the user can mend.
+    makes a checkpoint and goes on elsewhere. An exception in the phase ends it at once, since it would
+    come again. `early` is told when the phase asks for its workers and when it has them. Raises InputError for what only
+    the user can mend, RunError for an exception of a worker and for deaths beyond the retries.
     """
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
     class _Trainer(TorchTrainer):
         """Leaves SIGINT alone where it cannot be caught: in the threads of runs side by side."""
@@ -52,14 +64,19 @@ def train_on_ray(
     gpus = count_gpus(placement, cluster)
     folder = run.phase(job.phase.name)
     refusals: list[str] = []
+    failed: list[dict[str, Any]] = []
     begun, leaving = threading.Event(), threading.Event()
 
     def hear(event: dict[str, Any]) -> None:
         if early is not None and not begun.is_set():
             early.phase_has()
         begun.set()
-        if event["event"] == "refused":
+        if event["event"] == "beat":
+            watch.hear(event)
+        elif event["event"] == "refused":
             refusals.append(event["text"])
+        elif event["event"] == "failed":
+            failed.append(event)
         elif event["event"] == "leaving":
             leaving.set()
         else:
@@ -72,9 +89,10 @@ def train_on_ray(
     text = f"starting {count} with {describe_worker(placement, gpus)} each"
     on_event({"event": "note", "phase": job.phase.name, "text": text})
     nonce = storage.leave_nonce(run.root)
+    watch = StallWatch(placement, job.phase.name, on_event, logging.getLogger(f"medlora.run.{run.name}"))
     attempts = 0
     failure: Exception | None = None
-    with listen(hear) as inbox:
+    with listen(hear) as inbox, watch.watching():
         while True:
             # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
             trainer = _Trainer(
@@ -88,6 +106,7 @@ def train_on_ray(
                     "cwd": os.getcwd(),
                     "gpu": gpus > 0,
                     "say_host": cluster.nodes > 1,
+                    "beat_s": find_beat_s(placement),
                 },
                 scaling_config=ScalingConfig(
                     num_workers=placement.workers,
@@ -105,6 +124,7 @@ def train_on_ray(
                 ),
             )
             begun.clear()
+            watch.forget()
             if early is not None:
                 early.phase_asks(placement, gpus)
             try:
@@ -117,12 +137,13 @@ def train_on_ray(
                 tell("its node is about to be taken away: goes on from the checkpoint just made, on another")
             except PreemptionError:
                 tell("its node was taken away before a step had ended: goes on from the last checkpoint")
-            except WorkerGroupError as error:
+            except (WorkerGroupError, ControllerError) as error:
                 died = _find_deaths(error)
-                if not died or attempts == placement.retries:
+                if not died or refusals or attempts == placement.retries:
                     failure = error
                     break
                 attempts += 1
+                failed.clear()  # of a worker that lost another one; the next attempt reports for itself
                 tell(f"{died}; attempt {attempts} of {placement.retries} to go on from the last checkpoint")
             finally:
                 runs.remove(run.ray)
@@ -130,7 +151,7 @@ def train_on_ray(
     if refusals:
         raise InputError(refusals[0])
     if failure is not None:
-        raise failure
+        raise _explain(failure, failed, job.phase.name, run, placement)
     storage.pull(folder.root)
     manifest = runs.read_manifest(folder.root)
     if manifest is None:
@@ -142,12 +163,38 @@ def train_on_ray(
 
 
 def _find_deaths(error: Any) -> str:
-    """Which workers died (were killed, lost their node), as text; empty when it was an exception of ours."""
-    # The one sign of a worker's own exception is this class; all else is Ray's: a lost process, node or heartbeat.
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    """Which workers died (were killed, lost their node), as text; empty where any of them raised an exception of ours."""
+    failures = getattr(error, "worker_failures", None)
+    if failures is None:
+        return "its workers could not be started" if is_death(getattr(error, "controller_failure", None)) else ""
+    lost, own = split_failures(failures)
+    return describe_lost(failures, lost) if lost and not own else ""
 
-    dead = [rank for rank, cause in error.worker_failures.items() if not isinstance(cause, UserExceptionWithTraceback)]
-    return f"worker {', '.join(map(str, sorted(dead)))} died" if dead else ""
+
+def _explain(
+    error: Any, failed: list[dict[str, Any]], phase: str, run: runs.RunFolder, placement: Placement
+) -> RunError:
+    """The one message for a phase that cannot be resumed by itself; tracebacks go to the run's log."""
+    log = logging.getLogger(f"medlora.run.{run.name}")
+    resume = "the same command resumes from the last checkpoint"
+    if died := _find_deaths(error):
+        log.error("phase %s: %s", phase, error)
+        return RunError(
+            f"phase {phase}: {died}, after {placement.retries} retries (placement.retries); look for a full memory or "
+            f"a lost node in {run.log} and in Ray's logs; {resume}"
+        )
+    if not failed:  # no worker could report it
+        failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+        _, own = split_failures(failures)
+        failed = [{"rank": rank, **describe_exception(cause)} for rank, cause in (own or failures).items()]
+        log.error("phase %s: %s", phase, error)
+    for event in failed:
+        log.error("phase %s, worker %d on %s:\n%s", phase, event["rank"], event["host"], event["traceback"])
+    first = failed[0]
+    return RunError(
+        f"phase {phase}: {first['text']} (worker {first['rank']} on {first['host']}, {first['at']}); it would come again, so "
+        f"it is not retried. The traceback is in {run.log}; once the cause is mended, {resume}"
+    )
 
 
 def _is_leaving() -> bool:
@@ -183,16 +230,22 @@ def _train_loop(config: dict[str, Any]) -> None:
         inbox.put({"event": "note", "phase": config["job"]["phase"]["name"], "text": text})
     try:
         storage.check_seen(Path(config["run"]), config["nonce"])
-        run_phase(
-            PhaseJob.model_validate(config["job"]),
-            runs.PhaseFolder(Path(config["folder"])),
-            inbox.put,
-            "cuda" if config["gpu"] else "cpu",
-            is_leaving=_is_leaving,
-        )
+        with beating(inbox, f"worker {ray.train.get_context().get_world_rank()}", config["beat_s"]):
+            run_phase(
+                PhaseJob.model_validate(config["job"]),
+                runs.PhaseFolder(Path(config["folder"])),
+                inbox.put,
+                "cuda" if config["gpu"] else "cpu",
+                is_leaving=_is_leaving,
+            )
     except Leaving:
         inbox.put({"event": "leaving"})
     except InputError as error:
         inbox.put({"event": "refused", "text": str(error)})
         if not alone:
             raise  # so that Ray ends the workers that wait for this one
+    except Exception as error:
+        lost_peer = not alone and is_lost_peer(error)
+        if not lost_peer:
+            tell_failure(inbox, error, ray.train.get_context().get_world_rank())
+        raise WorkerFailed(describe_exception(error)["text"], lost_peer) from None

@@ -15,6 +15,7 @@ from medlora import runs, storage
 from medlora.config import RunConfig
 from medlora.errors import InputError
 from medlora.lineage import extend_chain, find_obstacle, make_job, start_chain
+from medlora.on_ray.stalls import beating
 
 _TOLD = ("goes on from", "out of memory")
 """How notes begin that are about this trial; what is in the data every trial would say again."""
@@ -27,7 +28,7 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
 
     `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
     offset (steps of generations before), known (the last step whose score was heard). `common` is what all trials share:
-    folder, scans, dropped, card, inbox, cwd, gpu. Every dev score of the judged phase is reported to Tune, which may end
+    folder, scans, dropped, card, inbox, beat_s, cwd, gpu. Every dev score of the judged phase is reported to Tune, which may end
     the trial there. What the config itself is to blame for (a loss that is no number) is reported as the trial's end, so
     that it is not tried again.
     """
@@ -47,7 +48,8 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
     folder = Path(common["folder"]) / "trials" / trial["id"]
     try:
         storage.check_seen(Path(common["folder"]), common["nonce"])
-        _train(trial, folder, common, tune.report, run_phase, clock)
+        with beating(common["inbox"], f"trial {trial['id']}", common["beat_s"]):
+            _train(trial, folder, common, tune.report, run_phase, clock)
     except (InputError, FloatingPointError) as error:
         clock.turn_to("wait")
         tune.report({"ended": "refused" if _concerns_all(error, folder) else "failed", "why": str(error)})
