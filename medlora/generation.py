@@ -102,7 +102,7 @@ class _Writer:
     ) -> None:
         self.model, self.tokenizer, self.max_tokens, self.stops = model, tokenizer, max_tokens, stops
         self.unknown, self.temperature = unknown, temperature
-        self.ends = {*stop_token_ids(tokenizer)}
+        self.ends = {*stop_token_ids(tokenizer, model)}
         # A token holds at least one byte of a word; a few more leave room for what stands around it.
         self.window = max((len(word.encode()) for word in stops.words), default=0) + 4
 

@@ -39,6 +39,7 @@ LAYERS = {
     1: (
         {
             "prompts",
+            "turns",
             "readers",
             "row_formats",
             "schemas",
