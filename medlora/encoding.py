@@ -235,6 +235,11 @@ class Rows(Sequence[Row]):
         supervised = sizes - numpy.where(is_text, 1, numpy.maximum(head, 1))
         return numpy.add.reduceat(sizes, self.starts[:-1]), int(supervised.sum())
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return len(self.pieces) > len(self)
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
