@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from medlora.prompts import Example
-from medlora.turns import OPTIONS, Convention, Render, learn, write_prompt
+from medlora.turns import OPTIONS, Convention, Render, fix_date, learn, write_prompt
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,9 @@ def find_convention(tokenizer: Any) -> Convention | None:
 
 
 def _make_renderer(tokenizer: Any) -> Render:
+    dated = fix_date(tokenizer.chat_template)
     return lambda messages, **options: str(
-        tokenizer.apply_chat_template(messages, tokenize=False, **OPTIONS, **options)
+        tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, **OPTIONS, **options)
     )
 
 
@@ -156,11 +157,14 @@ def find_end_tokens(tokenizer: Any, chat: bool = True) -> list[int]:
     if convention.end is None:
         known = tokenizer.get_vocab().get("<end_of_turn>")
         return [eos if known is None else known]
-    (ids,) = encode_texts(tokenizer, [convention.end.strip()])
+    ids, between = encode_texts(tokenizer, [convention.end.strip(), convention.between.lstrip()])
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     first = next((i for i, token in enumerate(ids) if token in marks or len(ids) == 1), None)
     if first is None:
         return [eos]
+    # What stands behind the last answer alone ends the whole talk, not a turn: Phi-3 writes EOS there.
+    shared = next((i for i, (a, b) in enumerate(zip(ids, between, strict=False)) if a != b), min(len(ids), len(between)))
+    ids = ids[: max(shared, first + 1)]
     return ids[first : ids.index(eos, first) + 1] if eos in ids[first:] else [ids[first]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from typing import Any
 
 from medlora.errors import InputError
 
+log = logging.getLogger(__name__)
+
 Turn = tuple[str, str]
 """Role (`user` or `assistant`) and text."""
 Render = Callable[..., str]
@@ -22,10 +25,16 @@ OPTIONS: dict[str, Any] = {
     # Each family has its own name for an answer without reasoning.
     "enable_thinking": False,
     "thinking": False,
-    # Templates that write today's date would give other tokens tomorrow; this is the day that Llama 3.1's falls back to.
-    "strftime_now": lambda form: datetime(2024, 7, 26).strftime(form),
 }
 """What every template is called with."""
+
+_DATE = datetime(2024, 7, 26)
+"""Templates that write today's date would give other tokens tomorrow; this is the day that Llama 3.1's falls back to."""
+_DATE_MACRO = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(f" | replace('%{letter}', '{_DATE.strftime('%' + letter)}')" for letter in "aAbBdeHIjmMSyYp")
+    + " }}{%- endmacro %}\n"
+)
 
 _ASKED, _ANSWERED = "What is asked?", "What is answered."
 _OPENINGS = re.compile(
@@ -45,7 +54,9 @@ class Convention:
     lead: str
     """What it writes between its generation prompt and the answer: gpt-oss names a channel there, most write nothing."""
     end: str | None
-    """What it writes behind the answer; None where it does not render an answer."""
+    """What it writes behind the last answer; None where it does not render an answer."""
+    between: str
+    """What it writes behind an earlier answer, the next question included: Phi-3 adds EOS to the last one alone."""
     closes: str
     """What closes the reasoning that its generation prompt leaves open; empty for most."""
 
@@ -70,13 +81,20 @@ def learn(render: Render, name: str) -> Convention:
         )
     closes = _close_reasoning(prompt.rpartition(_ASKED)[2])
     prompt += closes
-    answered = ""
-    # What some templates do not render is an answer; their prompts are fine.
-    with suppress(Exception):
-        answered = render(_pack([*asked, ("assistant", _ANSWERED)], parts), add_generation_prompt=False)
-    before, at, end = answered.rpartition(_ANSWERED)
+    answered: list[Turn] = [*asked, ("assistant", _ANSWERED)]
+    before, at, end = _try_render(render, answered, parts).rpartition(_ANSWERED)
     lead = before[len(prompt) :] if at and before.startswith(prompt) else ""
-    return Convention(parts, lead if lead.strip() else "", end if at else None, closes)
+    between = _try_render(render, [*answered, ("user", "And then?")], parts).rpartition(_ANSWERED)[2]
+    return Convention(parts, lead if lead.strip() else "", end if at else None, between if at else "", closes)
+
+
+def _try_render(render: Render, turns: Sequence[Turn], parts: bool) -> str:
+    """Turns as the template writes them; empty where it raises, since some render questions alone and are fine for these."""
+    try:
+        return render(_pack(turns, parts), add_generation_prompt=False)
+    except Exception as error:  # as in `learn`
+        log.debug("a chat template raises %s, given %d turns", _shorten(error), len(turns))
+        return ""
 
 
 def write_prompt(render: Render, convention: Convention, turns: Sequence[Turn], name: str) -> str:
@@ -130,6 +148,12 @@ def _name_closing(opening: re.Match[str]) -> str:
         ends = {"START_THINKING": "END_THINKING", "begin_of_thought": "end_of_thought", "think_start": "think_end"}
         return f"<|{ends[start]}|>"
     return "<channel|>"
+
+
+def fix_date(template: Any) -> str | None:
+    """The template with a day of ours in place of today's; None where it asks for none."""
+    found = template.get("default") if isinstance(template, Mapping) else template
+    return f"{_DATE_MACRO}{found}" if found and "strftime_now" in found else None
 
 
 # ---- templates in files, before anything slow -----------------------------------------------------------------------
@@ -203,6 +227,7 @@ def _make_renderer(template: str, words: Mapping[str, str], name: str) -> Render
     )
     environment.filters["tojson"] = dump
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = _DATE.strftime
     try:
         compiled = environment.from_string(template)
     except jinja2.TemplateError as error:
