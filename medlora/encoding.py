@@ -163,7 +163,9 @@ def find_end_tokens(tokenizer: Any, chat: bool = True) -> list[int]:
     if first is None:
         return [eos]
     # What stands behind the last answer alone ends the whole talk, not a turn: Phi-3 writes EOS there.
-    shared = next((i for i, (a, b) in enumerate(zip(ids, between, strict=False)) if a != b), min(len(ids), len(between)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(ids, between, strict=False)) if a != b), min(len(ids), len(between))
+    )
     ids = ids[: max(shared, first + 1)]
     return ids[first : ids.index(eos, first) + 1] if eos in ids[first:] else [ids[first]]
 

@@ -165,9 +165,7 @@ def _cut_document(row: Row, begin: int, end: int) -> Row:
 
 @torch.no_grad()
 def _compute_logits(model: Any, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
-    batch = {
-        key: value.to(model.device) if torch.is_tensor(value) else value for key, value in collator(rows).items()
-    }
+    batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
     del batch["labels"], batch["supervised"]
     was_training = model.training
     try:

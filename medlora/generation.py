@@ -11,7 +11,7 @@ import torch
 
 from medlora.batching import Batcher, find_token_budget
 from medlora.models import stop_token_ids
-from medlora.prefix import Prefix, compute_last_logits, make_batch
+from medlora.prefix import Prefix, compute_last_logits, make_batch, select_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class _Writer:
                 break
             if len(staying) < len(alive):
                 rows = torch.tensor(staying, device=mask.device)
-                cache.batch_select_indices(rows)
+                select_rows(cache, rows)
                 mask, positions, tokens = mask[rows], positions[rows], tokens[rows]
                 alive = [alive[at] for at in staying]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)

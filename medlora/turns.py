@@ -110,10 +110,7 @@ def write_prompt(render: Render, convention: Convention, turns: Sequence[Turn], 
 
 
 def _pack(turns: Sequence[Turn], parts: bool) -> list[dict[str, Any]]:
-    return [
-        {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
-        for role, text in turns
-    ]
+    return [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns]
 
 
 def _shorten(error: Exception) -> str:

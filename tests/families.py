@@ -296,10 +296,18 @@ FAMILIES: dict[str, Family] = {
         prompt_end=_ASSISTANT + _EMPTY_BLOCK,
     ),
     "StarCoder 2": Family("starcoder2", "none", (), "<|endoftext|>", bos="<|endoftext|>"),
-    "Falcon": Family("falcon", "none", (), "<|endoftext|>", config={"new_decoder_architecture": True}),
+    "Falcon": Family(
+        "falcon", "none", (), "<|endoftext|>", config={"new_decoder_architecture": True, "head_dim": None}, padded=True
+    ),
     "StableLM 2": Family(
-        "stablelm", "chatml", _TURNS, "<|endoftext|>", ("<|im_end|>",), config={"partial_rotary_factor": 0.5},
+        "stablelm",
+        "chatml",
+        _TURNS,
+        "<|endoftext|>",
+        ("<|im_end|>",),
+        config={"partial_rotary_factor": 0.5},
         prompt_end=_ASSISTANT,
+        padded=True,
     ),
     "a model that wants content parts": Family(
         "llama", "chatml of content parts", _TURNS[:1], "<|im_end|>", prompt_end=_ASSISTANT
@@ -324,15 +332,6 @@ FAMILIES: dict[str, Family] = {
         "<|im_end|>",
         config=_LINEAR,
         prompt_end=_ASSISTANT + _EMPTY_BLOCK,
-        padded=True,
-    ),
-    "Qwen3-Next": Family(
-        "qwen3_next",
-        "chatml",
-        ("<|im_start|>",),
-        "<|im_end|>",
-        config={**_LINEAR, **_MOE, "shared_expert_intermediate_size": 24},
-        prompt_end=_ASSISTANT,
         padded=True,
     ),
     "Gemma 2": Family(
@@ -392,7 +391,9 @@ def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = dict.fromkeys([family.eos, *([family.bos] if family.bos else []), *family.start, *family.end, *family.tokens])
+    words = dict.fromkeys(
+        [family.eos, *([family.bos] if family.bos else []), *family.start, *family.end, *family.tokens]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=340 + len(words),
         special_tokens=[*words, *(f"<spare {i}>" for i in range(20 - len(words)))],
@@ -420,7 +421,10 @@ def build_family(family: Family, folder: Path) -> str:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = build_tokenizer(family)
     ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": None}
-    config = AutoConfig.for_model(family.kind, **{**_SIZES, **ids, "vocab_size": len(tokenizer), **family.config})
+    sizes = {**_SIZES, **ids, "vocab_size": len(tokenizer), **family.config}
+    config = AutoConfig.for_model(
+        family.kind, **{key: value for key, value in sizes.items() if value is not None or key == "pad_token_id"}
+    )
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:

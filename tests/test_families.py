@@ -63,10 +63,17 @@ def test_a_family_trains_stacks_exports_and_answers(name: str, data: Path, tmp_p
     compare_export(base, chain, tmp_path / "one")
     questions = [*read(SourceConfig(source=str(data / "dev.jsonl")))][:3]
     for settings in ({"scoring": "letter"}, {"scoring": "generate", "style": "kormedmcqa"}):
-        evaluation = EvaluationConfig.model_validate({"tests": [{"name": "dev", "source": str(data / "dev.jsonl")}], "max_tokens": 8, **settings})
+        evaluation = EvaluationConfig.model_validate(
+            {"tests": [{"name": "dev", "source": str(data / "dev.jsonl")}], "max_tokens": 8, **settings}
+        )
         stages = StageModel(base, {"base": [], "02": chain}, evaluation, letters="ABCDE")
         answers = stages.answer(["dev"] * len(questions), questions)
+        alone = [answer for each in questions for answer in stages.answer(["dev"], [each])]
         assert len(answers) == 6
+        assert {(a.stage, a.id): a.text for a in answers} == {(a.stage, a.id): a.text for a in alone}
+        for one in alone:
+            (beside,) = [each for each in answers if (each.stage, each.id) == (one.stage, one.id)]
+            assert beside.probabilities == pytest.approx(one.probabilities, abs=1e-4)
 
 
 def compare_export(base: BaseModelConfig, chain: list[Link], one: Path) -> None:
