@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family, build_family, build_tokenizer
+from families import FAMILIES, build_family, build_tokenizer
 from tiny_run import configure, run_all
 
 from medlora import runs
