@@ -53,7 +53,10 @@ def add_adapter(
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = _inject(model, name, config)
+        try:
+            model = _inject(model, name, config)
+        except ValueError as error:
+            raise InputError(f"lora: {type(base).__name__} takes no such adapter: {error}") from error
     for wrapper in _token_wrappers(model).values():
         _inherit_rows(wrapper, below, _key(name))
     _switch(model, [*below, _key(name)], _key(name))

@@ -7,15 +7,19 @@ same within float error; `tests/test_lean.py` compares.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from inspect import signature
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+log = logging.getLogger(__name__)
 
 PIECE = 2**16
 """Elements of a piece: three or four of 256 KB lie side by side in a core's second cache."""
@@ -28,26 +32,37 @@ GATES = {"silu": (1.0, 0.0), "gelu_pytorch_tanh": (GELU, GELU * 0.044715)}
 def lighten_elementwise(model: torch.nn.Module) -> None:
     """Give norms, gated MLPs and rotations of a model, of whichever family, their lean forward pass.
 
-    What a family computes is found by trying; what is something else keeps its own.
+    What each module computes is found by trying it; what is something else keeps its own.
     """
-    shifts: dict[type, float | None] = {}
-    gates: dict[type, tuple[float, float] | None] = {}
     for module in model.modules():
         kind = type(module)
         if kind.__name__.endswith("RMSNorm"):
-            if kind not in shifts:
-                shifts[kind] = _find_shift(module)
-            if shifts[kind] is not None:
+            if (shift := _try(_find_shift, module)) is not None:
                 module.forward = MethodType(_normalise, module)
-                module.shift = shifts[kind]
+                module.shift = shift
         elif {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            if kind not in gates:
-                gates[kind] = _find_gate(module)
-            if gates[kind] is not None:
+            if (gate := _try(_find_gate, module)) is not None:
                 module.forward = MethodType(_run_mlp, module)
-                module.gate = gates[kind]
+                module.gate = gate
         elif kind.__name__.endswith("Attention"):
-            _lighten_rotation(sys.modules[kind.__module__])
+            _try(_lighten_rotation, sys.modules[kind.__module__])
+
+
+def _try(find: Callable[[Any], Any], module: Any) -> Any:
+    """What `find` sees in a module; None, which leaves the module as it is, where trying it raises."""
+    try:
+        return find(module)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a module of another kind, with a name that others share, may raise anything
+        log_once(f"{getattr(module, '__name__', type(module).__name__)} keeps its own forward pass: {error}")
+        return None
+
+
+@cache
+def log_once(text: str) -> None:
+    """Log what holds for every module of a kind a single time."""
+    log.info(text)
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
@@ -91,7 +106,7 @@ def _get_epsilon(norm: Any) -> float:
 
 @torch.no_grad()
 def _find_shift(norm: Any) -> float | None:
-    """What a kind of RMS norm adds to its weight (Gemma 1, Llama 0), or None."""
+    """What an RMS norm adds to its weight (Gemma 1, Llama 0), or None."""
     weight = getattr(norm, "weight", None)
     if (
         weight is None
@@ -106,10 +121,11 @@ def _find_shift(norm: Any) -> float | None:
     return None
 
 
-def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
+def _normalise(norm: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
     """Takes the place of an RMS norm's `forward`."""
-    if not _is_plain(x, norm.weight) or norm.weight.requires_grad:
-        return type(norm).forward(norm, x)
+    plain = not (arguments or options) and _is_plain(x, norm.weight) and not norm.weight.requires_grad
+    if not plain or x.shape[-1:] != norm.weight.shape:
+        return type(norm).forward(norm, x, *arguments, **options)
     return _RmsNorm.apply(x, norm.shift + norm.weight, _get_epsilon(norm))
 
 
@@ -175,11 +191,13 @@ def _find_gate(mlp: Any) -> tuple[float, float] | None:
     return None
 
 
-def _run_mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+def _run_mlp(mlp: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
     """Takes the place of a gated MLP's `forward`."""
-    if not _is_plain(x):
-        return type(mlp).forward(mlp, x)
+    if arguments or options or not _is_plain(x):
+        return type(mlp).forward(mlp, x, *arguments, **options)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    if gate.shape != up.shape or not _is_plain(gate, up):
+        return type(mlp).forward(mlp, x)
     return mlp.down_proj(_Gated.apply(gate, up, *mlp.gate))
 
 
@@ -216,6 +234,18 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> t
     return out.transpose(1, 2)
 
 
+def _fits(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether `_turn` is made for these shapes: a part of the size that is turned alone (GPT-NeoX, Phi-4-mini) is not."""
+    return (
+        x.dim() == 4
+        and cos.dim() == 3
+        and cos.shape == sin.shape
+        and len(cos) in (1, len(x))
+        and cos.shape[1:] == (x.shape[2], x.shape[3])
+        and x.shape[3] % 2 == 0
+    )
+
+
 def _lighten_rotation(module: Any) -> None:
     """Put a lean `apply_rotary_pos_emb` into a module of transformers, if it does what all know by that name."""
     own: Any = getattr(module, "apply_rotary_pos_emb", None)
@@ -223,7 +253,7 @@ def _lighten_rotation(module: Any) -> None:
         return
 
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *arguments: Any, **options: Any) -> Any:
-        lean = not (arguments or options) and _is_plain(q, k, cos, sin) and q.dim() == 4 and cos.dim() == 3
+        lean = not (arguments or options) and _is_plain(q, k, cos, sin) and all(_fits(x, cos, sin) for x in (q, k))
         if not lean:
             return own(q, k, cos, sin, *arguments, **options)
         return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy
 import torch
 
 from medlora.prompts import Example
+from medlora.turns import OPTIONS, Convention, Render, fix_date, learn, write_prompt
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a position that carries no loss."""
@@ -29,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """An example as ids: prompt, completion, end token. The first `prompt` ids carry no loss; plain text's is its BOS,
+    """An example as ids: prompt, completion, end tokens. The first `prompt` ids carry no loss; plain text's is its BOS,
     which begins every further piece of the document, too."""
 
     ids: Sequence[int]
@@ -58,11 +63,18 @@ class Lengths:
 
 
 def needs_bos(tokenizer: Any) -> bool:
-    """Whether this tokenizer's texts begin with BOS (Gemma and Llama: yes; Qwen: no)."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and (
-        tokenizer("a").input_ids[0] == bos or (tokenizer.bos_token or "\0") in (tokenizer.chat_template or "")
-    )
+    """Whether this tokenizer's plain texts begin with BOS (Gemma and Llama: yes; Qwen and SmolLM: no)."""
+    return find_start(tokenizer)[:1] == [tokenizer.bos_token_id]
+
+
+def find_start(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a plain text: BOS for most, nothing for some.
+
+    A chat template writes its own.
+    """
+    whole, (bare,) = list(tokenizer("a").input_ids), encode_texts(tokenizer, ["a"])
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:at]
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -74,45 +86,97 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
-    """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain; BOS exactly once.
+def find_convention(tokenizer: Any) -> Convention | None:
+    """How the tokenizer's chat template writes turns; None without one. Raises InputError where it cannot write any."""
+    if not tokenizer.chat_template:
+        return None
+    convention = learn(_make_renderer(tokenizer), _name_template(tokenizer))
+    if convention.closes:
+        _log_once(
+            f"{_name_template(tokenizer)} leaves reasoning open where an answer begins: it is closed there with "
+            f"{convention.closes.strip()}, so that answers are trained and scored outside of it"
+        )
+    return convention
 
+
+def _make_renderer(tokenizer: Any) -> Render:
+    dated = fix_date(tokenizer.chat_template)
+    return lambda messages, **options: str(
+        tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, **OPTIONS, **options)
+    )
+
+
+def _name_template(tokenizer: Any) -> str:
+    return f"base.model: the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+
+
+@cache
+def _log_once(text: str) -> None:
+    log.warning(text)
+
+
+def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
+    """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain.
+
+    A chat prompt begins as the template writes it, plain text as the tokenizer begins it; BOS stands there at most once.
     Shots are turns before it; without a template they stand above the prompt, a blank line behind each.
+    Raises InputError for a chat template that raises, or leaves out what is asked.
     """
+    chat = any(example.chat for example in examples)
+    convention = find_convention(tokenizer) if chat else None
+    render, name, bos = _make_renderer(tokenizer), _name_template(tokenizer), tokenizer.bos_token_id
     texts = []
     for example in examples:
         if not example.chat:
             texts.append(example.prompt)
-        elif tokenizer.chat_template:
+        elif convention:
             turns = []
             for prompt, completion in example.shots:
-                turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            turns.append({"role": "user", "content": example.prompt})
-            texts.append(
-                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-            )
+                turns += [("user", prompt), ("assistant", completion)]
+            texts.append(write_prompt(render, convention, [*turns, ("user", example.prompt)], name))
         else:
             shots = "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots)
             texts.append(f"{shots}{example.prompt}\n")
-    bos = [tokenizer.bos_token_id] if needs_bos(tokenizer) else []
-    return [bos + (ids[1:] if ids[:1] == bos else ids) for ids in encode_texts(tokenizer, texts)]
+    start, made = find_start(tokenizer), []
+    for example, ids in zip(examples, encode_texts(tokenizer, texts), strict=True):
+        if not (example.chat and convention):
+            ids = [*start, *(ids[1:] if bos in start and ids[:1] == [bos] else ids)]
+        made.append(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
+    return made
 
 
-def find_end_token(tokenizer: Any, example: Example) -> int:
-    """The token that closes a completion: the end of the turn where chat turns have one of their own, else EOS."""
-    if example.chat and tokenizer.chat_template:
-        turn_end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-        if turn_end is not None and turn_end != tokenizer.unk_token_id:
-            return turn_end
-    return tokenizer.eos_token_id
+def find_end_tokens(tokenizer: Any, chat: bool = True) -> list[int]:
+    """The tokens that close a completion: what the chat template writes behind an assistant's turn, up to the token that stops it.
+
+    EOS for plain text, and where the template writes no token of its own there.
+    """
+    convention = find_convention(tokenizer) if chat else None
+    eos = tokenizer.eos_token_id
+    if convention is None:
+        return [eos]
+    if convention.end is None:
+        known = tokenizer.get_vocab().get("<end_of_turn>")
+        return [eos if known is None else known]
+    ids, between = encode_texts(tokenizer, [convention.end.strip(), convention.between.lstrip()])
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    first = next((i for i, token in enumerate(ids) if token in marks or len(ids) == 1), None)
+    if first is None:
+        return [eos]
+    # What stands behind the last answer alone ends the whole talk, not a turn: Phi-3 writes EOS there.
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(ids, between, strict=False)) if a != b), min(len(ids), len(between))
+    )
+    ids = ids[: max(shared, first + 1)]
+    return ids[first : ids.index(eos, first) + 1] if eos in ids[first:] else [ids[first]]
 
 
 def tokenise(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
     """Each example as ids, of whatever length."""
     prompts = encode_prompts(tokenizer, examples)
     completions = encode_texts(tokenizer, [example.completion for example in examples])
+    ends = {chat: find_end_tokens(tokenizer, chat) for chat in {example.chat for example in examples}}
     return [
-        Tokens([*prompt, *completion, find_end_token(tokenizer, example)], len(prompt), not example.prompt)
+        Tokens([*prompt, *completion, *ends[example.chat]], len(prompt), not example.prompt)
         for example, prompt, completion in zip(examples, prompts, completions, strict=True)
     ]
 
@@ -176,6 +240,11 @@ class Rows(Sequence[Row]):
         sizes = stop - start + numpy.where(start > 0, head, 0)
         supervised = sizes - numpy.where(is_text, 1, numpy.maximum(head, 1))
         return numpy.add.reduceat(sizes, self.starts[:-1]), int(supervised.sum())
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return len(self.pieces) > len(self)
 
     def __len__(self) -> int:
         return len(self.starts) - 1

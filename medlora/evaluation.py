@@ -18,7 +18,15 @@ from medlora.config_file import load
 from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
 from medlora.data_card import describe_overlap
 from medlora.errors import InputError
-from medlora.lineage import Link, fetch_adapter, find_chain, identify_base, read_adapter_json, read_source
+from medlora.lineage import (
+    Link,
+    check_base_template,
+    fetch_adapter,
+    find_chain,
+    identify_base,
+    read_adapter_json,
+    read_source,
+)
 from medlora.mixture import derive_seed
 from medlora.object_store import is_store
 from medlora.quarantine import describe_quarantine
@@ -357,6 +365,8 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
     """Find stages and tests and look for doubts; raises InputError for all that can be wrong before a model is loaded."""
     stages = find_stages(config)
     asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
+    if config.evaluation.style != "kormedmcqa":
+        check_base_template(config.base)
     doubts = find_doubts(config.base, stages, config.evaluation)
     if doubts and not force:
         shown = "\n  ".join(doubts)

@@ -7,6 +7,7 @@ the plain rows, so that rotary embeddings and sliding windows are, too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 
 from medlora.attention import Segment
-from medlora.encoding import IGNORED, Row, find_supervised
+from medlora.encoding import IGNORED, Collator, Row, find_supervised
+
+log = logging.getLogger("medlora.phase")
 
 LEAST_SHARED = 16
 """Tokens from which on a shared beginning is worth a segment of its own."""
@@ -80,3 +83,104 @@ class FlatCollator:
         if self.token_type_ids:
             batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         return batch
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the rows of a phase may become batches on a model; `why` says what is less than was asked for."""
+
+    collator: Collator | FlatCollator
+    packs: bool
+    """Whether documents may share a row."""
+    why: tuple[str, ...] = ()
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether batches are flat ones."""
+        return isinstance(self.collator, FlatCollator)
+
+
+def choose_batching(model: Any, padded: Collator, flat: FlatCollator | None, packed: bool) -> Batching:
+    """Batches as they are wanted, flat or not, `packed` or not, if the model computes each row in them as it does alone.
+
+    Asked by trying it with a few tokens: layers that go through a batch in their own way (recurrent ones, eager
+    attention, positions without rotation) would let one document see another.
+    """
+    family, why = type(model).__name__, []
+    if flat is not None:
+        for collator in dict.fromkeys([flat, FlatCollator(False, flat.token_type_ids)]):
+            if _keeps_apart(model, padded, collator, _make_rows(LEAST_SHARED), _make_rows(0)[:2]):
+                if collator is not flat:
+                    why.append(f"{family} computes a beginning that rows share for each of them (share_prefix)")
+                return Batching(collator, True, tuple(why))
+        why.append(f"{family} does not keep the rows of a flat batch apart: batches are padded")
+    if packed and not _keeps_apart(model, padded, padded, [], _make_rows(0)):
+        why.append(f"{family} does not keep packed documents apart: each has a row of its own")
+        return Batching(padded, False, tuple(why))
+    return Batching(padded, True, tuple(why))
+
+
+def _make_rows(shared: int) -> list[Row]:
+    """Three documents of different lengths that begin with the same `shared` tokens."""
+    rows = []
+    for n, length in enumerate((7, 5, 9)):
+        ids = [5 + i % 7 for i in range(shared)] + [4 + (5 * n + 3 * i) % 11 for i in range(length)]
+        rows.append(Row(ids, [IGNORED] * (len(ids) - 1) + ids[-1:], list(range(len(ids)))))
+    return rows
+
+
+def _keeps_apart(
+    model: Any, alone: Collator, together: Collator | FlatCollator, beginning: list[Row], packed: list[Row]
+) -> bool:
+    """Whether `together` gives the logits of each document alone: rows that begin alike, and a row of packed ones."""
+    batches = [beginning] if beginning else []
+    whole = Row([], [], [])
+    for row in packed:
+        _extend(whole, row, 0, len(row.input_ids))
+    batches.append([whole, _make_rows(0)[2]])
+    try:
+        for rows in batches:
+            documents = [_cut_document(row, begin, end) for row in rows for begin, end in _find_documents(row)]
+            expected = torch.cat([_compute_logits(model, alone, [document])[0] for document in documents])
+            found = _arrange_logits(model, together, rows)
+            tolerance = 1e-3 if expected.dtype == torch.float32 and model.dtype == torch.float32 else 5e-2
+            if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+                return False
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a family's own forward pass, given what no other code gives it
+        log.info("%s: %s was tried and raises %s", type(model).__name__, type(together).__name__, error)
+        return False
+    return True
+
+
+def _find_documents(row: Row) -> list[tuple[int, int]]:
+    begins = [i for i, position in enumerate(row.position_ids) if position == 0]
+    return list(zip(begins, [*begins[1:], len(row.input_ids)], strict=True))
+
+
+def _cut_document(row: Row, begin: int, end: int) -> Row:
+    return Row(row.input_ids[begin:end], row.labels[begin:end], row.position_ids[begin:end])
+
+
+@torch.no_grad()
+def _compute_logits(model: Any, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
+    batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
+    del batch["labels"], batch["supervised"]
+    was_training = model.training
+    try:
+        return model.eval()(**batch, use_cache=False).logits.float()
+    finally:
+        model.train(was_training)
+
+
+def _arrange_logits(model: Any, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
+    """The logits of a batch's rows one after another, a shared beginning once for each row."""
+    logits = _compute_logits(model, collator, rows)
+    if isinstance(collator, Collator):
+        return torch.cat([logits[i, : len(row.input_ids)] for i, row in enumerate(rows)])
+    _, segments = flatten(rows, collator.share_prefix)
+    shared = segments[0][1] if segments[-1][2] else 0
+    beginning = logits[0, :shared]
+    parts = [torch.cat([beginning, logits[0, start:stop]]) for start, stop, _ in segments[1 if shared else 0 :]]
+    return torch.cat(parts)

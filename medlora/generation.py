@@ -12,7 +12,7 @@ import torch
 from medlora import pulse
 from medlora.batching import Batcher, find_token_budget
 from medlora.models import stop_token_ids
-from medlora.prefix import Prefix, compute_last_logits, make_batch
+from medlora.prefix import Prefix, compute_last_logits, make_batch, select_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class _Writer:
     ) -> None:
         self.model, self.tokenizer, self.max_tokens, self.stops = model, tokenizer, max_tokens, stops
         self.unknown, self.temperature = unknown, temperature
-        self.ends = {*stop_token_ids(tokenizer)}
+        self.ends = {*stop_token_ids(tokenizer, model)}
         # A token holds at least one byte of a word; a few more leave room for what stands around it.
         self.window = max((len(word.encode()) for word in stops.words), default=0) + 4
 
@@ -129,7 +129,7 @@ class _Writer:
                 break
             if len(staying) < len(alive):
                 rows = torch.tensor(staying, device=mask.device)
-                cache.batch_select_indices(rows)
+                select_rows(cache, rows)
                 mask, positions, tokens = mask[rows], positions[rows], tokens[rows]
                 alive = [alive[at] for at in staying]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)

@@ -17,6 +17,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from medlora.elementwise import log_once
 from medlora.lean import find_rows
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -39,6 +40,8 @@ class SupervisedHead:
         self.last_layer, pointwise = _find_pointwise(model)
         # Made once: torch.compile would compile a step anew for every new function that it meets in the model.
         self.replacements = [(module, partial(_run_at, module.forward, self)) for module in pointwise]
+        if pointwise and not self._is_pointwise(model):
+            self.replacements = []
         self.replacements.append((self.head, self._pick))
 
     @torch.no_grad()
@@ -50,9 +53,48 @@ class SupervisedHead:
         try:
             with _replaced(self.head, lambda hidden: given.view(1, 1, 8)):
                 logits = model.eval()(input_ids=ids, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a family does with its logits, it may do in training
+            log_once(f"the logits of {type(model).__name__} are computed whole: {error}")
+            return False
         finally:
             model.train(was_training)
         return torch.equal(logits.flatten().float(), given)
+
+    @torch.no_grad()
+    def _is_pointwise(self, model: Any) -> bool:
+        """Whether the last layer's parts may run at some positions alone, tried once a model with four tokens."""
+        known = vars(self.last_layer)
+        if "_medlora_pointwise" in known:
+            return bool(known["_medlora_pointwise"])
+        ids = torch.arange(4, device=model.device)[None]
+        seen: list[torch.Tensor] = []
+        was_training, self.positions = model.training, torch.tensor([1, 3], device=model.device)
+
+        def look(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden.flatten(0, -2).index_select(0, self.positions).float())
+            return self.compute(hidden)
+
+        try:
+            model.eval()
+            for replacements in ([], self.replacements):
+                with ExitStack() as stack:
+                    for module, forward in [*replacements, (self.head, look)]:
+                        stack.enter_context(_replaced(module, forward))
+                    model(input_ids=ids, use_cache=False)
+            tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+            same = bool((seen[0] - seen[1]).abs().max() <= tolerance * seen[0].abs().max())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as in `_is_last`
+            log_once(f"the last layer of {type(model).__name__} runs at every position: {error}")
+            same = False
+        finally:
+            model.train(was_training)
+            self.positions = None
+        known["_medlora_pointwise"] = same
+        return same
 
     @contextmanager
     def at(self, positions: torch.Tensor) -> Iterator[None]:

@@ -19,7 +19,8 @@ def lighten(model: torch.nn.Module) -> None:
     """Give every LoRA layer and every layer of trained rows its lean forward pass; new ones, too, when called again."""
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
-            module.forward_adapters = MethodType(_look_up_rows, module)
+            if _is_look_up(module.base_layer):
+                module.forward_adapters = MethodType(_look_up_rows, module)
         elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear):
             module.forward = MethodType(_add_branches, module)
 
@@ -97,6 +98,21 @@ def find_rows(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return rows, torch.cat([layer.trainable_tokens_delta[key] for key in keys]).index_select(0, order)
 
 
+@torch.no_grad()
+def _is_look_up(base: Any) -> bool:
+    """Whether a layer of trained rows is a head, or an embedding that gives its rows, scaled where it has a scale."""
+    if not isinstance(base, torch.nn.Embedding):
+        return isinstance(base, torch.nn.Linear)
+    ids = torch.arange(min(len(base.weight), 4), device=base.weight.device)
+    found, rows = base(ids), base.weight[: len(ids)]
+    return torch.allclose(found.float(), _scale(rows, base).float(), rtol=1e-2)
+
+
+def _scale(rows: torch.Tensor, base: Any) -> torch.Tensor:
+    scale = getattr(base, "embed_scale", None)
+    return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
+
+
 def _look_up_rows(layer: Any, x: torch.Tensor, active: Any, *arguments: Any, **options: Any) -> torch.Tensor:
     """Takes the place of a token layer's `forward_adapters`: what the base layer gives, but for the trained rows."""
     rows, values = find_rows(layer)
@@ -105,8 +121,6 @@ def _look_up_rows(layer: Any, x: torch.Tensor, active: Any, *arguments: Any, **o
     out = layer.base_layer(x)
     if isinstance(layer.base_layer, torch.nn.Embedding):
         place = torch.searchsorted(rows, x).clamp(max=len(rows) - 1)
-        scale = getattr(layer.base_layer, "embed_scale", None)
-        found = torch.nn.functional.embedding(place, values.to(out.dtype))
-        found = found if scale is None else found * scale.to(out.dtype)
+        found = _scale(torch.nn.functional.embedding(place, values.to(out.dtype)), layer.base_layer)
         return torch.where((rows[place] == x)[..., None], found, out)
     return out.index_copy(-1, rows, torch.nn.functional.linear(x, values.to(x.dtype)).to(out.dtype))

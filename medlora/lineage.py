@@ -19,6 +19,7 @@ from medlora.object_store import is_store
 from medlora.readers import go_offline_without_hub
 from medlora.records import Record
 from medlora.sources import Scan, hash_records, pack_scan, read, scan
+from medlora.turns import check_template
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps", "batching", "compile"}
@@ -213,11 +214,32 @@ def check_inputs(config: RunConfig) -> None:
             scan_source(f"phases.{i}.sources.{j}", source)
         for j, dev in enumerate(phase.validation.sources if phase.validation else ()):
             scan_source(f"phases.{i}.validation.sources.{j}", dev)
+    check_chat(config)
     for i, test in enumerate(config.evaluation.tests if config.evaluation else ()):
         if scan_source(f"evaluation.tests.{i}", test).kind not in ("mcq", ""):
             raise InputError(
                 f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice"
             )
+
+
+def check_chat(config: RunConfig) -> None:
+    """Try the base's chat template where a phase or the evaluation puts anything into it; raises InputError."""
+    trained = [source for phase in config.phases for source in phase.sources]
+    chat = any(
+        kind == "translation" or (kind == "mcq" and source.style != "kormedmcqa")
+        for source in trained
+        for kind in [scan(source).kind]
+    )
+    asked = config.evaluation is not None and config.evaluation.style != "kormedmcqa"
+    checked = any(phase.validation and phase.validation.style != "kormedmcqa" for phase in config.phases)
+    if chat or asked or checked:
+        check_base_template(config.base)
+
+
+def check_base_template(base: BaseModelConfig) -> None:
+    """Try the chat template of a base in a folder; raises InputError where it cannot write a question."""
+    if base.model != "miniature" and Path(folder := find_base(base)).is_dir():
+        check_template(Path(folder))
 
 
 def scan_source(key: str, source: SourceConfig) -> Scan:

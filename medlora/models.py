@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import (
 
 from medlora.config import BaseModelConfig
 from medlora.elementwise import lighten_elementwise
+from medlora.encoding import find_end_tokens
 from medlora.errors import InputError
 from medlora.lineage import find_base
 from medlora.prompts import ANSWER_FIELD
@@ -115,8 +116,11 @@ def letter_token_ids(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:
-    """Sorted ids that end an answer: EOS, `<end_of_turn>` where known, and what the model's generation config lists."""
+    """Sorted ids that end an answer: EOS, `<end_of_turn>` where known, what the chat template writes behind an assistant's
+    turn, and what the model's generation config lists."""
     stops = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<end_of_turn>")}
+    with suppress(InputError):  # plain prompts need no template, and a chat prompt was refused before
+        stops.add(find_end_tokens(tokenizer)[-1])
     listed = model.generation_config.eos_token_id if model is not None else None
     stops.update(listed if isinstance(listed, list) else [listed])
     return sorted(stop for stop in stops if stop is not None)
@@ -145,14 +149,13 @@ def load_base(
         ),
     }[base.quantization]
     with _explained(f"base.model: {folder}"), _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _load_weights(
             folder,
             trust_remote_code=base.trust_remote_code,
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device},
             use_safetensors=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     if missing := sorted(info["missing_keys"]):
@@ -166,6 +169,18 @@ def load_base(
     _extend_vocabulary(model, tokenizer, _base_tokenizer(base))
     lighten_elementwise(model)
     return model.eval()
+
+
+def _load_weights(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with sdpa, which flat batches need, else with the attention that its family supports."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        # Gemma 2 caps its scores, gpt-oss has sinks, Bloom has biases: transformers computes them without sdpa alone.
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    log.info("%s: its family has no sdpa attention, eager is used; training batches are padded", folder)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
 
 
 def _keep_four_bit_weights(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from medlora.batching import Batcher, find_token_budget
 from medlora.generation import split_by_prefix
-from medlora.prefix import Prefix, compute_last_logits, fork, make_batch
+from medlora.prefix import Prefix, compute_last_logits, fork, make_batch, select_rows
 
 _HEAD_BYTES = 256 * 2**20
 """Most bytes of float32 logits at a time."""
@@ -73,7 +73,7 @@ def _score_tails(
     padded = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _, _ in tails], device=device)
     mask = inputs["attention_mask"][rows]
     cache = fork(inputs["past_key_values"])
-    cache.batch_select_indices(rows)
+    select_rows(cache, rows)
     logits = model(
         input_ids=padded[:, :-1],
         attention_mask=torch.cat([mask, mask.new_ones(len(tails), longest - 1)], 1),

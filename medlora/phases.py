@@ -22,7 +22,7 @@ from medlora.config import BaseModelConfig, McqStyle
 from medlora.encoding import Collator
 from medlora.errors import InputError
 from medlora.fitting import train_in_memory
-from medlora.flat import FlatCollator
+from medlora.flat import FlatCollator, choose_batching
 from medlora.kept import Kept
 from medlora.lineage import PhaseJob, extend_chain
 from medlora.memory import clear_memory, describe_device, keep_freed_memory
@@ -157,17 +157,31 @@ def _run(
     report_lengths(counts, phase.name, phase.max_tokens, report)
 
     pulse.begin("loads the base model", slow=True)
+    made_from = [job.fingerprint["base"], job.fingerprint["base_files"], words, device]
     if kept is None:
         model = load_base(base, tokenizer, device)
     else:
-        made_from = [job.fingerprint["base"], job.fingerprint["base_files"], words, device]
         model = kept.borrow_base(made_from, lambda: load_base(base, tokenizer, device))
+    padded = Collator(tokenizer.pad_token_id, token_type_ids=model.config.model_type == "gemma3")
+    flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu" and not phase.compile)
+    wanted = FlatCollator(phase.share_prefix, padded.token_type_ids) if flat else None
+    packed = any(part.rows.is_packed for _, _, prepared in segments for part in prepared.values())
+    batching = held.get(
+        "batching", [*made_from, wanted, packed], lambda: choose_batching(model, padded, wanted, packed)
+    )
+    for why in batching.why:
+        log.warning(why)
+        report({"event": "note", "phase": phase.name, "text": why})
+    if not batching.packs:
+        apart = job.model_copy(update={"phase": phase.model_copy(update={"packing": False})})
+        segments = [
+            (name, style, prepare_rows(apart, tokenizer, seed, report, worked if name == "full" else None))
+            for name, style, _ in segments
+        ]
+        counts = {name: {key: asdict(part.rows.lengths) for key, part in rows.items()} for name, _, rows in segments}
+    collator, flat = batching.collator, batching.is_flat
     model = _attach(job, base, model, tokenizer, seed)
     prepared_s = time.monotonic() - started - base_s
-    multimodal = model.config.model_type == "gemma3"
-    padded = Collator(tokenizer.pad_token_id, token_type_ids=multimodal)
-    flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu" and not phase.compile)
-    collator = FlatCollator(phase.share_prefix, token_type_ids=multimodal) if flat else padded
     shown = {name for each in found for name in each.rationale}
     validator = _make_validator(job, tokenizer, padded, [name for name in FIELDS if name in shown], seed)
     done = []

@@ -63,7 +63,18 @@ def fork(cache: DynamicCache) -> DynamicCache:
     """A cache that goes on from `cache` without changing it: its layers make new tensors when they grow."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        # Recurrent layers keep their states in dicts.
+        vars(layer).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
     return copied
+
+
+def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
+    """Keep these rows of the cache alone, in this order."""
+    for layer in cache.layers:
+        # transformers 5.23 selects keys and values alone; reordering takes a recurrent layer's states along.
+        select = layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices
+        select(rows)
 
 
 def compute_last_logits(model: Any, **inputs: Any) -> torch.Tensor:

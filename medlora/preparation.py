@@ -145,9 +145,14 @@ def plan_preparation(source: SourceConfig, style: str, tokenizer: Any, cache: Pa
         "style": style if found.kind == "mcq" else "",
         "prompts": prompts.version(),
         "tokenizer": hash_tokenizer(tokenizer),
-        "format": 1,
+        "format": _find_format(tokenizer),
     }
     return Preparation(source, style, fingerprint, cache / "tokens" / runs.hash_json(fingerprint)[:20])
+
+
+def _find_format(tokenizer: Any) -> int:
+    """2 where chat prompts, or the tokens that end them, may differ from those that format 1 wrote into the cache."""
+    return 1 if not tokenizer.chat_template or "<end_of_turn>" in tokenizer.get_vocab() else 2
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

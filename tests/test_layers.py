@@ -48,6 +48,7 @@ LAYERS = {
     1: (
         {
             "prompts",
+            "turns",
             "readers",
             "streams",
             "encodings",
