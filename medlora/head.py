@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from medlora.lean import find_rows
+from medlora.models import in_eval_mode
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """Most memory of the float32 logits that exist at a time; each chunk reads the head twice, whatever its size."""
@@ -44,14 +45,10 @@ class SupervisedHead:
     @torch.no_grad()
     def _is_last(self, model: Any) -> bool:
         """Whether the model's logits are what its head gives, asked with one token."""
-        was_training = model.training
         given = torch.linspace(10, 20, 8, device=model.device)
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        try:
-            with _replaced(self.head, lambda hidden: given.view(1, 1, 8)):
-                logits = model.eval()(input_ids=ids, use_cache=False).logits
-        finally:
-            model.train(was_training)
+        with in_eval_mode(model), _replaced(self.head, lambda hidden: given.view(1, 1, 8)):
+            logits = model(input_ids=ids, use_cache=False).logits
         return torch.equal(logits.flatten().float(), given)
 
     @contextmanager

@@ -168,6 +168,25 @@ def load_base(
     return model.eval()
 
 
+@contextmanager
+def keeping_modes(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module of a model back into the mode, training or eval, that it has now."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The whole model in eval mode while inside; then every module has its own mode back."""
+    with keeping_modes(model):
+        model.eval()
+        yield
+
+
 def _keep_four_bit_weights(model: PreTrainedModel) -> None:
     """Let no forward pass repack the weights, as bitsandbytes 0.50 does in eval mode on CPUs with AVX512-BF16.
 
