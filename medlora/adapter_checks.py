@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medlora.errors import InputError
-from medlora.model_files import CONFIG, FLOATS, WEIGHTS, TensorInfo, read_header, read_mapping
+from medlora.model_files import CONFIG, FLOATS, WEIGHTS, TensorInfo, find_not_finite, read_header, read_mapping
 from medlora.name_patterns import NamePattern
 
 _PREFIX = "base_model.model."
@@ -77,7 +77,7 @@ class Checked:
 
 
 def check_adapter(folder: Path) -> Checked:
-    """Check an adapter's config and the header of its weights against each other.
+    """Check an adapter's config and the header of its weights against each other, and that its numbers are finite.
 
     Raises InputError for a start that changes the base, for what is not supported, and for every tensor that is not the
     adapter's own or does not fit its shape.
@@ -87,8 +87,13 @@ def check_adapter(folder: Path) -> Checked:
     _check_start(where, config)
     _check_keys(where, config)
     _check_numbers(where, config)
-    targets = find_targets(where, config)
-    return Checked(targets, _check_tensors(folder / WEIGHTS, read_header(folder / WEIGHTS), config, targets))
+    targets, tensors = find_targets(where, config), read_header(folder / WEIGHTS)
+    checked = Checked(targets, _check_tensors(folder / WEIGHTS, tensors, config, targets))
+    if name := find_not_finite(folder / WEIGHTS, tensors):
+        raise InputError(
+            f"{folder / WEIGHTS}: {name} holds NaN or infinity; its training diverged, take an earlier adapter"
+        )
+    return checked
 
 
 def _check_start(where: Path, config: Mapping[str, Any]) -> None:
@@ -144,7 +149,7 @@ def _is_names(value: Any, known: set[str] | None = None) -> bool:
 
 
 def _is_number(value: Any, least: float, most: float, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
 def _check_numbers(where: Path, config: Mapping[str, Any]) -> None:
@@ -273,7 +278,7 @@ def _check_tensors(
     module that the config does not target, or does not fit its rank.
     """
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    beside = 0
+    rows = whole = 0
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         if name == key or not _NAME.fullmatch(name):
@@ -289,14 +294,14 @@ def _check_tensors(
             parts.setdefault(found["module"], {})[part] = tensor.shape
         elif name.endswith(f".{ROWS}"):
             _check_rows(where, name, tensor.shape, config)
-            beside += 1
+            rows += 1
         else:
             _check_whole(where, name, tensor.shape)
-            beside += 1
+            whole += 1
     if not parts:
         raise InputError(f"{where}: holds no LoRA tensors; the adapter was not saved completely")
-    for key in ("trainable_token_indices", "modules_to_save"):
-        if config.get(key) and not beside:
+    for key, held in (("trainable_token_indices", rows or whole), ("modules_to_save", whole)):
+        if config.get(key) and not held:
             raise InputError(
                 f"{where}: holds no embeddings, which {key} of the config names; the adapter is not complete"
             )

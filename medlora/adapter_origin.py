@@ -1,7 +1,7 @@
 """Where one of our adapters comes from: the base whose weights it was trained on, and the adapters that it stands on.
 
-The manifest of its phase says so. A card (README.md) in the adapter's own folder says it, too, for users of other tools
-and for a copy of that folder; it counts in no hash.
+The manifest of its phase says so. Where it stands on others, a card (README.md) in the adapter's own folder says it, too,
+for users of other tools and for a copy of that folder; it counts in no hash.
 """
 
 from __future__ import annotations
@@ -83,22 +83,19 @@ def _describe(manifest: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def write_card(adapter: Path, manifest: dict[str, Any]) -> None:
-    """Write an adapter's card from what its phase's manifest is going to hold."""
+    """Write the card of an adapter that stands on others, from what its phase's manifest is going to hold."""
     about = _describe(manifest)
-    if about is None:
+    if about is None or not about["below"]:
         return
     *below, own = about["chain"]
     text = f"---\nlibrary_name: peft\n{_MARK}{json.dumps(about, ensure_ascii=False, sort_keys=True)}\n---\n\n"
-    text += f"# LoRA adapter `{own}` of the run `{about['run']}`\n\nTrained on `{about['base']['model']}`.\n\n"
-    if below:
-        shown = ", ".join(f"`{name}`" for name in below)
-        text += (
-            f"**Not for use alone.** It was trained on top of {shown}, which must be active beside it, in this order and under "
-            f"it. medlora scores them as the stage `{about['run']}:{own}`. `medlora.adapter_files.export_chain` joins them "
-            "into one adapter for other tools.\n"
-        )
-    else:
-        text += "It stands on the base alone.\n"
+    shown = ", ".join(f"`{name}`" for name in below)
+    text += (
+        f"# LoRA adapter `{own}` of the run `{about['run']}`\n\nTrained on `{about['base']['model']}`.\n\n"
+        f"**Not for use alone.** It was trained on top of {shown}, which must be active beside it, in this order and under "
+        f"it. medlora scores them as the stage `{about['run']}:{own}`. `medlora.adapter_files.export_chain` joins them "
+        "into one adapter for other tools.\n"
+    )
     runs.write_bytes(adapter / runs.CARD, text.encode())
 
 

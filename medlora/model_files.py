@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _HEADER_BYTES = 48 * 2**20
 _TENSORS = 200_000
+_CHUNK = 2**22
 _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -35,6 +37,27 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    """Where in the file its numbers begin."""
+
+
+def find_not_finite(path: Path, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The first tensor of a file that holds NaN or infinity: a number whose exponent's bits are all set."""
+    import numpy
+
+    masks = {"F64": (8, 0x7FF0000000000000), "F32": (4, 0x7F800000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
+    content = numpy.memmap(path, dtype=numpy.uint8, mode="r")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in masks:
+            continue
+        width, mask = masks[tensor.dtype]
+        count = math.prod(tensor.shape)
+        for first in range(0, count, _CHUNK):
+            begin = tensor.begin + first * width
+            part = content[begin : begin + min(_CHUNK, count - first) * width].view(f"<u{width}")
+            if ((part & mask) == mask).any():
+                return name
+    return None
 
 
 def read_mapping(path: Path, most_bytes: int) -> dict[str, Any]:
@@ -84,10 +107,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     if len(header) > _TENSORS:
         raise InputError(f"{path}: names {len(header):,} tensors, at most {_TENSORS:,} are read")
-    return _read_tensors(path, header, size - 8 - length)
+    return _read_tensors(path, header, 8 + length, size)
 
 
-def _read_tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+def _read_tensors(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, TensorInfo]:
     """The tensors of a header; raises InputError unless they fill the rest of the file exactly, as the format demands."""
     tensors, spans = {}, []
     for name, entry in header.items():
@@ -104,16 +127,16 @@ def _read_tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[s
             raise InputError(
                 f"{path}: cannot be read: {name[:100]!r} of type {dtype[:20]} and shape {shape} has {end - begin:,} bytes"
             )
-        tensors[name] = TensorInfo(dtype, tuple(shape))
+        tensors[name] = TensorInfo(dtype, tuple(shape), start + begin)
         spans.append((begin, end))
     place = 0
     for begin, end in sorted(spans):
         if begin != place:
             raise InputError(f"{path}: cannot be read: its tensors overlap or leave a gap at byte {place:,}")
         place = end
-    if place != data_bytes:
-        what = "is cut short" if place > data_bytes else "is longer than its header says"
+    if place != size - start:
+        what = "is cut short" if place > size - start else "is longer than its header says"
         raise InputError(
-            f"{path}: {what}: the header names {place:,} bytes of tensors, {data_bytes:,} are there; copy it again"
+            f"{path}: {what}: the header names {place:,} bytes of tensors, {size - start:,} are there; copy it again"
         )
     return tensors
