@@ -18,7 +18,16 @@ from medlora.config_file import load
 from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
 from medlora.data_card import describe_overlap
 from medlora.errors import InputError
-from medlora.lineage import Link, check_base_files, check_stages, fetch_adapter, find_chain, identify_base, read_source
+from medlora.lineage import (
+    Link,
+    check_adapters,
+    check_base_files,
+    fetch_adapter,
+    find_chain,
+    find_stage_doubts,
+    identify_base,
+    read_source,
+)
 from medlora.mixture import derive_seed
 from medlora.object_store import is_store
 from medlora.quarantine import describe_quarantine
@@ -129,7 +138,7 @@ def find_notes(config: EvaluateConfig) -> list[str]:
 
 def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationConfig, seed: int = 0) -> list[str]:
     """What makes the numbers doubtful: an adapter made for another base or to stand on others, or another prompt style."""
-    doubts = check_stages(base, seed, stages)
+    doubts = find_stage_doubts(base, seed, stages)
     for link in {link.folder: link for chain in stages.values() for link in chain}.values():
         styles = _find_trained_styles(Path(link.folder))
         if styles and evaluation.style not in styles:
@@ -334,6 +343,7 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
     """Find stages and tests and look for doubts; raises InputError for all that can be wrong before a model is loaded."""
     check_base_files(config.base)
     stages = find_stages(config)
+    check_adapters(config.base, stages)
     asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
     doubts = find_doubts(config.base, stages, config.evaluation, config.seed)
     if doubts and not force:

@@ -11,7 +11,7 @@ from typing import Any
 
 from medlora import miniature, prompts, runs, storage
 from medlora.adapter_checks import check_adapter
-from medlora.adapter_origin import find_base_doubts, find_missing_parents
+from medlora.adapter_origin import find_base_doubts, find_missing_parents, read_origin
 from medlora.base_checks import check_base, check_layers, check_tokenizer, read_base_tensors, sample_weights
 from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig
 from medlora.config_file import load
@@ -92,19 +92,12 @@ def start_chain(config: RunConfig) -> tuple[Link, ...]:
 
 
 def fetch_adapter(where: str, cache: str | None) -> Path:
-    """The PEFT adapter of a folder, or of a copy of what is at an `s3://` or `gs://` URI.
-
-    Raises InputError where `find_adapter` does, and for an adapter that would touch more than itself.
-    """
-    if is_store(where):
-        copy = storage.find_copy(where, cache, "read")
-        storage.pull(copy, passing=("checkpoints", "best"))
-        found = find_adapter(copy)
-    else:
-        found = find_adapter(Path(where).expanduser().absolute())
-    check_adapter(found)
-    check_tokenizer(found, complete=False)
-    return found
+    """The PEFT adapter of a folder, or of a copy of what is at an `s3://` or `gs://` URI; raises what `find_adapter` raises."""
+    if not is_store(where):
+        return find_adapter(Path(where).expanduser().absolute())
+    copy = storage.find_copy(where, cache, "read")
+    storage.pull(copy, passing=("checkpoints", "best"))
+    return find_adapter(copy)
 
 
 def find_adapter(folder: str | Path) -> Path:
@@ -200,19 +193,25 @@ def identify_weights(base: BaseModelConfig, seed: int) -> dict[str, Any]:
     return about
 
 
-def check_stages(base: BaseModelConfig, seed: int, stages: Mapping[str, Sequence[Link]]) -> list[str]:
-    """What makes stages something else than their adapters were trained for: another base, or no adapters below.
+def check_adapters(base: BaseModelConfig, stages: Mapping[str, Sequence[Link]]) -> None:
+    """Raise InputError for an adapter that would touch more than itself, or cannot sit on the base, from headers alone."""
+    adapters = list(dict.fromkeys(Path(link.folder) for chain in stages.values() for link in chain))
+    folder = find_base_folder(base) if adapters else None
+    tensors = read_base_tensors(folder) if folder else None
+    for adapter in adapters:
+        checked = check_adapter(adapter)
+        check_tokenizer(adapter, base.trust_remote_code, complete=False)
+        if tensors:
+            check_layers(adapter, checked.sizes, tensors)
 
-    Raises InputError for an adapter that cannot sit on the base, from the headers of both.
-    """
-    known = identify_weights(base, seed)
+
+def find_stage_doubts(base: BaseModelConfig, seed: int, stages: Mapping[str, Sequence[Link]]) -> list[str]:
+    """What makes stages something else than their adapters were trained for: another base, or not the adapters below."""
     chains = [[Path(link.folder) for link in chain] for chain in stages.values()]
-    folder = find_base_folder(base)
-    tensors = read_base_tensors(folder) if folder and any(chains) else None
     adapters = list(dict.fromkeys(adapter for chain in chains for adapter in chain))
-    for adapter in adapters if tensors else ():
-        check_layers(adapter, check_adapter(adapter).sizes, tensors or {})
-    doubts = [*find_base_doubts(known, adapters), *(doubt for chain in chains for doubt in find_missing_parents(chain))]
+    ours = any(read_origin(adapter) for adapter in adapters)
+    doubts = find_base_doubts(identify_weights(base, seed) if ours else {"model": base.model}, adapters)
+    doubts += [doubt for chain in chains for doubt in find_missing_parents(chain)]
     return list(dict.fromkeys(doubts))
 
 
@@ -259,7 +258,9 @@ def check_inputs(config: RunConfig, force: bool = False) -> list[str]:
     Returns what is doubtful about adapters in `start` where `force` overrules it. Raises InputError with the dotted key.
     """
     check_base_files(config.base)
-    doubts = check_stages(config.base, config.seed, {"start": start_chain(config)})
+    start = {"start": start_chain(config)}
+    check_adapters(config.base, start)
+    doubts = find_stage_doubts(config.base, config.seed, start)
     if doubts and not force:
         shown = "\n  ".join(doubts)
         raise InputError(

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from medlora.base_checks import check_tokenizer
 from medlora.config import BaseModelConfig
 from medlora.elementwise import lighten_elementwise
 from medlora.errors import InputError
@@ -46,6 +47,7 @@ def load_tokenizer(
     else:
         if not (Path(folder) / "tokenizer_config.json").is_file():
             raise InputError(f"{folder}: holds no tokenizer (no tokenizer_config.json)")
+        check_tokenizer(Path(folder), base.trust_remote_code)
         with _explained(str(folder)), _quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
     known = {word for word in extra_tokens if _is_token(tokenizer, word)}
