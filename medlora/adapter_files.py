@@ -100,6 +100,7 @@ def export_chain(adapters: Sequence[str | Path], out: str | Path, force: bool = 
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=rank,
+        fan_in_fan_out=configs[0].fan_in_fan_out,
         target_modules=configs[0].target_modules if same else sorted(low_rank),
         trainable_token_indices={layer: sorted(by_id) for layer, by_id in rows.items()} or None,
     )

@@ -67,7 +67,8 @@ def choose_targets(base: PreTrainedModel, wanted: str | Sequence[str]) -> list[s
     if {name.rpartition(".")[2] for name in set(inside) - set(chosen)} & ends:
         # GPT-2's attention and MLP both have a c_proj: the layer above tells them apart.
         ends = {re.escape(".".join(name.split(".")[-2:])) for name in chosen}
-    return rf"{re.escape(decoder)}\..*\.({'|'.join(sorted(ends))})"
+    within = rf"{re.escape(decoder)}\." if decoder else ""
+    return rf"{within}.*\.({'|'.join(sorted(ends))})"
 
 
 def check_fit(
