@@ -325,7 +325,7 @@ def find_row_ids(indices: Any, embeddings: str) -> list[int]:
 
 def _check_whole(where: Path, name: str, shape: tuple[int, ...]) -> None:
     """Raise InputError unless a name is that of a whole embedding, which `targets.adopt_embeddings` takes apart."""
-    module = re.sub(r"(\.(token_adapter\.base_layer|modules_to_save|original_module))?\.weight$", "", name)
+    module = re.sub(r"(\.(token_adapter\.base_layer|base_layer|modules_to_save|original_module))?\.weight$", "", name)
     if module == name or module.rpartition(".")[2] not in EMBEDDINGS or len(shape) != 2:
         raise InputError(
             f"{where}: holds {name[:100]}, which is no part of a LoRA adapter but a weight of the base; "

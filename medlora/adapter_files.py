@@ -95,13 +95,14 @@ def export_chain(adapters: Sequence[str | Path], out: str | Path, force: bool = 
         tensors[f"{_PREFIX}{layer}.lora_B.weight"] = torch.nn.functional.pad(b, (0, rank - b.shape[1]))
     for layer, by_id in rows.items():
         tensors[f"{_PREFIX}{layer}.{ROWS}"] = torch.stack([by_id[i] for i in sorted(by_id)])
-    same = all(config.target_modules == configs[0].target_modules for config in configs)
+    first = configs[0].target_modules
+    same = all(c.target_modules == first and not (c.exclude_modules or c.layers_to_transform) for c in configs)
     joined = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=rank,
         fan_in_fan_out=configs[0].fan_in_fan_out,
-        target_modules=configs[0].target_modules if same else sorted(low_rank),
+        target_modules=first if same else sorted(low_rank),
         trainable_token_indices={layer: sorted(by_id) for layer, by_id in rows.items()} or None,
     )
     write_adapter(out, joined, tensors, configs[0].base_model_name_or_path)

@@ -105,7 +105,7 @@ def check_fit(
 
 
 _BESIDE = (
-    rf"(?<!\.lora_[AB])(\.{re.escape(ROWS)}|(\.(token_adapter\.base_layer|modules_to_save|original_module))?\.weight)$"
+    rf"(?<!\.lora_[AB])(\.{re.escape(ROWS)}|(\.(token_adapter\.base_layer|base_layer|modules_to_save|original_module))?\.weight)$"
 )
 """The ends of tensors beside LoRA's: trained rows, and embeddings that were saved whole."""
 
@@ -146,6 +146,7 @@ def adopt_embeddings(base: PreTrainedModel, folder: Path, config: LoraConfig, te
         found = [tensors.pop(f"{name}.{part}weight", None) for part in ("", "token_adapter.base_layer.")]
         for copy in ("modules_to_save", "original_module"):
             tensors.pop(f"{name}.{copy}.weight", None)
+        _drop_copy(folder, f"{name}.base_layer.weight", tensors, _bare(module))
         whole = next((tensor for tensor in found if tensor is not None), None)
         needed = max(0 if whole is None else len(whole), *(i + 1 for i in row_ids(config, name)), 0)
         if needed > len(_bare(module)):
@@ -181,3 +182,15 @@ def adopt_embeddings(base: PreTrainedModel, folder: Path, config: LoraConfig, te
         for module in modules:
             name = f"{_PREFIX}{_name_of(base, module)}"
             tensors[f"{name}.{ROWS}"] = finals[name][sorted(changed)]
+
+
+def _drop_copy(folder: Path, name: str, tensors: dict[str, torch.Tensor], own: torch.Tensor) -> None:
+    """Drop the copy of the base's embeddings that PEFT saves with LoRA on them; raises InputError where it is another's."""
+    copy = tensors.pop(name, None)
+    # A base that was computed in bfloat16 there has other last digits here.
+    if copy is not None and not (
+        len(copy) <= len(own) and torch.allclose(own[: len(copy)].float().cpu(), copy.float(), rtol=0.02, atol=1e-3)
+    ):
+        raise InputError(
+            f"{folder}: this adapter does not fit the base: it brings other embeddings ({name}) under its LoRA on them"
+        )

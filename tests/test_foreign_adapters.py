@@ -209,7 +209,9 @@ def test_dropout_is_off_unless_one_trains(bases: dict[str, str], gpt2: str, tmp_
 
 
 @pytest.mark.parametrize("scoring", ["letter", "generate", "reason", "option_text"])
-def test_every_module_has_its_own_mode_back(bases: dict[str, str], scoring: Any) -> None:
+def test_every_module_has_its_own_mode_back(
+    bases: dict[str, str], scoring: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = add_adapter(load(bases["gemma"]), "00", LoraSettings(r=4, dropout=0.5))
     model.train()
     for name, module in model.named_modules():
@@ -221,8 +223,11 @@ def test_every_module_has_its_own_mode_back(bases: dict[str, str], scoring: Any)
     assert {name: module.training for name, module in model.named_modules()} == before
     first, second = (generate(model, tokenizer, [[5, 6, 7]], 4)[0].text for _ in range(2))
     assert first == second and {name: module.training for name, module in model.named_modules()} == before
-    with pytest.raises(InputError):
-        McqAnswerer(model, tokenizer, scoring="letter").answer(
-            [McqRecord("q", "?", tuple("가" * i for i in range(1, 27)), "A")]
-        )
+
+    def fail(*arguments: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr("medlora.answering.render_mcq", fail)
+    with pytest.raises(OSError):
+        McqAnswerer(model, tokenizer, scoring=scoring).answer(RECORDS)
     assert {name: module.training for name, module in model.named_modules()} == before
