@@ -104,9 +104,7 @@ def check_fit(
     return sorted(checked.sizes)
 
 
-_BESIDE = (
-    rf"(?<!\.lora_[AB])(\.{re.escape(ROWS)}|(\.(token_adapter\.base_layer|base_layer|modules_to_save|original_module))?\.weight)$"
-)
+_BESIDE = rf"(?<!\.lora_[AB])(\.{re.escape(ROWS)}|(\.(token_adapter\.base_layer|base_layer|modules_to_save|original_module))?\.weight)$"
 """The ends of tensors beside LoRA's: trained rows, and embeddings that were saved whole."""
 
 
