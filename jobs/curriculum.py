@@ -45,6 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--run-dir", metavar="DIR", help="the run's folder or s3:// URI (default: <storage.folder>/<name>)"
     )
     parser.add_argument("--redo", metavar="PHASE", help="train this phase again; the old one is set aside")
+    parser.add_argument(
+        "--force", action="store_true", help="begin from adapters in `start` that were made for another base or stage"
+    )
     arguments = parser.parse_args(argv)
     arguments.config = arguments.config or [default]
     return arguments
@@ -67,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         configs = [load(path, arguments.overrides) for path in arguments.config]
         for config in configs:
-            check_inputs(config)
+            for doubt in check_inputs(config, arguments.force):
+                print(f"medlora: --force: {doubt}", file=sys.stderr)
         folders = []
         for config in configs:
             where = arguments.run_dir or storage.join(config.storage.folder, config.name)

@@ -27,7 +27,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", metavar="DIR", help="the folder or s3:// URI to write (default: <storage.folder>/<name>)"
     )
     parser.add_argument(
-        "--force", action="store_true", help="score adapters made for another base or prompt style; the report says so"
+        "--force",
+        action="store_true",
+        help="score adapters made for another base, stage or prompt style; the report says so",
     )
     return parser.parse_args(argv)
 

@@ -30,6 +30,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--final-test", action="store_true", help="at the end score the winner on the run config's tests, once"
     )
+    parser.add_argument(
+        "--force", action="store_true", help="begin from adapters in `start` that were made for another base or stage"
+    )
     return parser.parse_args(argv)
 
 
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         from medlora.sweep_ledger import Ledger
 
         config = load_sweep_config(arguments.config, arguments.overrides)
-        plan = check_sweep(config)
+        plan = check_sweep(config, arguments.force)
         if arguments.final_test and plan.run.evaluation is None:
             raise InputError(f"--final-test: {config.config} has no evaluation; name the tests there")
         where = arguments.out or storage.join(config.storage.folder, config.name)

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from medlora.adapter_checks import ROWS, Targets, check_adapter, find_row_ids
+from medlora.adapter_origin import find_foreign_bases, find_missing_parents
 from medlora.errors import InputError
-from medlora.lineage import CONFIG, WEIGHTS, find_adapter, read_adapter_json
-
-ROWS = "token_adapter.trainable_tokens_delta"
-"""PEFT's name of trained vocabulary rows within an embedding."""
+from medlora.lineage import find_adapter, read_adapter_json
+from medlora.model_files import CONFIG, WEIGHTS
 
 _PREFIX = "base_model.model."
 
@@ -53,10 +52,7 @@ def find_non_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def row_ids(config: LoraConfig, embeddings: str) -> list[int]:
     """The token ids of the vocabulary rows that an adapter trains in the embeddings of that name."""
-    indices = config.trainable_token_indices or []
-    if isinstance(indices, dict):
-        return next((ids for target, ids in indices.items() if embeddings.endswith(target)), [])
-    return indices
+    return find_row_ids(config.trainable_token_indices, embeddings)
 
 
 def write_adapter(
@@ -80,14 +76,15 @@ def write_adapter(
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def export_chain(adapters: Sequence[str | Path], out: str | Path) -> None:
+def export_chain(adapters: Sequence[str | Path], out: str | Path, force: bool = False) -> None:
     """Write a chain as one ordinary PEFT adapter that gives the same logits, without loading the base.
 
     The ranks add up: A is concatenated along the rank, and B with each adapter's scaling folded in; a layer of lower
     rank is padded with zeros, so that all have one rank (exact, as PEFT's `add_weighted_adapter` with "cat").
     Vocabulary rows come from the last adapter that has them, tokenizer files from the last that has some.
-    Raises InputError when an adapter holds more than LoRA and vocabulary rows (DoRA, whole modules), the adapters are
-    of different bases, or `out` holds an adapter already.
+    Raises InputError when an adapter holds more than LoRA and vocabulary rows (DoRA, aLoRA, whole modules), the adapters
+    are of different bases, or `out` holds an adapter already; without `force` also for an adapter that was trained on top
+    of others that are not there.
     """
     out = Path(out)
     if not adapters:
@@ -95,11 +92,16 @@ def export_chain(adapters: Sequence[str | Path], out: str | Path) -> None:
     if (out / CONFIG).exists():
         raise InputError(f"{out}: already holds an adapter; choose another folder or remove it")
     folders = [find_adapter(place) for place in adapters]
+    checked = [check_adapter(folder) for folder in folders]
+    doubts = [] if force else [*find_foreign_bases(folders), *find_missing_parents(folders)]
+    if doubts:
+        shown = "\n  ".join(doubts)
+        raise InputError(f"{out}: this chain would not give what its adapters were trained for:\n  {shown}")
     configs = [read_config(folder) for folder in folders]
     low_rank: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     rows: dict[str, dict[int, torch.Tensor]] = {}
-    for folder, config in zip(folders, configs, strict=True):
-        _collect(folder, config, low_rank, rows)
+    for folder, config, found in zip(folders, configs, checked, strict=True):
+        _collect(folder, config, found.targets, low_rank, rows)
     for layer, pairs in low_rank.items():
         if len({(a.shape[1], b.shape[0]) for a, b in pairs}) > 1:
             raise InputError(f"{out}: the adapters disagree about the size of {layer}; they are of different bases")
@@ -111,12 +113,14 @@ def export_chain(adapters: Sequence[str | Path], out: str | Path) -> None:
         tensors[f"{_PREFIX}{layer}.lora_B.weight"] = torch.nn.functional.pad(b, (0, rank - b.shape[1]))
     for layer, by_id in rows.items():
         tensors[f"{_PREFIX}{layer}.{ROWS}"] = torch.stack([by_id[i] for i in sorted(by_id)])
-    same = all(config.target_modules == configs[0].target_modules for config in configs)
+    first = configs[0].target_modules
+    same = all(c.target_modules == first and not (c.exclude_modules or c.layers_to_transform) for c in configs)
     joined = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=rank,
-        target_modules=configs[0].target_modules if same else sorted(low_rank),
+        fan_in_fan_out=configs[0].fan_in_fan_out,
+        target_modules=first if same else sorted(low_rank),
         trainable_token_indices={layer: sorted(by_id) for layer, by_id in rows.items()} or None,
     )
     try:
@@ -132,19 +136,24 @@ def export_chain(adapters: Sequence[str | Path], out: str | Path) -> None:
 def _collect(
     folder: Path,
     config: LoraConfig,
+    targets: Targets,
     low_rank: dict[str, list[tuple[torch.Tensor, torch.Tensor]]],
     rows: dict[str, dict[int, torch.Tensor]],
 ) -> None:
     """Add one adapter's (A, scaled B) per layer and its vocabulary rows by id."""
     if config.use_dora:
         raise InputError(f"{folder}: DoRA rescales the base's weights; it cannot become part of one LoRA adapter")
+    if config.alora_invocation_tokens:
+        raise InputError(
+            f"{folder}: aLoRA acts only behind its invocation tokens; it cannot become part of one LoRA adapter"
+        )
     tensors = read_tensors(folder)
     for name in sorted(tensors):
         path = name.removeprefix(_PREFIX)
         if path.endswith(".lora_A.weight"):
             layer = path.removesuffix(".lora_A.weight")
             a, b = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+            alpha = targets.find_alpha(layer)
             low_rank.setdefault(layer, []).append((a, b * alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))))
         elif path.endswith(f".{ROWS}"):
             layer = path.removesuffix(f".{ROWS}")

@@ -17,7 +17,7 @@ from medlora.encoding import encode_prompts, encode_texts
 from medlora.errors import InputError
 from medlora.generation import Generated, Stops, find_generation_budget, generate, get_pad_id, split_by_prefix
 from medlora.mixture import derive_seed
-from medlora.models import letter_token_ids
+from medlora.models import in_eval_mode, letter_token_ids
 from medlora.option_scores import score_continuations
 from medlora.prefix import (
     Prefix,
@@ -107,9 +107,7 @@ class McqAnswerer:
         """One Answer a question, in the order of the questions."""
         if not records:
             return []
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with in_eval_mode(self.model):
             prompts = self._encode(records)
             prefix = self._reuse_prefix()
             if self.scoring == "generate":
@@ -127,8 +125,6 @@ class McqAnswerer:
                 replace(answer, text=made.text, tokens=made.tokens)
                 for answer, made in zip(self._score_letters(records, contexts, prefix), written, strict=True)
             ]
-        finally:
-            self.model.train(was_training)
 
     def _encode(self, records: Sequence[McqRecord]) -> list[list[int]]:
         return encode_prompts(

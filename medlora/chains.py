@@ -6,9 +6,12 @@ from meaning a layer or a method.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -16,12 +19,13 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medlora.adapter_files import ROWS, read_config, read_tensors, write_adapter
+from medlora.adapter_checks import ROWS, Checked, check_adapter
+from medlora.adapter_files import read_config, read_tensors, write_adapter
 from medlora.config import LoraSettings
 from medlora.errors import InputError
 from medlora.lean import lighten
 from medlora.lineage import find_adapter
-from medlora.targets import adopt_embeddings, choose_rows, choose_targets, decoder_name
+from medlora.targets import adopt_embeddings, check_fit, choose_rows, choose_targets, decoder_name, has_turned_weights
 
 Model = PreTrainedModel | PeftModel
 
@@ -48,6 +52,7 @@ def add_adapter(
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         lora_dropout=lora.dropout,
+        fan_in_fan_out=has_turned_weights(base),
         target_modules=choose_targets(base, lora.targets),
         trainable_token_indices=choose_rows(base, train_token_ids),
     )
@@ -60,28 +65,34 @@ def add_adapter(
     for wrapper in _token_wrappers(model).values():
         _inherit_rows(wrapper, below, _key(name))
     _switch(model, [*below, _key(name)], _key(name))
-    return model
+    return model.eval()
 
 
 def load_chain(model: Model, adapters: Sequence[tuple[str, str | Path]], trainable: str | None = None) -> Model:
     """Put saved adapters (name, folder) on one base, all of them active and all frozen but the one named `trainable`.
 
-    Without adapters the model comes back as it was. Raises InputError for an adapter that is none or of another base.
+    The model comes back in eval mode, without adapters as it was. Raises InputError for an adapter that is none, holds
+    more than its own tensors, or is of another base.
     """
     for name, place in adapters:
         folder = find_adapter(place)
+        checked = check_adapter(folder)
         config, tensors = read_config(folder), read_tensors(folder)
         config.inference_mode = False
         config.base_model_name_or_path = None  # PEFT would warn that the base has another name where it was trained
         base = model.get_base_model() if isinstance(model, PeftModel) else model
+        exact = check_fit(base, folder, tensors, checked)
         adopt_embeddings(base, folder, config, tensors)
         try:
-            model = _inject(model, name, config)
+            model = (
+                _inject(model, name, config) if exact is None else _inject_exact(model, name, config, checked, exact)
+            )
         except ValueError as error:
             raise InputError(f"{folder}: this adapter does not fit the base: {error}") from error
         _set_tensors(model, name, folder, tensors)
     if adapters:
         activate(model, [name for name, _ in adapters], trainable)
+        model.eval()  # PEFT leaves new layers in training mode, where their dropout changes every plain forward pass
     return model
 
 
@@ -122,6 +133,7 @@ def save_adapter(
 def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
     """Load a saved adapter's tensors into the adapter of that name; raises InputError when they do not fit it."""
     folder = find_adapter(folder)
+    check_adapter(folder)
     _set_tensors(model, name, folder, read_tensors(folder))
 
 
@@ -147,17 +159,46 @@ def _inject(model: Model, name: str, config: LoraConfig) -> PeftModel:
         raise InputError(
             f"adapter {name!r}: DoRA (lora.dora) on an int8 base needs a GPU; on CPU set base.quantization to nf4 or none"
         )
-    if not isinstance(model, PeftModel):
-        with warnings.catch_warnings():
-            # PEFT asks for a property that transformers has renamed.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            model = get_peft_model(model, config, adapter_name=_key(name))
-    elif _key(name) in model.peft_config:
+    if isinstance(model, PeftModel) and _key(name) in model.peft_config:
         raise InputError(f"adapter {name!r} is on the model already; the names of a chain must differ")
-    else:
-        model.add_adapter(_key(name), config)
+    with warnings.catch_warnings():
+        # PEFT asks for a property that transformers has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # It says that it corrects this flag of the config where the layer is of the other kind.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        if isinstance(model, PeftModel):
+            model.add_adapter(_key(name), config)
+        else:
+            model = get_peft_model(model, config, adapter_name=_key(name))
     lighten(model)
     return model
+
+
+_PATTERNS = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "r", "lora_alpha"),
+)
+
+
+def _inject_exact(model: Model, name: str, config: LoraConfig, checked: Checked, layers: list[str]) -> PeftModel:
+    """Inject an adapter by the layers' names: PEFT would match the config's patterns by an engine that can hang."""
+    ranks = {layer: checked.targets.find_rank(layer) for layer in layers}
+    alphas = {layer: checked.targets.find_alpha(layer) for layer in layers}
+    plain = copy.copy(config)
+    plain.target_modules, plain.exclude_modules = set(layers), None
+    plain.layers_to_transform = plain.layers_pattern = None
+    plain.r, plain.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    plain.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != plain.r}
+    plain.alpha_pattern = {layer: alpha for layer, alpha in alphas.items() if alpha != plain.lora_alpha}
+    model = _inject(model, name, plain)
+    held = model.peft_config[_key(name)]
+    for field in _PATTERNS:  # so that it is saved as it was
+        setattr(held, field, getattr(config, field))
+    return model
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
 
 
 def _active(model: Model) -> list[str]:

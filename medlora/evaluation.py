@@ -20,11 +20,13 @@ from medlora.data_card import describe_overlap
 from medlora.errors import InputError
 from medlora.lineage import (
     Link,
+    check_adapters,
+    check_base_files,
     check_base_template,
     fetch_adapter,
     find_chain,
+    find_stage_doubts,
     identify_base,
-    read_adapter_json,
     read_source,
 )
 from medlora.mixture import derive_seed
@@ -135,13 +137,10 @@ def find_notes(config: EvaluateConfig) -> list[str]:
     return [f"{name}: {note}" for name, card in cards for note in describe_overlap(card)]
 
 
-def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationConfig) -> list[str]:
-    """What makes the numbers doubtful: an adapter made for another base, or trained with another prompt style."""
-    doubts = []
+def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationConfig, seed: int = 0) -> list[str]:
+    """What makes the numbers doubtful: an adapter made for another base or to stand on others, or another prompt style."""
+    doubts = find_stage_doubts(base, seed, stages)
     for link in {link.folder: link for chain in stages.values() for link in chain}.values():
-        made_for = str(read_adapter_json(Path(link.folder)).get("base_model_name_or_path") or "")
-        if made_for and Path(made_for).name != Path(base.model).name:
-            doubts.append(f"{link.folder} was made for base {made_for}, not for {base.model}")
         styles = _find_trained_styles(Path(link.folder))
         if styles and evaluation.style not in styles:
             doubts.append(
@@ -363,11 +362,13 @@ class EvaluationPlan:
 
 def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
     """Find stages and tests and look for doubts; raises InputError for all that can be wrong before a model is loaded."""
+    check_base_files(config.base)
     stages = find_stages(config)
+    check_adapters(config.base, stages)
     asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
     if config.evaluation.style != "kormedmcqa":
         check_base_template(config.base)
-    doubts = find_doubts(config.base, stages, config.evaluation)
+    doubts = find_doubts(config.base, stages, config.evaluation, config.seed)
     if doubts and not force:
         shown = "\n  ".join(doubts)
         raise InputError(

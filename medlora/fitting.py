@@ -16,6 +16,7 @@ from medlora.encoding import Row
 from medlora.errors import InputError
 from medlora.head import SupervisedHead
 from medlora.memory import clear_memory, describe_device
+from medlora.models import keeping_modes
 from medlora.training import recompute_activations, train
 
 log = logging.getLogger("medlora.phase")
@@ -140,8 +141,7 @@ def measure_step(model: Any, rows: Sequence[Row], phase: PhaseConfig, collator: 
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    was_training = model.training
-    with torch.random.fork_rng(devices=[device] if cuda else []):
+    with keeping_modes(model), torch.random.fork_rng(devices=[device] if cuda else []):
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -154,5 +154,4 @@ def measure_step(model: Any, rows: Sequence[Row], phase: PhaseConfig, collator: 
             loss = head.compute_loss(model(**batch, use_cache=False), labels)
         loss.backward()
     model.zero_grad(set_to_none=True)
-    model.train(was_training)
     return torch.cuda.max_memory_allocated(device) - before if cuda else sum(saved.values())

@@ -11,7 +11,7 @@ import torch
 
 from medlora import pulse
 from medlora.batching import Batcher, find_token_budget
-from medlora.models import stop_token_ids
+from medlora.models import in_eval_mode, stop_token_ids
 from medlora.prefix import Prefix, compute_last_logits, make_batch, select_rows
 
 
@@ -76,7 +76,8 @@ def generate(
             for i, made in zip(chosen, writer.write([prompts[i] for i in chosen], shared, uniform), strict=True):
                 done[i] = made
 
-        batcher.run(lengths, work)
+        with in_eval_mode(model):
+            batcher.run(lengths, work)
     return [made for made in done if made is not None]
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medlora.elementwise import log_once
 from medlora.lean import find_rows
+from medlora.models import in_eval_mode
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """Most memory of the float32 logits that exist at a time; each chunk reads the head twice, whatever its size."""
@@ -47,19 +48,16 @@ class SupervisedHead:
     @torch.no_grad()
     def _is_last(self, model: Any) -> bool:
         """Whether the model's logits are what its head gives, asked with one token."""
-        was_training = model.training
         given = torch.linspace(10, 20, 8, device=model.device)
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         try:
-            with _replaced(self.head, lambda hidden: given.view(1, 1, 8)):
-                logits = model.eval()(input_ids=ids, use_cache=False).logits
+            with in_eval_mode(model), _replaced(self.head, lambda hidden: given.view(1, 1, 8)):
+                logits = model(input_ids=ids, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a family does with its logits, it may do in training
             log_once(f"the logits of {type(model).__name__} are computed whole: {error}")
             return False
-        finally:
-            model.train(was_training)
         return torch.equal(logits.flatten().float(), given)
 
     @torch.no_grad()
@@ -70,16 +68,15 @@ class SupervisedHead:
             return bool(known["_medlora_pointwise"])
         ids = torch.arange(4, device=model.device)[None]
         seen: list[torch.Tensor] = []
-        was_training, self.positions = model.training, torch.tensor([1, 3], device=model.device)
+        self.positions = torch.tensor([1, 3], device=model.device)
 
         def look(hidden: torch.Tensor) -> torch.Tensor:
             seen.append(hidden.flatten(0, -2).index_select(0, self.positions).float())
             return self.compute(hidden)
 
         try:
-            model.eval()
             for replacements in ([], self.replacements):
-                with ExitStack() as stack:
+                with in_eval_mode(model), ExitStack() as stack:
                     for module, forward in [*replacements, (self.head, look)]:
                         stack.enter_context(_replaced(module, forward))
                     model(input_ids=ids, use_cache=False)
@@ -91,7 +88,6 @@ class SupervisedHead:
             log_once(f"the last layer of {type(model).__name__} runs at every position: {error}")
             same = False
         finally:
-            model.train(was_training)
             self.positions = None
         known["_medlora_pointwise"] = same
         return same

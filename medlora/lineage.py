@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medlora import miniature, prompts, runs, storage
+from medlora.adapter_checks import check_adapter
+from medlora.adapter_origin import find_base_doubts, find_missing_parents, read_origin
+from medlora.base_checks import check_base, check_layers, check_tokenizer, read_base_tensors, sample_weights
 from medlora.config import BaseModelConfig, LoraSettings, PhaseConfig, RunConfig
 from medlora.config_file import load
 from medlora.config_sources import Section, SourceConfig, TrainSource
 from medlora.data_card import find_dropped, stream_kept
 from medlora.errors import InputError
+from medlora.model_files import CONFIG, WEIGHTS, read_mapping
 from medlora.object_store import is_store
 from medlora.readers import go_offline_without_hub
 from medlora.records import Record
@@ -26,8 +30,7 @@ _NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps",
 """Keys of a phase that change where and how loudly it runs, not what it learns."""
 
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""Files of a PEFT adapter."""
+_CONFIG_BYTES = 4 * 2**20
 _PLACES = ("lora_adapter", "final", "adapter", "")
 
 
@@ -120,13 +123,7 @@ def find_adapter(folder: str | Path) -> Path:
 
 def read_adapter_json(folder: Path) -> dict[str, Any]:
     """The adapter's config as it stands in its file; raises InputError when it is no JSON mapping."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / CONFIG}: must be a mapping, found {type(config).__name__}")
-    return config
+    return read_mapping(folder / CONFIG, _CONFIG_BYTES)
 
 
 def find_base(base: BaseModelConfig) -> str:
@@ -149,6 +146,11 @@ def find_base(base: BaseModelConfig) -> str:
 
 def find_hub_commit(base: BaseModelConfig) -> str:
     """The commit of a hub model, from the local cache or the hub; raises InputError when neither has it."""
+    return _find_snapshot(base).name
+
+
+def _find_snapshot(base: BaseModelConfig) -> Path:
+    """The folder of a hub model in the local cache, with its config at least; raises InputError."""
     go_offline_without_hub()
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -161,7 +163,57 @@ def find_hub_commit(base: BaseModelConfig) -> str:
             f"base.model: {base.model} is no folder here, and the Hugging Face hub did not give it ({reason}); "
             "download it where there is a hub (`hf download`) and name its folder: --set base.model=/path/to/it"
         ) from None
-    return Path(config).parent.name
+    return Path(config).parent
+
+
+def find_base_folder(base: BaseModelConfig) -> Path | None:
+    """The folder that holds a base's files here: its own, or the hub's cache; None for the miniature, which is built."""
+    found = find_base(base)
+    if found == "miniature":
+        return None
+    return Path(found) if Path(found).is_dir() else _find_snapshot(base)
+
+
+def check_base_files(base: BaseModelConfig) -> None:
+    """Look at a base's files, as far as they are here; raises InputError for what cannot be loaded."""
+    folder = find_base_folder(base)
+    if folder is not None:
+        # What the hub's cache lacks is downloaded where there is a hub.
+        complete = Path(base.model).expanduser().is_dir() or bool(os.environ.get("HF_HUB_OFFLINE"))
+        check_base(folder, base.trust_remote_code, complete)
+
+
+def identify_weights(base: BaseModelConfig, seed: int) -> dict[str, Any]:
+    """What tells a base's weights from those of another of the same name, see `adapter_origin.differ`."""
+    about: dict[str, Any] = {"model": base.model, "files": identify_base(base)}
+    folder = find_base_folder(base)
+    if folder is None:
+        about["seed"] = seed
+    elif weights := sample_weights(folder):
+        about["weights"] = weights
+    return about
+
+
+def check_adapters(base: BaseModelConfig, stages: Mapping[str, Sequence[Link]]) -> None:
+    """Raise InputError for an adapter that would touch more than itself, or cannot sit on the base, from headers alone."""
+    adapters = list(dict.fromkeys(Path(link.folder) for chain in stages.values() for link in chain))
+    folder = find_base_folder(base) if adapters else None
+    tensors = read_base_tensors(folder) if folder else None
+    for adapter in adapters:
+        checked = check_adapter(adapter)
+        check_tokenizer(adapter, base.trust_remote_code, complete=False)
+        if tensors:
+            check_layers(adapter, checked.sizes, tensors)
+
+
+def find_stage_doubts(base: BaseModelConfig, seed: int, stages: Mapping[str, Sequence[Link]]) -> list[str]:
+    """What makes stages something else than their adapters were trained for: another base, or not the adapters below."""
+    chains = [[Path(link.folder) for link in chain] for chain in stages.values()]
+    adapters = list(dict.fromkeys(adapter for chain in chains for adapter in chain))
+    ours = any(read_origin(adapter) for adapter in adapters)
+    doubts = find_base_doubts(identify_weights(base, seed) if ours else {"model": base.model}, adapters)
+    doubts += [doubt for chain in chains for doubt in find_missing_parents(chain)]
+    return list(dict.fromkeys(doubts))
 
 
 def identify_base(base: BaseModelConfig) -> str:
@@ -201,13 +253,20 @@ def read_extra_tokens(base: BaseModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig, force: bool = False) -> list[str]:
     """Look at the base and read everything the run will read, so that what is wrong with it is said now.
 
-    Raises InputError with the dotted key.
+    Returns what is doubtful about adapters in `start` where `force` overrules it. Raises InputError with the dotted key.
     """
-    identify_base(config.base)
-    start_chain(config)
+    check_base_files(config.base)
+    start = {"start": start_chain(config)}
+    check_adapters(config.base, start)
+    doubts = find_stage_doubts(config.base, config.seed, start)
+    if doubts and not force:
+        shown = "\n  ".join(doubts)
+        raise InputError(
+            f"start: the first phase would not stand on what is meant:\n  {shown}\nmend it, or say --force"
+        )
     read_extra_tokens(config.base)
     for i, phase in enumerate(config.phases):
         for j, source in enumerate(phase.sources):
@@ -220,6 +279,7 @@ def check_inputs(config: RunConfig) -> None:
             raise InputError(
                 f"evaluation.tests.{i}.source: {test.source} holds no questions; a test is multiple choice"
             )
+    return doubts
 
 
 def check_chat(config: RunConfig) -> None:

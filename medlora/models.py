@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from medlora.base_checks import check_tokenizer
 from medlora.config import BaseModelConfig
 from medlora.elementwise import lighten_elementwise
 from medlora.encoding import find_end_tokens
@@ -47,6 +48,7 @@ def load_tokenizer(
     else:
         if not (Path(folder) / "tokenizer_config.json").is_file():
             raise InputError(f"{folder}: holds no tokenizer (no tokenizer_config.json)")
+        check_tokenizer(Path(folder), base.trust_remote_code)
         with _explained(str(folder)), _quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
     known = {word for word in extra_tokens if _is_token(tokenizer, word)}
@@ -181,6 +183,25 @@ def _load_weights(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[st
             raise
     log.info("%s: its family has no sdpa attention, eager is used; training batches are padded", folder)
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+
+
+@contextmanager
+def keeping_modes(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module of a model back into the mode, training or eval, that it has now."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The whole model in eval mode while inside; then every module has its own mode back."""
+    with keeping_modes(model):
+        model.eval()
+        yield
 
 
 def _keep_four_bit_weights(model: PreTrainedModel) -> None:

@@ -15,8 +15,14 @@ import torch
 import torch.distributed as dist
 import transformers
 
+<<<<<<< HEAD
 from medlora import pulse, runs, storage
 from medlora.callbacks import Leaving, Report, Segment
+=======
+from medlora import runs, storage
+from medlora.adapter_origin import write_card
+from medlora.callbacks import Report, Segment
+>>>>>>> adapters
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle
 from medlora.encoding import Collator
@@ -24,7 +30,7 @@ from medlora.errors import InputError
 from medlora.fitting import train_in_memory
 from medlora.flat import FlatCollator, choose_batching
 from medlora.kept import Kept
-from medlora.lineage import PhaseJob, extend_chain
+from medlora.lineage import PhaseJob, extend_chain, identify_weights
 from medlora.memory import clear_memory, describe_device, keep_freed_memory
 from medlora.mixture import derive_seed
 from medlora.models import added_token_ids, letter_token_ids, load_base, load_tokenizer
@@ -342,9 +348,11 @@ def _finish(
     log.info("phase %s is finished", job.phase.name)
     about = {
         "phase": job.phase.name,
+        "run": job.run,
         "seed": job.seed,
+        "base_weights": identify_weights(job.base, job.seed).get("weights"),
         "chain": [link.name for link in chain],
-        "adapter_hash": runs.hash_json(runs.hash_files(folder.adapter)),
+        "adapter_hash": runs.hash_adapter(folder.adapter),
         "counts": counts,
         "quarantine": {source.source: dict(scan(source).bad) for source in job.phase.sources if scan(source).bad},
         "question_sources": question_sources,
@@ -357,6 +365,7 @@ def _finish(
         "versions": runs.get_versions(),
         "fingerprint": job.fingerprint,
     }
+    write_card(folder.adapter, about)
     manifest = runs.commit(folder.root, about, passing=(folder.checkpoints, folder.best))
     runs.remove(folder.checkpoints, folder.best)
     storage.push(folder.root)

@@ -36,6 +36,8 @@ from filelock import FileLock, Timeout
 from medlora.errors import InputError
 
 MANIFEST = "manifest.json"
+CARD, CARD_MARK = "README.md", b"medlora: {"
+"""The card in an adapter's folder, and what a line of it begins with; it counts in no hash."""
 LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
 """Files at the top of a folder that go on changing; no manifest holds them."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -317,11 +319,24 @@ def hash_json(content: Any) -> str:
 
 
 def hash_files(folder: Path, passing: Sequence[Path] = ()) -> dict[str, str]:
-    """sha256 of every file below `folder` by relative path, but of its manifest and what stands in folders `passing`."""
+    """sha256 of every file below `folder` by relative path, but of its manifest, cards, and what is in folders `passing`."""
     ours = {folder / name for name in (MANIFEST, *LIVING)}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
-    kept = [path for path in files if not any(path.is_relative_to(other) for other in passing)]
+    kept = [path for path in files if not any(path.is_relative_to(other) for other in passing) and not _is_card(path)]
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in kept}
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file is a card of ours; one of another tool is a file like any other."""
+    if path.name != CARD:
+        return False
+    with path.open("rb") as file:
+        return any(line.startswith(CARD_MARK) for line in file.read(2**20).splitlines()[:20])
+
+
+def hash_adapter(folder: Path) -> str:
+    """What an adapter is known by."""
+    return hash_json(hash_files(folder))
 
 
 def commit(folder: Path, about: Mapping[str, Any], passing: Sequence[Path] = ()) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _COMBINATIONS = 512
 """So many combinations of values are all checked before a sweep starts; of more, each value and the corners."""
 
 
-def check_sweep(config: SweepConfig) -> SweepPlan:
+def check_sweep(config: SweepConfig, force: bool = False) -> SweepPlan:
     """Find everything that a sweep needs; raises InputError for all that can be wrong before anything starts."""
     path = Path(config.config)
     raw = load_raw(path, config.set)
@@ -55,7 +55,7 @@ def check_sweep(config: SweepConfig) -> SweepPlan:
     plan = SweepPlan(config, raw, run, searched, space, tuple(dev), scoring, start, {})
     _check_values(plan)
     _check_mlflow(config)
-    check_inputs(run)
+    check_inputs(run, force)
     _check_dev(plan)
     plan = replace(plan, dropped=find_dropped(plan.check_against()))
     if config.start:

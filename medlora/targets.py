@@ -10,8 +10,10 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from medlora.adapter_files import ROWS, row_ids
+from medlora.adapter_checks import ROWS, Checked, check_sizes
+from medlora.adapter_files import row_ids
 from medlora.errors import InputError
 
 _PREFIX = "base_model.model."
@@ -26,26 +28,91 @@ def _name_of(base: PreTrainedModel, wanted: torch.nn.Module) -> str:
     return next(name for name, module in base.named_modules() if module is wanted)
 
 
+def list_linear(base: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The linear layers of a base by name, whether or not adapters sit on them; GPT-2's Conv1D is one with its weight turned."""
+    found = {}
+    for name, module in base.named_modules():
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if isinstance(layer, torch.nn.Linear | Conv1D) and not re.search(r"\.(base_layer$|lora_[AB]\.)", name):
+            found[name] = layer
+    return found
+
+
+def has_turned_weights(base: PreTrainedModel) -> bool:
+    """Whether a base's linear layers keep their weights as [inputs, outputs], as GPT-2's do."""
+    return any(isinstance(layer, Conv1D) for layer in list_linear(base).values())
+
+
 def choose_targets(base: PreTrainedModel, wanted: str | Sequence[str]) -> list[str] | str:
-    """Leaf names where they mean the decoder alone, else a regex that is anchored to it."""
-    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | LoraLayer)]
-    linear = [name for name in linear if not re.search(r"\.(base_layer$|lora_[AB]\.)", name)]
+    """Leaf names where they mean these layers of the decoder alone, else a regex that is anchored to it."""
+    linear = list_linear(base)
     decoder = decoder_name(base)
-    inside = [name for name in linear if name.startswith(f"{decoder}.")]
+    inside = [name for name in linear if not decoder or name.startswith(f"{decoder}.")]
     leaves = {name.rpartition(".")[2] for name in inside}
     if wanted == "all-linear":
-        chosen = leaves
+        chosen = inside
     elif wanted == "attention":
-        chosen = {name.rpartition(".")[2] for name in inside if re.search("attn|attention", name.rpartition(".")[0])}
+        chosen = [name for name in inside if re.search("attn|attention", name.rpartition(".")[0])]
     else:
-        chosen = set(wanted)
-    if not chosen or chosen - leaves:
-        unknown = ", ".join(sorted(chosen - leaves)) or wanted
-        raise InputError(f"lora.targets: the text decoder has no layer {unknown}; it has {', '.join(sorted(leaves))}")
-    outside = {name.rpartition(".")[2] for name in set(linear) - set(inside)}
-    if not chosen & outside:
-        return sorted(chosen)
-    return rf"{re.escape(decoder)}\..*\.({'|'.join(sorted(chosen))})"
+        chosen = [name for name in inside if name.rpartition(".")[2] in wanted]
+    ends = {name.rpartition(".")[2] for name in chosen}
+    asked = {wanted} if isinstance(wanted, str) else set(wanted)
+    unknown = sorted(asked - leaves) if not isinstance(wanted, str) else sorted(asked) if not chosen else []
+    if unknown:
+        has = ", ".join(sorted(leaves)) or f"no linear layer at all ({type(base).__name__})"
+        raise InputError(f"lora.targets: the text decoder has no layer {', '.join(unknown)}; it has {has}")
+    others = {name.rpartition(".")[2] for name in set(linear) - set(chosen)}
+    if not ends & others:
+        return sorted(ends)
+    if {name.rpartition(".")[2] for name in set(inside) - set(chosen)} & ends:
+        # GPT-2's attention and MLP both have a c_proj: the layer above tells them apart.
+        ends = {re.escape(".".join(name.split(".")[-2:])) for name in chosen}
+    within = rf"{re.escape(decoder)}\." if decoder else ""
+    return rf"{within}.*\.({'|'.join(sorted(ends))})"
+
+
+def check_fit(
+    base: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor], checked: Checked
+) -> list[str] | None:
+    """The names of the base's layers that an adapter sits on, where its config has patterns; None where it has plain names.
+
+    Raises InputError for a tensor of no layer of the base, or of another size.
+    """
+    layers = {name: _measure(layer) for name, layer in list_linear(base).items()}
+    embeddings = {
+        _name_of(base, module): module for module in (base.get_input_embeddings(), base.get_output_embeddings())
+    }
+    for name in embeddings:
+        if name not in layers:
+            # LoRA sees an embedding as a layer with an input for every token.
+            layers[name] = tuple(_bare(embeddings[name]).shape)
+    check_sizes(folder, checked.sizes, layers)
+    for key, tensor in tensors.items():
+        module = re.sub(_BESIDE, "", key.removeprefix(_PREFIX))
+        if module == key.removeprefix(_PREFIX):
+            continue
+        if module not in embeddings or tensor.shape[-1] != _bare(embeddings[module]).shape[-1]:
+            raise InputError(
+                f"{folder}: this adapter does not fit the base: it holds {key} of shape {list(tensor.shape)}, and the base's "
+                f"embeddings are {', '.join(f'{n} {list(_bare(m).shape)}' for n, m in embeddings.items())}"
+            )
+    if checked.targets.is_plain:
+        return None
+    meant = {name for name in layers if checked.targets.matches(name)}
+    if lacking := sorted(meant - set(checked.sizes)):
+        raise InputError(f"{folder}: this adapter does not fit the base or its own config: it lacks {lacking[0]}")
+    return sorted(checked.sizes)
+
+
+_BESIDE = rf"(?<!\.lora_[AB])(\.{re.escape(ROWS)}|(\.(token_adapter\.base_layer|base_layer|modules_to_save|original_module))?\.weight)$"
+"""The ends of tensors beside LoRA's: trained rows, and embeddings that were saved whole."""
+
+
+def _measure(layer: torch.nn.Module) -> tuple[int, ...]:
+    """Inputs and outputs of a linear layer; a quantized one's weight has another shape."""
+    if isinstance(layer, Conv1D):
+        return tuple(layer.weight.shape)
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
 
 
 def choose_rows(base: PreTrainedModel, ids: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
@@ -77,6 +144,7 @@ def adopt_embeddings(base: PreTrainedModel, folder: Path, config: LoraConfig, te
         found = [tensors.pop(f"{name}.{part}weight", None) for part in ("", "token_adapter.base_layer.")]
         for copy in ("modules_to_save", "original_module"):
             tensors.pop(f"{name}.{copy}.weight", None)
+        _drop_copy(folder, f"{name}.base_layer.weight", tensors, _bare(module))
         whole = next((tensor for tensor in found if tensor is not None), None)
         needed = max(0 if whole is None else len(whole), *(i + 1 for i in row_ids(config, name)), 0)
         if needed > len(_bare(module)):
@@ -112,3 +180,15 @@ def adopt_embeddings(base: PreTrainedModel, folder: Path, config: LoraConfig, te
         for module in modules:
             name = f"{_PREFIX}{_name_of(base, module)}"
             tensors[f"{name}.{ROWS}"] = finals[name][sorted(changed)]
+
+
+def _drop_copy(folder: Path, name: str, tensors: dict[str, torch.Tensor], own: torch.Tensor) -> None:
+    """Drop the copy of the base's embeddings that PEFT saves with LoRA on them; raises InputError where it is another's."""
+    copy = tensors.pop(name, None)
+    # A base that was computed in bfloat16 there has other last digits here.
+    if copy is not None and not (
+        len(copy) <= len(own) and torch.allclose(own[: len(copy)].float().cpu(), copy.float(), rtol=0.02, atol=1e-3)
+    ):
+        raise InputError(
+            f"{folder}: this adapter does not fit the base: it brings other embeddings ({name}) under its LoRA on them"
+        )

@@ -17,6 +17,7 @@ from medlora.encoding import Collator, Row, encode, encode_prompts
 from medlora.generation import generate
 from medlora.head import SupervisedHead
 from medlora.mixture import derive_seed
+from medlora.models import in_eval_mode
 from medlora.prompts import render
 from medlora.records import McqRecord, Record, TextRecord, TranslationRecord
 
@@ -77,9 +78,7 @@ class Validator:
     ) -> dict[str, float]:
         """Plain floats: `accuracy` and `format_score` of questions, `perplexity` of text, `token_f1` of translations,
         and `score`, the one of them (higher is better) by which the best adapter is kept."""
-        was_training = model.training
-        model.eval()
-        try:
+        with in_eval_mode(model):
             scores: dict[str, float] = {}
             if self.documents:
                 examples = [example for record in self.documents for example in render(record)]
@@ -99,8 +98,6 @@ class Validator:
                 scores |= self._score_questions(model, style or self.config.style, worked)
                 scores["score"] = scores["accuracy"]
             return scores
-        finally:
-            model.train(was_training)
 
     def _score_questions(self, model: Any, style: McqStyle, worked: McqRecord | None) -> dict[str, float]:
         answerer = McqAnswerer(

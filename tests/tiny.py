@@ -13,6 +13,8 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -75,6 +77,20 @@ def build_bases(folder: Path) -> dict[str, str]:
         model.to(torch.bfloat16).save_pretrained(folder / family)
         tokenizer.save_pretrained(folder / family)
     return {family: str(folder / family) for family in FAMILIES}
+
+
+def build_gpt2(folder: Path) -> str:
+    """Write a GPT-2, whose linear layers are Conv1D and whose base has dropout of its own; its folder."""
+    torch.manual_seed(0)
+    tokenizer = _train_byte_level()
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def _gemma_text(rows: int) -> Gemma3TextConfig:
