@@ -15,14 +15,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-<<<<<<< HEAD
 from medlora import pulse, runs, storage
-from medlora.callbacks import Leaving, Report, Segment
-=======
-from medlora import runs, storage
 from medlora.adapter_origin import write_card
-from medlora.callbacks import Report, Segment
->>>>>>> adapters
+from medlora.callbacks import Leaving, Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle
 from medlora.encoding import Collator
