@@ -53,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the run is done, 2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
+    from medlora.disk_errors import explain, explaining
     from medlora.errors import InputError
 
     try:
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             return run_several(configs, folders)
         (config,), (run,) = configs, folders
         with (
+            explaining(run.root),
             runs.hold(run.lock, f"run {run.root}"),
             storage.hold(run.root),
             runs.log_to((logging.getLogger("medlora.run"), run.log)),
@@ -91,6 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if (told := explain(error)) is None:
+            raise
+        print(f"medlora: {told}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("medlora: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -99,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int:
     """Runs side by side; everything that can be wrong with any of them is said before one starts."""
     from medlora import runs, storage
+    from medlora.disk_errors import explain
     from medlora.display import Display, print_reports
     from medlora.errors import InputError
     from medlora.on_ray.curriculum import begin
@@ -116,7 +124,11 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
             held.enter_context(runs.log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
             begun.append(begin(config, run, None, Display(name=run.name, beside=first).show))
         ends = run_side_by_side(begun)
-    failed = {name: end for name, end in zip(names, ends, strict=True) if isinstance(end, Exception)}
+    failed = {
+        run.name: explain(end, run.root) or end
+        for run, end in zip(folders, ends, strict=True)
+        if isinstance(end, Exception)
+    }
     outcomes = {name: end for name, end in zip(names, ends, strict=True) if not isinstance(end, Exception)}
     print_reports(
         {name: end.report for name, end in outcomes.items()},

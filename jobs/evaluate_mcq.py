@@ -35,6 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the report is there, 2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
+    from medlora.disk_errors import explain, explaining
     from medlora.errors import InputError
 
     try:
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         from medlora.display import Display, print_report
 
         with (
+            explaining(out.root),
             runs.hold(out.lock, f"evaluation {out.root}"),
             storage.hold(out.root, mark=FINGERPRINT),
             runs.log_to((logging.getLogger("medlora.run"), out.log)),
@@ -65,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (told := explain(error)) is None:
+            raise
+        print(f"medlora: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("medlora: interrupted; the same command asks only what is not answered yet", file=sys.stderr)

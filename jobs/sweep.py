@@ -36,6 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the sweep is done, 2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
+    from medlora.disk_errors import explain, explaining
     from medlora.errors import InputError
 
     try:
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         from medlora.sweep_report import find_summary
 
         with (
+            explaining(folder.root),
             runs.hold(folder.lock, f"sweep {folder.root}"),
             storage.hold(folder.root, mark=FINGERPRINT),
             runs.log_to((logging.getLogger("medlora.run"), folder.log)),
@@ -72,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (told := explain(error)) is None:
+            raise
+        print(f"medlora: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("medlora: interrupted; the same command goes on, no finished trial is run again", file=sys.stderr)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
+from medlora.disk_errors import explaining
 from medlora.errors import InputError
 from medlora.evaluation import Asked, Batch, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link, read_extra_tokens
@@ -216,7 +217,8 @@ class BatchAnswerer:
         if not ray.get(attempts.begin_load.remote()):
             raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
         try:
-            self.model = build()
+            with explaining(Path.cwd()):
+                self.model = build()
         except InputError as error:
             inbox.put({"event": "refused", "text": str(error)})
             raise
