@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the run is done, 2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
-    from medlora.disk_errors import explain, explaining
+    from medlora.disk_errors import explain
     from medlora.errors import InputError
 
     try:
@@ -78,7 +78,6 @@ def main(argv: list[str] | None = None) -> int:
             return run_several(configs, folders)
         (config,), (run,) = configs, folders
         with (
-            explaining(run.root),
             runs.hold(run.lock, f"run {run.root}"),
             storage.hold(run.root),
             runs.log_to((logging.getLogger("medlora.run"), run.log)),

@@ -35,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the report is there, 2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
-    from medlora.disk_errors import explain, explaining
+    from medlora.disk_errors import explain
     from medlora.errors import InputError
 
     try:
@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> int:
         from medlora.display import Display, print_report
 
         with (
-            explaining(out.root),
             runs.hold(out.lock, f"evaluation {out.root}"),
             storage.hold(out.root, mark=FINGERPRINT),
             runs.log_to((logging.getLogger("medlora.run"), out.log)),

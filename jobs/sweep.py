@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the sweep is done, 2 when something the user gave is wrong, 130 when interrupted."""
     arguments = parse(argv)
-    from medlora.disk_errors import explain, explaining
+    from medlora.disk_errors import explain
     from medlora.errors import InputError
 
     try:
@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
         from medlora.sweep_report import find_summary
 
         with (
-            explaining(folder.root),
             runs.hold(folder.lock, f"sweep {folder.root}"),
             storage.hold(folder.root, mark=FINGERPRINT),
             runs.log_to((logging.getLogger("medlora.run"), folder.log)),

@@ -64,8 +64,8 @@ def run_phase(
     )
     transformers.logging.set_verbosity_error()
     with ExitStack() as stack:
-        stack.enter_context(explaining(folder.root))
         stack.enter_context(holding)
+        stack.enter_context(explaining(folder.root))
         # Before the logs are opened: what is pulled replaces them.
         _pull(job, folder, world, main)
         folder.root.mkdir(parents=True, exist_ok=True)

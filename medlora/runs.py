@@ -35,6 +35,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from medlora.checksums import open_line, seal, seal_line, unseal
+from medlora.disk_errors import explaining
 from medlora.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -182,6 +183,13 @@ def open_run(folder: Path, mark: str = "run.json") -> RunFolder:
             f"run folder {str(folder)!r}: no `..` and no shell characters; give a plain path with --run-dir"
         )
     run = RunFolder(Path(os.path.abspath(folder.expanduser())))
+    with explaining(run.root):
+        _check_folder(run, mark)
+    return run
+
+
+def _check_folder(run: RunFolder, mark: str) -> None:
+    """Make the run's folder where it is absent; raises InputError where it cannot be ours."""
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"{run.root}: is a file; a run needs a folder of its own")
     there = [path.name for path in run.root.iterdir()] if run.root.is_dir() else []
@@ -206,31 +214,31 @@ def open_run(folder: Path, mark: str = "run.json") -> RunFolder:
         raise InputError(
             f"{run.root}: the disk is full ({free / 2**20:.0f} MiB free, 64 needed to begin); make room or use --run-dir"
         )
-    return run
 
 
 @contextmanager
 def hold(lock: Path, what: str, wait_s: float = 0) -> Iterator[None]:
     """Hold a lock file; raises InputError naming the holder when another process still has it after `wait_s`.
 
-    The operating system frees the lock when its holder dies, kill -9 included.
+    The operating system frees the lock when its holder dies, kill -9 included. Errors of the disk inside come out as
+    InputError: whoever works in a folder holds its lock.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    holder = lock.with_name(f"{lock.name}.json")
-    file_lock = FileLock(lock)
-    try:
-        file_lock.acquire(timeout=wait_s)
-    except Timeout:
-        _wait_for_holder(file_lock, holder, what)
-    try:
-        for temp in lock.parent.glob(f".{holder.name}.*.tmp"):
-            temp.unlink(missing_ok=True)  # of a process that was killed as it took the lock
-        write_json(
-            holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        )
-        yield
-    finally:
-        file_lock.release()
+    with explaining(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        holder = lock.with_name(f"{lock.name}.json")
+        file_lock = FileLock(lock)
+        try:
+            file_lock.acquire(timeout=wait_s)
+        except Timeout:
+            _wait_for_holder(file_lock, holder, what)
+        try:
+            for temp in lock.parent.glob(f".{holder.name}.*.tmp"):
+                temp.unlink(missing_ok=True)  # of a process that was killed as it took the lock
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+            yield
+        finally:
+            file_lock.release()
 
 
 def _wait_for_holder(file_lock: FileLock, holder: Path, what: str) -> None:
