@@ -35,7 +35,8 @@ def open_line(line: bytes) -> dict[str, Any] | None:
         return None if CRC in row else row
     # A last key that is nearly ours, with what is nearly a checksum, is ours after damage.
     if sealed[2] != CRC.encode():
-        return None if len(sealed[2]) <= len(CRC) + 1 else row
+        near = any(_is_nearly_ours(key, value) for key, value in row.items())
+        return None if near else row
     if _sum(sealed[1] + b"}") != sealed[3].decode("utf-8", "replace"):
         return None
     del row[CRC]
@@ -49,10 +50,18 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def unseal(content: Any) -> Any:
     """What `seal` was given; None when it is damaged. A value without a checksum is as it is."""
-    if not isinstance(content, dict) or CRC not in content:
+    if not isinstance(content, dict):
         return content
+    if CRC not in content:
+        return None if any(_is_nearly_ours(key, value) for key, value in content.items()) else content
     rest = {key: value for key, value in content.items() if key != CRC}
     return rest if _sum_values(rest) == content[CRC] else None
+
+
+def _is_nearly_ours(key: str, value: Any) -> bool:
+    """Whether a key is ours but for one character, and its value looks like a checksum."""
+    near = len(key) == len(CRC) and sum(a != b for a, b in zip(key, CRC, strict=True)) == 1
+    return near and isinstance(value, str) and len(value) == 8
 
 
 def _sum_values(content: Mapping[str, Any]) -> str:

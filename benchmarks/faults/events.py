@@ -86,9 +86,7 @@ def list_events(config: Any, place: str, scratch: Path) -> list[tuple[str, str]]
     return [(kind, name) for kind, name in json.loads((scratch / "events.json").read_text())]
 
 
-def try_every_event(
-    config: Any, place: str, fault: str, scratch: Path, every: int = 1, events: Any = None
-) -> Row:
+def try_every_event(config: Any, place: str, fault: str, scratch: Path, every: int = 1, events: Any = None) -> Row:
     """A fault at every event of a place, each in a run of its own that is then taken up again."""
     events = events or list_events(config, place, scratch)
     code: str | int = getattr(errno, fault) if fault in ERRORS else fault

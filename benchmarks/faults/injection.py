@@ -16,7 +16,9 @@ from typing import Any
 
 KILL, TEAR, POWER = "kill", "tear", "power"
 """Die before the event; die with half of what was to be written; die, and lose what was never synced."""
-_TORCH_WORDS = "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: file write failed"
+_TORCH_WORDS = (
+    "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: file write failed"
+)
 
 
 class Injector:
