@@ -26,7 +26,7 @@ def open_line(line: bytes) -> dict[str, Any] | None:
     """The row of a line that `seal_line` made, or of an older one without checksum; None when it is damaged."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None

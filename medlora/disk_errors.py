@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ _TORN_WRITE = re.compile(
     r"|failed finding central directory|short write"
 )
 """How torch reports that a file could not be written; it does not report why."""
+LEAST_OPEN_FILES = 512
+"""Ray's own libraries end the process where they cannot open files."""
 SAFE = "What was finished is whole, and the same command resumes from it"
 
 
@@ -46,7 +49,7 @@ def explain(error: BaseException, folder: Path | None = None) -> InputError | No
 
     It also looks at what caused the error, in Ray's wrappers too. `folder` is named where the error names no path.
     """
-    for cause in _list_causes(error):
+    for cause in sorted(_list_causes(error), key=_rank):
         code = _find_code(cause)
         if code is not None:
             what, advice = _KNOWN[code]
@@ -54,8 +57,7 @@ def explain(error: BaseException, folder: Path | None = None) -> InputError | No
             what, advice = _KNOWN[errno.ENOSPC] if _is_full(folder) else ("a file could not be written", "make room")
         else:
             continue
-        named = getattr(cause, "filename", None)
-        path = named if isinstance(named, str | os.PathLike) else folder
+        path = _find_path(cause) or folder
         place = f"{os.fspath(path)}: " if path is not None else ""
         return InputError(f"{place}{what}; {advice} and give the same command again. {SAFE}")
     return None
@@ -73,6 +75,18 @@ def explaining(folder: Path) -> Iterator[None]:
         if found is None:
             raise
         raise found from error
+
+
+def check_open_files() -> None:
+    """Raise the soft limit of open files to the hard one where it is low; InputError where that is not enough for Ray."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < LEAST_OPEN_FILES:
+        if hard != resource.RLIM_INFINITY and hard < LEAST_OPEN_FILES:
+            raise InputError(
+                f"a process may open {hard} files here, and {LEAST_OPEN_FILES} are needed; raise the limit "
+                f"(ulimit -n {LEAST_OPEN_FILES}) and give the same command again"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (LEAST_OPEN_FILES, hard))
 
 
 def _list_causes(error: BaseException) -> Iterator[BaseException]:
@@ -93,6 +107,17 @@ def _list_causes(error: BaseException) -> Iterator[BaseException]:
         if not each.__suppress_context__:
             found.append(each.__context__)
         waiting += [cause for cause in found if isinstance(cause, BaseException)]
+
+
+def _rank(error: BaseException) -> int:
+    """Errors that name their path first, then those with a number, then those that have words alone."""
+    numbered = isinstance(error, OSError) and error.errno in _KNOWN
+    return 0 if numbered and _find_path(error) else 1 if numbered else 2
+
+
+def _find_path(error: BaseException) -> str | os.PathLike[str] | None:
+    named = getattr(error, "filename", None)
+    return named if isinstance(named, str | os.PathLike) else None
 
 
 def _find_code(error: BaseException) -> int | None:

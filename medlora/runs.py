@@ -35,7 +35,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from medlora.checksums import open_line, seal, seal_line, unseal
-from medlora.disk_errors import explaining
+from medlora.disk_errors import check_open_files, explaining
 from medlora.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -184,6 +184,7 @@ def open_run(folder: Path, mark: str = "run.json") -> RunFolder:
         )
     run = RunFolder(Path(os.path.abspath(folder.expanduser())))
     with explaining(run.root):
+        check_open_files()
         _check_folder(run, mark)
     return run
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,9 +73,35 @@ def _stop_before(module: Any, name: str, injector: Injector) -> None:
     setattr(module, name, first_stop)
 
 
+def prepare(config: Any, place: str, scratch: Path) -> None:
+    """The run as it is just before a place, in `scratch`/before: each trial goes on from a copy of it."""
+    start_over(scratch / "before")
+    if place != "start":
+        run_in_fork(lambda: drive_with_fault(config, scratch / "before", place, _Dying()), scratch / "log")
+        assert (scratch / "before" / "run.json").is_file(), (scratch / "log").read_text()
+
+
+class _Dying(Injector):
+    """Ends the process where it is armed."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"), None)
+
+    def arm(self) -> None:
+        os._exit(137)
+
+
+def go_back(scratch: Path, folder: Path) -> None:
+    """Make a folder what the run was before the place of the fault."""
+    start_over(folder)
+    if (scratch / "before").exists():
+        shutil.copytree(scratch / "before", folder)
+
+
 def list_events(config: Any, place: str, scratch: Path) -> list[tuple[str, str]]:
     """The file events of a place in a run without fault."""
-    start_over(scratch / "dry")
+    prepare(config, place, scratch)
+    go_back(scratch, scratch / "dry")
     injector = Injector(scratch / "dry", None)
 
     def act() -> None:
@@ -90,14 +118,14 @@ def try_every_event(config: Any, place: str, fault: str, scratch: Path, every: i
     """A fault at every event of a place, each in a run of its own that is then taken up again."""
     events = events or list_events(config, place, scratch)
     code: str | int = getattr(errno, fault) if fault in ERRORS else fault
-    start_over(scratch / "whole")
-    assert run_in_fork(lambda: drive(config, scratch / "whole"), scratch / "log")[0] == 0
+    if not (scratch / "whole").exists():
+        assert run_in_fork(lambda: drive(config, scratch / "whole"), scratch / "log")[0] == 0
     wanted = hash_weights(scratch / "whole")
     row = Row(f"{place}, {fault}")
     points = [*range(1, len(events) + 1, every), *([0] if fault == POWER and place == "commit" else [])]
     for at in points:
         folder = scratch / "run"
-        start_over(folder)
+        go_back(scratch, folder)
         injector = Injector(folder, at, code)
         first, text = run_in_fork(lambda: drive_with_fault(config, folder, place, injector), scratch / "log")  # noqa: B023
         died = first in (137, 0) if code in (KILL, TEAR, POWER) else is_one_message(first, text)
