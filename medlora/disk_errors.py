@@ -57,7 +57,9 @@ def explain(error: BaseException, folder: Path | None = None) -> InputError | No
             what, advice = _KNOWN[errno.ENOSPC] if _is_full(folder) else ("a file could not be written", "make room")
         else:
             continue
-        path = _find_path(cause) or folder
+        path = _find_path(cause)
+        if path is None or (folder is not None and not os.path.lexists(path)):
+            path = folder  # shutil.rmtree names files relative to their folder
         place = f"{os.fspath(path)}: " if path is not None else ""
         return InputError(f"{place}{what}; {advice} and give the same command again. {SAFE}")
     return None

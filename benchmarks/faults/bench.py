@@ -55,6 +55,7 @@ def run_in_fork(act: Callable[[], Any], log: Path, timeout_s: float = 120) -> tu
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             try:
                 act()
                 code = 0

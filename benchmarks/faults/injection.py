@@ -10,6 +10,7 @@ import builtins
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ class Injector:
         setattr(module, name, patched)
 
     def _patch_torch(self) -> None:
-        import torch
-
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return
         real_save = torch.save
 
         def save(content: Any, file: Any, *more: Any, **options: Any) -> Any:

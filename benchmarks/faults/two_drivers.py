@@ -14,7 +14,6 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from bench import Row, run_in_fork, start_over
@@ -24,7 +23,7 @@ from medlora import runs
 HOLDS_S = 2.0
 
 
-def drive_briefly(folder: Path, start: float) -> None:
+def drive_briefly(folder: Path, start: float, holds_s: float) -> None:
     """Open, lock, mark and describe a run at the moment `start`, and hold it for a while."""
     time.sleep(max(0.0, start - time.time()))
     run = runs.open_run(folder)
@@ -32,10 +31,10 @@ def drive_briefly(folder: Path, start: float) -> None:
         runs.write_sealed(run.about, {"name": "x"})
         runs.write_yaml(run.config, {"name": "x"})
         print(f"runs as {os.getpid()}", flush=True)
-        time.sleep(HOLDS_S)
+        time.sleep(holds_s)
 
 
-def race(scratch: Path, rounds: int, apart_ms: float, seed: int = 0, drive: Callable[..., None] = drive_briefly) -> Row:
+def race(scratch: Path, rounds: int, apart_ms: float, seed: int = 0, holds_s: float = HOLDS_S) -> Row:
     """Rounds of two drivers, each on a folder that is not there yet."""
     row, drawn = Row("two drivers at once"), random.Random(seed)
     for n in range(rounds):
@@ -47,7 +46,7 @@ def race(scratch: Path, rounds: int, apart_ms: float, seed: int = 0, drive: Call
         for log, wait_s in zip(logs, late, strict=True):
             pid = os.fork()
             if pid == 0:
-                status, _ = run_in_fork(lambda: drive(folder, moment + wait_s), log)  # noqa: B023
+                status, _ = run_in_fork(lambda: drive_briefly(folder, moment + wait_s, holds_s), log)  # noqa: B023
                 os._exit(status if status >= 0 else 1)
             helpers.append(pid)
         ends = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in helpers)
