@@ -58,7 +58,7 @@ def explain(error: BaseException, folder: Path | None = None) -> InputError | No
         else:
             continue
         path = _find_path(cause)
-        if path is None or (folder is not None and not os.path.lexists(path)):
+        if path is None or (folder is not None and not os.path.isabs(path)):
             path = folder  # shutil.rmtree names files relative to their folder
         place = f"{os.fspath(path)}: " if path is not None else ""
         return InputError(f"{place}{what}; {advice} and give the same command again. {SAFE}")

@@ -130,7 +130,7 @@ def is_whole(folder: Path) -> bool:
 def is_one_message(status: int, text: str) -> bool:
     """Whether a command ended well, or by one message that names a path and is no traceback."""
     plain = "Traceback" not in text and "Logging error" not in text
-    return plain and (status == 0 or (status == 2 and text.count("medlora: ") == 1 and "/" in text))
+    return plain and (status == 0 or (status == 2 and text.count("medlora: ") == 1 and "medlora: /" in text))
 
 
 def start_over(folder: Path) -> None:
