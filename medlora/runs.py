@@ -533,6 +533,7 @@ def find_finished(folder: PhaseFolder) -> tuple[dict[str, Any] | None, str]:
     for sealed in sorted(folder.checkpoints.glob(f"*/checkpoint-*/{MANIFEST}")):
         found = read_manifest(sealed.parent)
         if found and check_files(sealed.parent, found) is None:
+            log.warning("%s: %s since it was finished; it resumes from its checkpoints", folder.root, wrong)
             return None, wrong
     name = folder.root.name
     raise InputError(

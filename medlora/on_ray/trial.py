@@ -107,7 +107,13 @@ def _train(
                 runs.set_aside(there.root)
             judged = phase.name == trial["train"][-1]
             hear = _Hook(trial, there, report if judged else None, common["inbox"], clock)
-            finished = runs.find_finished(there)[0] is not None
+            try:
+                finished = runs.find_finished(there)[0] is not None
+            except InputError as error:  # torn, without a checkpoint to resume from: trained again, nothing is lost
+                aside = runs.set_aside(there.root)
+                text = f"{error}; it was set aside to {aside} and is trained again"
+                common["inbox"].put({"event": "trial-note", "trial": trial["id"], "text": text})
+                finished = False
             hear.tell_again(finished)
             if not finished:
                 run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", kept=_keep())
