@@ -188,7 +188,7 @@ class MCQValidationCallback(TrainerCallback):
         best = max(
             (
                 row["score"]
-                for row in runs.read_json_lines(self.folder.validation)
+                for row in runs.read_json_lines(self.folder.validation, keys=("segment", "score"))
                 if row["segment"] == self.segment.name
             ),
             default=-math.inf,
@@ -221,6 +221,8 @@ class CheckpointCallback(TrainerCallback):
         if args.world_size > 1:
             _gather_random_states(checkpoint, args)
         if state.is_world_process_zero:
+            # A checkpoint stands for its lines and the best adapter up to its step, too: they are not written again.
+            runs.sync_files(self.folder.metrics, self.folder.validation, self.folder.best)
             runs.commit(checkpoint, {"step": state.global_step})
             storage.push(self.folder.root)
 

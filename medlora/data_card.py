@@ -6,17 +6,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from medlora.config import RunConfig
 from medlora.config_sources import DataConfig, SourceConfig
 from medlora.errors import InputError
 from medlora.records import McqRecord, Record, TextRecord
-from medlora.runs import as_json, hash_json
+from medlora.runs import as_json, hash_json, read_mapping
 from medlora.sources import scan, stream, stream_placed
 
 _SHOWN, _RECORDED = 10, 1000
 """Most pairs that a message shows, and that the card holds."""
+_PARTS = ("training", "held_out", "overlap", "duplicates", "dropped", "personal")
+"""The mappings that a card holds."""
 _EXCERPT = 100
 """Characters of a text that stand beside a pair."""
 
@@ -86,6 +89,15 @@ def stream_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> I
         raise InputError(
             f"{source.source}: every record was dropped by data.overlap or data.dedupe; name another source"
         )
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """The data card of an earlier start, None when it is absent or damaged; raises InputError when it is something else."""
+    card = read_mapping(path)
+    for part in _PARTS if card else ():
+        if not isinstance((card or {}).get(part, {}), dict):
+            raise InputError(f"{path}: {part} must be a mapping; remove the file, it is written again")
+    return card if card and set(_PARTS) <= set(card) else None
 
 
 def check_data(

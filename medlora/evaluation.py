@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from medlora import prompts, runs, storage
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig, Storage
 from medlora.config_file import load
 from medlora.config_sources import Name, ReadingConfig, Section, SourceConfig
-from medlora.data_card import describe_overlap
+from medlora.data_card import describe_overlap, read_card
 from medlora.errors import InputError
 from medlora.lineage import (
     Link,
@@ -34,6 +35,8 @@ from medlora.object_store import is_store
 from medlora.quarantine import describe_quarantine
 from medlora.records import McqRecord, Prediction
 from medlora.sources import hash_records
+
+log = logging.getLogger("medlora.run")
 
 Stages = Mapping[str, Sequence[Link]]
 """Stage name -> its chain of adapters; the plain base has none."""
@@ -133,7 +136,7 @@ def find_notes(config: EvaluateConfig) -> list[str]:
     """What the data cards of the runs have to say that the stages were taken from."""
     folders = {stage.rpartition(":")[0] for stage in config.stages if isinstance(stage, str)}
     found = {name: runs.RunFolder(find_run(name, config.storage.cache)) for name in sorted(folders)}
-    cards = [(name, runs.read_json(run.data) or {}) for name, run in found.items()]
+    cards = [(name, read_card(run.data) or {}) for name, run in found.items()]
     return [f"{name}: {note}" for name, card in cards for note in describe_overlap(card)]
 
 
@@ -320,10 +323,14 @@ def unpack_prediction(row: Mapping[str, Any]) -> Prediction:
 def read_ledger(path: Path, stages: Sequence[str]) -> list[Prediction]:
     """What an earlier driver already knew of these stages: the answers in whole ledger lines, each once."""
     found: dict[Answered, Prediction] = {}
-    for line in runs.read_json_lines(path):
-        for prediction in map(unpack_prediction, line["predictions"]):
-            if prediction.stage in stages:
-                found.setdefault(name_answer(prediction), prediction)
+    for line in runs.read_json_lines(path, keys=("predictions",)):
+        try:
+            predictions = [unpack_prediction(row) for row in line["predictions"]]
+            named = [(name_answer(prediction), prediction) for prediction in predictions if prediction.stage in stages]
+            for name, prediction in named:
+                found.setdefault(name, prediction)
+        except (TypeError, KeyError, ValueError) as error:
+            log.warning("%s: a line makes no answers (%s); its questions are asked again", path, error)
     return list(found.values())
 
 
@@ -345,8 +352,7 @@ def find_report(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] 
         return None
     if runs.find_differences(manifest["fingerprint"], fingerprint):
         return None
-    report: dict[str, Any] = runs.read_json(folder / REPORT)
-    return report
+    return runs.read_mapping(folder / REPORT)
 
 
 @dataclass(frozen=True)
@@ -390,7 +396,7 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
 
 def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """Raise InputError when the folder holds another evaluation, finished or not."""
-    was = runs.read_json(folder / FINGERPRINT)
+    was = runs.read_mapping(folder / FINGERPRINT)
     if was is not None and (differences := runs.find_differences(was, fingerprint)):
         shown = "\n  ".join(differences[:5])
         raise InputError(f"{folder}: holds another evaluation:\n  {shown}\nchoose another folder with --out")

@@ -393,7 +393,7 @@ def _hash_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> st
 
 def find_obstacle(job: PhaseJob, folder: runs.PhaseFolder, with_parent: bool = True) -> list[str]:
     """In which fields what stands in the phase's folder, finished or not, differs from the job; [] when it may be used."""
-    was = runs.read_json(folder.fingerprint)
+    was = runs.read_mapping(folder.fingerprint)
     if was is None:
         return [f"phases/{job.phase.name} holds files without a fingerprint"] if _holds_work(folder) else []
     now = job.fingerprint
@@ -403,7 +403,10 @@ def find_obstacle(job: PhaseJob, folder: runs.PhaseFolder, with_parent: bool = T
 
 
 def _holds_work(folder: runs.PhaseFolder) -> bool:
-    return folder.root.is_dir() and any(path.name != folder.log.name for path in folder.root.iterdir())
+    logs = {folder.log.name, folder.validation_log.name}  # opened before the fingerprint is written
+    return folder.root.is_dir() and any(
+        path.name not in logs and not runs.is_temporary(path.name) for path in folder.root.iterdir()
+    )
 
 
 def refuse(run: runs.RunFolder, job: PhaseJob, differences: Sequence[str]) -> InputError:

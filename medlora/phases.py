@@ -20,6 +20,7 @@ from medlora.adapter_origin import write_card
 from medlora.callbacks import Leaving, Report, Segment
 from medlora.chains import add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.config import BaseModelConfig, McqStyle
+from medlora.disk_errors import explaining
 from medlora.encoding import Collator
 from medlora.errors import InputError
 from medlora.fitting import train_in_memory
@@ -66,9 +67,12 @@ def run_phase(
     transformers.logging.set_verbosity_error()
     with ExitStack() as stack:
         stack.enter_context(holding)
+        stack.enter_context(explaining(folder.root))
         # Before the logs are opened: what is pulled replaces them.
         _pull(job, folder, world, main)
         folder.root.mkdir(parents=True, exist_ok=True)
+        if main:
+            runs.sweep_temporary(folder.root)
         stack.enter_context(runs.log_to(*sinks) if main else nullcontext())
         stack.enter_context(_log_failure(job.phase.name))
         torch.set_num_threads(job.threads)
@@ -79,14 +83,6 @@ def run_phase(
             raise InputError(
                 f"phase {job.phase.name}: {error}, so no adapter was written; lower phases.{job.phase.name}.learning_rate"
             ) from error
-        except (OSError, RuntimeError) as error:
-            # torch.save and safetensors say in words of their own that nothing more could be written.
-            if runs.is_disk_full(error, folder.root):
-                raise InputError(
-                    f"{folder.root}: the disk is full; make room and give the same command again, it goes on from the "
-                    "last whole checkpoint"
-                ) from error
-            raise
         finally:
             clear_memory()
 
@@ -133,7 +129,7 @@ def _run(
     log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, describe_device(device), socket.gethostname())
     hosts = _gather_hosts(world)
     if main:
-        runs.write_json(folder.fingerprint, job.fingerprint)
+        runs.write_sealed(folder.fingerprint, job.fingerprint)
     base = locate_base(
         job.base, job.cache, job.seed, lambda event: report({"event": "build", "phase": phase.name, **event})
     )

@@ -22,9 +22,10 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from medlora.checksums import open_line, seal, seal_line, unseal
+from medlora.disk_errors import check_open_files, explaining
 from medlora.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -40,6 +43,11 @@ CARD, CARD_MARK = "README.md", b"medlora: {"
 """The card in an adapter's folder, and what a line of it begins with; it counts in no hash."""
 LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
 """Files at the top of a folder that go on changing; no manifest holds them."""
+_TEMP = re.compile(r"\..+\.\d+\.tmp")
+"""Names of the files that `write_bytes` writes before it renames them: one that is left over is of a killed process."""
+_HOLDER_WAIT_S = 5.0
+"""How long a refused process looks for the holder's name, which is written a moment after the lock is taken."""
+log = logging.getLogger("medlora.run")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SAFE_PATH = re.compile(r"[\w./~ +,@=:-]+")
 _VERSIONED = ("medlora", "ray", "torch", "transformers", "peft", "bitsandbytes", "datasets", "pyarrow", "accelerate")
@@ -177,9 +185,18 @@ def open_run(folder: Path, mark: str = "run.json") -> RunFolder:
             f"run folder {str(folder)!r}: no `..` and no shell characters; give a plain path with --run-dir"
         )
     run = RunFolder(Path(os.path.abspath(folder.expanduser())))
+    with explaining(run.root):
+        check_open_files()
+        _check_folder(run, mark)
+    return run
+
+
+def _check_folder(run: RunFolder, mark: str) -> None:
+    """Make the run's folder where it is absent; raises InputError where it cannot be ours."""
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"{run.root}: is a file; a run needs a folder of its own")
-    strangers = [p.name for p in run.root.iterdir() if p.name not in LIVING] if run.root.is_dir() else []
+    there = [path.name for path in run.root.iterdir()] if run.root.is_dir() else []
+    strangers = [name for name in there if name not in LIVING and not is_temporary(name)]
     if strangers and not (run.root / mark).exists():
         raise InputError(
             f"{run.root}: holds other files ({', '.join(sorted(strangers)[:3])}) and is no medlora run; choose another folder"
@@ -191,53 +208,102 @@ def open_run(folder: Path, mark: str = "run.json") -> RunFolder:
         raise InputError(
             f"{run.root}: cannot be made: {error.strerror}; choose another folder with --run-dir"
         ) from None
+    if not os.access(run.root, os.R_OK | os.W_OK | os.X_OK):
+        raise InputError(
+            f"{run.root}: cannot be written (a read-only mount, or a folder of another user); choose another folder "
+            "with --run-dir or --out. What is there is left as it is"
+        )
     if free < 64 * 2**20:
         raise InputError(
             f"{run.root}: the disk is full ({free / 2**20:.0f} MiB free, 64 needed to begin); make room or use --run-dir"
         )
-    return run
 
 
 @contextmanager
 def hold(lock: Path, what: str, wait_s: float = 0) -> Iterator[None]:
     """Hold a lock file; raises InputError naming the holder when another process still has it after `wait_s`.
 
-    The operating system frees the lock when its holder dies, kill -9 included.
+    The operating system frees the lock when its holder dies, kill -9 included. Errors of the disk inside come out as
+    InputError: whoever works in a folder holds its lock.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    holder = lock.with_name(f"{lock.name}.json")
-    file_lock = FileLock(lock)
+    with explaining(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        holder = lock.with_name(f"{lock.name}.json")
+        file_lock = FileLock(lock)
+        try:
+            file_lock.acquire(timeout=wait_s)
+        except Timeout:
+            _wait_for_holder(file_lock, holder, what)
+        try:
+            for temp in lock.parent.glob(f".{holder.name}.*.tmp"):
+                temp.unlink(missing_ok=True)  # of a process that was killed as it took the lock
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+            yield
+        finally:
+            file_lock.release()
+
+
+def _wait_for_holder(file_lock: FileLock, holder: Path, what: str) -> None:
+    """Raise InputError that names who has the lock, or return with the lock where it has become free.
+
+    The name of a holder that took the lock just now is not written yet, and the one before may still stand there.
+    """
+    end = time.monotonic() + _HOLDER_WAIT_S
+    while True:
+        about = read_json(holder)
+        about = about if isinstance(about, dict) else {}
+        if _may_run(about) or time.monotonic() > end:
+            who = f"process {about.get('pid', '?')} on {about.get('host', '?')} since {about.get('since', '?')}"
+            raise InputError(f"{what} is in use by {who}; wait for it, or give this run another name")
+        try:
+            file_lock.acquire(timeout=0.05)
+            return
+        except Timeout:
+            continue
+
+
+def _may_run(about: Mapping[str, Any]) -> bool:
+    """Whether the process that a lock names may run still; of another host we cannot see it."""
+    pid = about.get("pid")
+    if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+        return False
+    if about.get("host") != socket.gethostname():
+        return True
     try:
-        file_lock.acquire(timeout=wait_s)
-    except Timeout:
-        about = read_json(holder) or {}
-        who = f"process {about.get('pid', '?')} on {about.get('host', '?')} since {about.get('since', '?')}"
-        raise InputError(f"{what} is in use by {who}; wait for it, or give this run another name") from None
-    try:
-        write_json(
-            holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        )
-        yield
-    finally:
-        file_lock.release()
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # of another user
+    return True
+
+
+class _LogFile(logging.FileHandler):
+    """Raises what it cannot write; logging's own handler prints a traceback and goes on with a gap in the log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called where a line could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        error.filename = error.filename or self.baseFilename
+        raise error
 
 
 @contextmanager
 def log_to(*sinks: tuple[logging.Logger, Path]) -> Iterator[None]:
     """Append what each logger says to its file while inside."""
-    opened = []
-    for logger, path in sinks:
-        handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        opened.append((logger, handler))
-    try:
+    with ExitStack() as opened:
+        for logger, path in sinks:
+            handler = _LogFile(path, encoding="utf-8")
+            opened.callback(handler.close)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            logger.setLevel(logging.INFO)
+            logger.addHandler(handler)
+            opened.callback(logger.removeHandler, handler)
         yield
-    finally:
-        for logger, handler in opened:
-            logger.removeHandler(handler)
-            handler.close()
 
 
 def find_home(folder: Path) -> Path:
@@ -249,13 +315,8 @@ def find_home(folder: Path) -> Path:
     return folder
 
 
-def is_disk_full(error: Exception, folder: Path) -> bool:
-    """Whether an error comes from a full disk below `folder`; torch.save says `iostream error` or `unexpected pos`."""
-    return getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < 2**20
-
-
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: temp file, fsync, rename."""
+    """Write a file whole or not at all, also when the power fails: temp file, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -266,11 +327,55 @@ def write_bytes(path: Path, content: bytes) -> None:
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that `write_bytes` had not renamed yet."""
+    return bool(_TEMP.fullmatch(name))
+
+
+def sweep_temporary(folder: Path, deep: bool = True) -> None:
+    """Remove the temp files of killed processes in a folder, and below it if `deep`; the caller holds the folder's lock."""
+    for path in folder.rglob(".*.tmp") if deep else folder.glob(".*.tmp"):
+        if is_temporary(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; a file system that cannot sync folders is left to its own ways."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(*paths: Path) -> None:
+    """Make files that we wrote durable: each path a file, or a folder with all files below it; absent ones are skipped."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    for file in files:
+        # Some systems sync only through a descriptor that may write.
+        with file.open("r+b" if os.access(file, os.W_OK) else "rb") as opened:
+            os.fsync(opened.fileno())
+    for parent in sorted({file.parent for file in files}):
+        sync_folder(parent)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as JSON with a checksum, the key `crc`, which `read_json` checks and takes out again."""
+    write_json(path, seal(content))
 
 
 def write_yaml(path: Path, content: Any) -> None:
@@ -279,32 +384,78 @@ def write_yaml(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON at `path`, or None when it is absent or torn."""
+    """The JSON at `path`, or None when it is absent, torn, or not what was written (its checksum says so)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return unseal(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """As `read_json`, of a file that holds a mapping; raises InputError for valid JSON that is something else."""
+    found = read_json(path)
+    if found is None or isinstance(found, dict):
+        return found
+    raise InputError(
+        f"{path}: must hold a mapping, found {type(found).__name__}; bring the file back as it was, or remove it"
+    )
+
+
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line of JSON."""
+    """Add one line of JSON with its checksum."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(seal_line(row) + "\n")
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file; none when it is absent. A torn last line is left out."""
-    if not path.exists():
-        return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
+def read_json_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All whole lines of a JSON-lines file; none when it is absent. A torn last line is left out.
+
+    A damaged line is named in the log and left out, and so is one that lacks any of `keys`.
+    """
+    return [row for _, row in _read_lines(path, keys)]
 
 
-def truncate_json_lines(path: Path, keep: Any) -> None:
+def _read_lines(path: Path, keys: Sequence[str] = ()) -> list[tuple[bytes, dict[str, Any]]]:
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        row = open_line(line)
+        if row is None or not set(keys) <= set(row):
+            log.warning("%s:%d: this line is damaged and left out; what it held is done again", path, number)
+        else:
+            lines.append((line, row))
+    return lines
+
+
+def truncate_json_lines(path: Path, keep: Any, keys: Sequence[str] = ()) -> None:
     """Keep the rows for which `keep(row)` holds; what comes after a resumed step is written again."""
     if path.exists():
-        rows = [row for row in read_json_lines(path) if keep(row)]
-        write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        lines = [line for line, row in _read_lines(path, keys) if keep(row)]
+        write_bytes(path, b"".join(line + b"\n" for line in lines))
+
+
+def cut_json_lines(path: Path, take: Callable[[dict[str, Any]], bool]) -> str:
+    """Hand every row of a JSON-lines file to `take`, and cut the file before the first that is damaged or not taken.
+
+    For a file whose lines build on each other. The file as it was is set aside; returns what was found, or an empty text.
+    """
+    if not path.exists():
+        return ""
+    content = path.read_bytes()
+    whole, wrong = 0, ""
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        row = open_line(line)
+        if row is None or not take(row):
+            wrong = f"{path}:{number}: this line is damaged; what it and the lines after it held is done again"
+            break
+        whole += len(line) + 1
+    if wrong:
+        aside = _name_aside(path)
+        write_bytes(aside, content)
+        wrong += f" (the file as it was: {aside})"
+        log.warning("%s", wrong)
+    if whole < len(content):
+        write_bytes(path, content[:whole])
+    return wrong
 
 
 def hash_file(path: Path) -> str:
@@ -320,10 +471,14 @@ def hash_json(content: Any) -> str:
 
 def hash_files(folder: Path, passing: Sequence[Path] = ()) -> dict[str, str]:
     """sha256 of every file below `folder` by relative path, but of its manifest, cards, and what is in folders `passing`."""
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in _list_files(folder, passing)}
+
+
+def _list_files(folder: Path, passing: Sequence[Path] = ()) -> list[Path]:
     ours = {folder / name for name in (MANIFEST, *LIVING)}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
-    kept = [path for path in files if not any(path.is_relative_to(other) for other in passing) and not _is_card(path)]
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in kept}
+    files = [path for path in files if not is_temporary(path.name) and not _is_card(path)]
+    return [path for path in files if not any(path.is_relative_to(other) for other in passing)]
 
 
 def _is_card(path: Path) -> bool:
@@ -340,16 +495,27 @@ def hash_adapter(folder: Path) -> str:
 
 
 def commit(folder: Path, about: Mapping[str, Any], passing: Sequence[Path] = ()) -> dict[str, Any]:
-    """Write the manifest of a finished folder: `about` and the hashes of its files, but for folders `passing` away."""
-    manifest = {**about, "files": hash_files(folder, passing), "finished": time.strftime("%Y-%m-%d %H:%M:%S%z")}
-    write_json(folder / MANIFEST, manifest)
+    """Write the manifest of a finished folder: `about` and the hashes of its files, but for folders `passing` away.
+
+    The files and their folders are durable before the manifest that names them, and the manifest when this returns.
+    """
+    sweep_temporary(folder)
+    files = _list_files(folder, passing)
+    sync_files(*files)
+    sync_folder(folder.parent)
+    hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    manifest = {**about, "files": hashes, "finished": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+    write_sealed(folder / MANIFEST, manifest)
     return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder, or None when the folder is unfinished."""
+    """The manifest of a finished folder, or None when the folder is unfinished or its manifest is damaged."""
     manifest = read_json(folder / MANIFEST)
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return None
+    whole = all(isinstance(digest, str) for digest in manifest["files"].values())
+    return manifest if whole and isinstance(manifest.get("fingerprint", {}), dict) else None
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> str | None:
@@ -361,6 +527,33 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> str | None:
         if hash_file(path) != digest:
             return f"{name} has changed"
     return None
+
+
+def find_finished(folder: PhaseFolder) -> tuple[dict[str, Any] | None, str]:
+    """The manifest of a finished phase, and what is wrong with it where it can be trained on from a whole checkpoint.
+
+    (None, "") is an unfinished phase. (None, reason) is one that was finished and is torn, with a checkpoint to resume
+    from. Raises InputError for a torn phase without any, since only the user can bring it back.
+    """
+    if not (folder.root / MANIFEST).is_file():
+        return None, ""
+    manifest = read_manifest(folder.root)
+    seconds = manifest.get("seconds") if manifest else None
+    if manifest is None or not isinstance(seconds, dict) or not {"all", "base"} <= set(seconds):
+        wrong: str | None = f"{MANIFEST} is damaged"
+    else:
+        wrong = check_files(folder.root, manifest)
+    if wrong is None:
+        return manifest, ""
+    for sealed in sorted(folder.checkpoints.glob(f"*/checkpoint-*/{MANIFEST}")):
+        found = read_manifest(sealed.parent)
+        if found and check_files(sealed.parent, found) is None:
+            log.warning("%s: %s since it was finished; it resumes from its checkpoints", folder.root, wrong)
+            return None, wrong
+    name = folder.root.name
+    raise InputError(
+        f"{folder.root}: {wrong} since phase {name} was finished; bring it back, or say --redo {name}, which sets it aside"
+    )
 
 
 def as_json(content: Any) -> Any:
@@ -396,14 +589,17 @@ def remove(*folders: Path) -> None:
 
 def set_aside(folder: Path) -> Path | None:
     """Move a folder out of the way, to `.replaced/<name>-<n>` beside it, so that nothing is lost; None if absent."""
-    if not folder.exists():
-        return None
-    target = folder.parent / ".replaced"
+    return folder.rename(_name_aside(folder)) if folder.exists() else None
+
+
+def _name_aside(path: Path) -> Path:
+    """A free name in `.replaced` beside a file or folder."""
+    target = path.parent / ".replaced"
     target.mkdir(exist_ok=True)
     n = 1
-    while (target / f"{folder.name}-{n}").exists():
+    while (target / f"{path.name}-{n}").exists():
         n += 1
-    return folder.rename(target / f"{folder.name}-{n}")
+    return target / f"{path.name}-{n}"
 
 
 def get_versions() -> dict[str, str]:

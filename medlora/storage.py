@@ -27,6 +27,7 @@ from medlora.run_lock import LOCK, adopt_lock, check_lock, hold_lock
 _COPIES = "working-copies"
 _URI = re.compile(r"(s3|gs)://[A-Za-z0-9][\w.-]*(/[\w.=+@~-]+)*/?")
 _NONCE = ".nonce"
+_MARKS = ("run.json", "fingerprint.json")
 SEEN_WAIT_S = 30.0
 """How long a mount may take to show one node what another wrote: NFS remembers for so long that a file was not there."""
 
@@ -135,8 +136,9 @@ def push(folder: Path, passing: Sequence[str] = ()) -> None:
         here = {name for name in copy.list(folder) if not _passes(name, passing)}
         known = [name for name in index if not _passes(name, passing)]
         gone = sorted(name for name in known if name not in here and (copy.root / name).is_relative_to(folder))
-        for last in (False, True):
-            changed = [n for n in sorted(here) if _is_manifest(n) == last and (index.get(n) or [])[:2] != copy.sign(n)]
+        for rank in (0, 1, 2):
+            ranked = [name for name in sorted(here) if _rank(name) == rank]
+            changed = [name for name in ranked if (index.get(name) or [])[:2] != copy.sign(name)]
             signs = {name: copy.sign(name) for name in changed}
             _do_each(changed, lambda name: copy.objects.send(name, copy.root / name))
             index.update({name: [*signs[name], *copy.objects.sign(name)] for name in changed})
@@ -195,11 +197,12 @@ class _Copy:
         path = self.root.with_name(f".{self.root.name}.index.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            index = runs.read_json(path) or {}
+            found = runs.read_json(path)
+            index = found if isinstance(found, dict) else {}
             try:
                 yield index
             finally:
-                runs.write_json(path, index)
+                runs.write_sealed(path, index)
 
     def list(self, folder: Path) -> set[str]:
         """The names of the files below a folder that belong to the run."""
@@ -221,6 +224,12 @@ def _belongs(name: str) -> bool:
 
 def _is_manifest(name: str) -> bool:
     return name.rpartition("/")[2] == runs.MANIFEST
+
+
+def _rank(name: str) -> int:
+    """When a file is pushed: the mark by which a folder is known as ours first, so that a push cut short leaves no folder
+    of strangers; manifests last."""
+    return 0 if name in _MARKS else 2 if _is_manifest(name) else 1
 
 
 def _passes(name: str, passing: Sequence[str]) -> bool:

@@ -192,7 +192,7 @@ def find_start(plan: SweepPlan) -> tuple[runs.RunFolder, tuple[Link, ...]]:
     storage.pull(run.root, passing=("checkpoints", "best", "evaluation", ".replaced"))
     for phase in list_earlier(plan):
         there = run.phase(phase.name)
-        if runs.read_manifest(there.root) is None:
+        if runs.find_finished(there)[0] is None:
             raise InputError(f"start: {folder} has no finished phase {phase.name}; train it first, or remove the key")
         if differences := find_obstacle(make_job(plan.run, phase, chain), there):
             shown = "\n  ".join(differences[:5])
@@ -203,7 +203,7 @@ def find_start(plan: SweepPlan) -> tuple[runs.RunFolder, tuple[Link, ...]]:
 
 def refuse_other(folder: Path, plan: SweepPlan) -> None:
     """Raise InputError when the folder holds another sweep, finished or not."""
-    was = runs.read_json(folder / FINGERPRINT)
+    was = runs.read_mapping(folder / FINGERPRINT)
     if was is not None and (differences := runs.find_differences(was, describe_sweep(plan))):
         shown = "\n  ".join(differences[:5])
         raise InputError(

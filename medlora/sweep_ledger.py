@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medlora import runs
 
@@ -62,9 +62,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.trials: dict[str, Trial] = {}
-        runs.truncate_json_lines(path, lambda line: True)  # drops a torn last line
-        for line in runs.read_json_lines(path):
-            self._take(line)
+        self.damage = runs.cut_json_lines(path, self._accept)
+        """What was wrong with a line, at which the file was cut: what came after it is done again."""
         for trial in self.trials.values():
             trial.since = None  # what ran when the sweep was killed ran for as long as it was heard of
 
@@ -110,6 +109,22 @@ class Ledger:
         line["time"] = round(time.time(), 3)
         runs.append_json(self.path, line)
         self._take(line)
+
+    def _accept(self, line: Mapping[str, Any]) -> bool:
+        """Take a line that makes sense after those before it; a damaged one of an older file, without checksum, may not."""
+        known = line.get("trial") in self.trials
+        number = isinstance(line.get("time"), int | float)
+        right = {
+            "begun": not known and isinstance(line.get("params"), dict) and isinstance(line.get("about", {}), dict),
+            "running": known,
+            "died": known,
+            "score": known and all(isinstance(line.get(key), int | float) for key in ("step", "score", "stop")),
+            "ended": known and line.get("state") in get_args(State) and isinstance(line.get("why"), str),
+        }
+        if not (number and isinstance(line.get("trial"), str) and right.get(str(line.get("event")), False)):
+            return False
+        self._take(line)
+        return True
 
     def _take(self, line: Mapping[str, Any]) -> None:
         event, id, now = line["event"], line["trial"], line["time"]

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +35,7 @@ class TrialLogs:
         self.writers: dict[str, Any] = {}
         self.seen: dict[str, int] = {}
         self.lock = threading.Lock()
+        self.failures: list[OSError] = []
         self.mlflow = _Mlflow(config.mlflow.experiment, config.name, folder) if config.mlflow else None
 
     def __enter__(self) -> Self:
@@ -62,6 +63,8 @@ class TrialLogs:
                     self._end(trial)
 
     def _add(self, trial: Trial, scalars: Mapping[str, float], step: int) -> None:
+        if self.failures:
+            raise self.failures[0]
         writer = self._open(trial)
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
@@ -72,7 +75,10 @@ class TrialLogs:
         if trial.id not in self.writers:
             from tensorboardX import SummaryWriter
 
-            self.writers[trial.id] = SummaryWriter(str(self.folder / trial.id), flush_secs=10)
+            writer = SummaryWriter(str(self.folder / trial.id), flush_secs=10)
+            worker = writer.file_writer.event_writer._worker
+            worker._record_writer = _EventFile(worker._record_writer, self.failures)
+            self.writers[trial.id] = writer
         return self.writers[trial.id]
 
     def _end(self, trial: Trial) -> None:
@@ -89,6 +95,29 @@ class TrialLogs:
         writer.close()
         if self.mlflow:
             self.mlflow.end(trial)
+
+
+class _EventFile:
+    """TensorBoard's file, written in a thread of its own: that thread would die of a full disk with a traceback, and the
+    sweep would then wait for ever for room in its queue."""
+
+    def __init__(self, events: Any, failures: list[OSError]) -> None:
+        self.events, self.failures = events, failures
+
+    def write_event(self, event: Any) -> None:
+        """Write one event, unless an earlier one could not be written."""
+        self._try(lambda: self.events.write_event(event))
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        self._try(self.events.flush)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        if not self.failures:
+            try:
+                act()
+            except OSError as error:  # raised in the sweep's own thread, by TrialLogs
+                self.failures.append(error)
 
 
 class _Mlflow:

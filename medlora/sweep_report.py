@@ -57,8 +57,9 @@ def find_winner(comparison: Mapping[str, Any]) -> str:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What the winner scored on the tests, if it ever was: a row a test."""
-    report = runs.read_json(folder / "test" / TEST_REPORT)
-    if report is None or runs.read_manifest(folder / "test") is None:
+    report = runs.read_mapping(folder / "test" / TEST_REPORT)
+    manifest = runs.read_manifest(folder / "test")
+    if report is None or manifest is None or runs.check_files(folder / "test", manifest):
         return None
     rows = [{key: row[key] for key in ("test", "accuracy", "interval", "n")} for row in report["stages"]]
     return {"trial": report["trial"], "created": report["created"], "tests": rows}
@@ -66,7 +67,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def find_summary(folder: Path, plan: SweepPlan, ledger: Ledger, final_test: bool) -> dict[str, Any] | None:
     """The summary of a sweep in which nothing is left to do; None otherwise."""
-    summary: dict[str, Any] | None = runs.read_json(folder / REPORT)
+    summary = runs.read_mapping(folder / REPORT)
     whole = summary is not None and all((folder / name).is_file() for name in (TABLE, PAGE, BEST))
     if summary is None or not whole or (final_test and summary["test"] is None):
         return None
@@ -125,7 +126,7 @@ def write_results(
             "versions": runs.get_versions(),
         }
     )
-    runs.write_json(folder / REPORT, summary)
+    runs.write_sealed(folder / REPORT, summary)
     write_table(folder / TABLE, trials, list(plan.space))
     runs.write_bytes(folder / BEST, make_best(plan, ledger, ledger.trials[winner], comparison).encode())
     from medlora.sweep_page import write_sweep_page

@@ -222,7 +222,9 @@ def train(
     else:
         with recompute_activations(model, phase.gradient_checkpointing is True):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    logged = [row for row in runs.read_json_lines(folder.metrics) if row["segment"] == segment.name]
+    logged = [
+        row for row in runs.read_json_lines(folder.metrics, keys=("segment", "loss")) if row["segment"] == segment.name
+    ]
     return {
         "segment": segment.name,
         "steps": max(trainer.state.global_step, resumed_step),
@@ -270,7 +272,9 @@ def _stopped_early(checkpoint: Path | None) -> bool:
 def _forget_after(folder: runs.PhaseFolder, segment: str, output: Path, step: int) -> None:
     """Drop what was written after the step from which the segment goes on: it will be written again."""
     for path in (folder.metrics, folder.validation):
-        runs.truncate_json_lines(path, lambda row: row["segment"] != segment or row["step"] <= step)
+        runs.truncate_json_lines(
+            path, lambda row: row["segment"] != segment or row["step"] <= step, keys=("segment", "step")
+        )
     for checkpoint in output.glob("checkpoint-*"):
         if int(checkpoint.name.rpartition("-")[2]) > step:
             shutil.rmtree(checkpoint)

@@ -18,6 +18,8 @@ LAYERS = {
         {
             "__init__",
             "errors",
+            "disk_errors",
+            "checksums",
             "records",
             "config",
             "config_file",

@@ -191,6 +191,7 @@ def beside_driver() -> dict[str, Any]:
 def listen(on_event: OnEvent) -> Iterator[Queue]:
     """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
     inbox = Queue(actor_options=beside_driver())
+    failures: list[Exception] = []
 
     def deliver() -> None:
         while True:
@@ -200,7 +201,11 @@ def listen(on_event: OnEvent) -> Iterator[Queue]:
                 continue
             if event == _END:
                 return
-            on_event(event)
+            try:
+                if not failures:
+                    on_event(event)
+            except Exception as error:  # raised where the driver listens, not as a traceback of this thread
+                failures.append(error)
 
     thread = threading.Thread(target=deliver, name="medlora-inbox", daemon=True)
     thread.start()
@@ -210,6 +215,8 @@ def listen(on_event: OnEvent) -> Iterator[Queue]:
         inbox.put(_END)
         thread.join(timeout=10)
         inbox.shutdown(force=True)
+    if failures:
+        raise failures[0]
 
 
 def quiet_ray_data() -> None:

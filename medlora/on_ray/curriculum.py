@@ -10,7 +10,7 @@ from typing import Any
 
 from medlora import runs, storage
 from medlora.config import ActorPlacement, PhaseConfig, RunConfig
-from medlora.data_card import check_data, describe_findings, describe_overlap
+from medlora.data_card import check_data, describe_findings, describe_overlap, read_card
 from medlora.errors import InputError
 from medlora.evaluation import (
     FINGERPRINT,
@@ -92,16 +92,17 @@ def run_curriculum(config: RunConfig, run: runs.RunFolder, redo: str | None, on_
 
 def begin(config: RunConfig, run: runs.RunFolder, redo: str | None, on_event: OnEvent) -> Begun:
     """Look at everything that can be wrong with a run before Ray is touched; raises InputError."""
+    _mark_run(config, run)
     check_rows(config, run.quarantine)
     check_run(config, run, redo)
-    known = runs.read_json(run.data)
+    known = read_card(run.data)
 
     def tell(text: str) -> None:
         on_event({"event": "note", "phase": "data", "text": text})
 
     card = check_data(config, known, tell)
     _describe_run(config, run)
-    runs.write_json(run.data, card)
+    runs.write_sealed(run.data, card)
     for text in describe_findings(card) if card != known else ():
         tell(text)
     if redo is not None:
@@ -235,11 +236,7 @@ def _find_finished(
         return None
     if differences:
         raise refuse(run, job, differences)
-    manifest = runs.read_manifest(folder.root)
-    if manifest and (wrong := runs.check_files(folder.root, manifest)):
-        raise InputError(
-            f"{folder.root}: {wrong} since phase {phase.name} was finished; bring it back, or say --redo {phase.name}"
-        )
+    manifest, _ = runs.find_finished(folder)
     return manifest
 
 
@@ -248,10 +245,17 @@ def _comes_after(config: RunConfig, phase: PhaseConfig, name: str) -> bool:
     return names.index(phase.name) >= names.index(name)
 
 
+def _mark_run(config: RunConfig, run: runs.RunFolder) -> None:
+    """The mark comes before every other file: a folder whose driver was killed at once is known as ours."""
+    if runs.read_mapping(run.about) is None:
+        runs.write_sealed(run.about, {"name": config.name, "created": time.strftime("%Y-%m-%d %H:%M:%S%z")})
+    runs.sweep_temporary(run.root, deep=False)
+
+
 def _describe_run(config: RunConfig, run: runs.RunFolder) -> None:
     runs.write_yaml(run.config, config.model_dump(mode="json"))
-    about = runs.read_json(run.about) or {"name": config.name, "created": time.strftime("%Y-%m-%d %H:%M:%S%z")}
-    runs.write_json(
+    about = runs.read_mapping(run.about) or {}
+    runs.write_sealed(
         run.about, {**about, "seed": config.seed, "versions": runs.get_versions(), "git_commit": runs.get_git_commit()}
     )
 
@@ -285,8 +289,9 @@ def _evaluate(
     if config.evaluation is None or fingerprint is None or asked is None:
         return None
     placement, _ = find_evaluation_placement(config)
-    if runs.find_differences(runs.read_json(run.evaluation / FINGERPRINT), fingerprint) or runs.read_manifest(
-        run.evaluation
+    if (
+        runs.find_differences(runs.read_mapping(run.evaluation / FINGERPRINT), fingerprint)
+        or (run.evaluation / runs.MANIFEST).exists()
     ):
         runs.set_aside(run.evaluation)
     questions = sum(map(len, asked.tests.values()))
@@ -304,7 +309,7 @@ def _evaluate(
         "config": config.model_dump(mode="json"),
         "notes": [
             *describe_other_task(stages, config.evaluation),
-            *describe_overlap(runs.read_json(run.data) or {}),
+            *describe_overlap(read_card(run.data) or {}),
             *describe_quarantine(config.evaluation),
         ],
         "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in done.items()},

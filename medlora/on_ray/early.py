@@ -76,9 +76,9 @@ class EarlyScoring:
     def add(self, name: str, chain: Sequence[Link]) -> None:
         """Score a stage, unless it has answered everything already; answers of another stage of that name are removed."""
         folder, fingerprint = self.folder / name, self.describe(name, chain)
-        if runs.find_differences(runs.read_json(folder / FINGERPRINT), fingerprint):
+        if runs.find_differences(runs.read_mapping(folder / FINGERPRINT), fingerprint):
             runs.remove(folder)
-        runs.write_json(folder / FINGERPRINT, fingerprint)
+        runs.write_sealed(folder / FINGERPRINT, fingerprint)
         known, total = len(read_ledger(folder / LEDGER, [name])), sum(map(len, self.asked.tests.values()))
         if known < total:
             with self.lock:
@@ -187,7 +187,7 @@ def take_over(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> list[Pre
     """What stages have answered early, by their names and what their answers depend on."""
     found: list[Prediction] = []
     for stage, fingerprint in stages.items():
-        if not runs.find_differences(runs.read_json(folder / stage / FINGERPRINT), fingerprint):
+        if not runs.find_differences(runs.read_mapping(folder / stage / FINGERPRINT), fingerprint):
             found += read_ledger(folder / stage / LEDGER, [stage])
     return found
 

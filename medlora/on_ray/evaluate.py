@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from medlora import pulse
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
+from medlora.disk_errors import explaining
 from medlora.errors import InputError, RunError
 from medlora.evaluation import Asked, Batch, Question, Stages, name_batch, pack_prediction, unpack_prediction
 from medlora.lineage import Link, read_extra_tokens
@@ -240,7 +241,8 @@ class BatchAnswerer:
         try:
             if not ray.get(attempts.begin_load.remote()):
                 raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
-            self.model = build()
+            with explaining(Path.cwd()):
+                self.model = build()
         except InputError as error:
             inbox.put({"event": "refused", "text": str(error)})
             raise

@@ -117,9 +117,11 @@ def ask_stages(
     Each batch goes into the ledger as it comes back, so that a driver that was killed asks the rest alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(folder / FINGERPRINT, fingerprint)
+    runs.write_sealed(folder / FINGERPRINT, fingerprint)
     ledger = folder / LEDGER
-    runs.truncate_json_lines(ledger, lambda line: True)  # drops a torn last line
+    runs.truncate_json_lines(
+        ledger, lambda line: True
+    )  # drops a torn last line and damaged ones, each named in the log
     answers = {name_answer(p): p for p in [*known, *read_ledger(ledger, list(stages))]}
     batches = plan_batches(tests, config.batch_size, list(stages), set(answers))
     total, left = sum(map(len, tests.values())), sum(len(batch.questions) for batch in batches)

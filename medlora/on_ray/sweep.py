@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medlora import runs, storage
-from medlora.data_card import check_data, describe_findings, describe_overlap
+from medlora.data_card import check_data, describe_findings, describe_overlap, read_card
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, find_obstacle, make_job, refuse, start_chain
 from medlora.on_ray.cluster import Cluster, OnEvent, connect, listen
@@ -53,14 +53,17 @@ def run_sweep(
     """
     if final_test and plan.run.evaluation is None:
         raise InputError(f"--final-test: {plan.config.config} has no evaluation; name the tests there")
+    runs.sweep_temporary(folder.root, deep=False)
+    if ledger.damage:
+        _note(on_event, "search", ledger.damage)
     checked = plan.check_against()
     check_rows(checked, folder.quarantine)
-    known = runs.read_json(folder.data)
+    known = read_card(folder.data)
     card = check_data(checked, known, lambda text: _note(on_event, "data", text))
     for text in describe_findings(card) if card != known else ():
         _note(on_event, "data", text)
-    runs.write_json(folder.root / FINGERPRINT, describe_sweep(plan))
-    runs.write_json(folder.data, card)
+    runs.write_sealed(folder.root / FINGERPRINT, describe_sweep(plan))
+    runs.write_sealed(folder.data, card)
     storage.push(folder.root, passing=("trials",))
     began = time.monotonic()
     with TrialLogs(folder.root, plan.config) as logs, connect() as cluster:
@@ -95,7 +98,7 @@ def _find_or_train_start(
         job, there = make_job(plan.run, phase, chain), run.phase(phase.name)
         if differences := find_obstacle(job, there):
             raise refuse(run, job, differences)
-        if runs.read_manifest(there.root) is None:
+        if runs.find_finished(there)[0] is None:
             placement = phase.placement or plan.run.placement
             check_placement(placement, cluster, f"phases.{phase.name}.placement of {plan.config.config}")
             began = time.monotonic()

@@ -120,7 +120,7 @@ def _score(
     fingerprint = describe_evaluation(plan.run.base, plan.run.seed, config, stages, asked)
     if report := find_report(into, fingerprint):
         return report
-    if runs.find_differences(runs.read_json(into / FINGERPRINT), fingerprint) or runs.read_manifest(into):
+    if runs.find_differences(runs.read_mapping(into / FINGERPRINT), fingerprint) or (into / runs.MANIFEST).exists():
         runs.set_aside(into)
     questions = sum(map(len, asked.tests.values()))
     many = f"{len(stages)} trial{'s' * (len(stages) != 1)}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from medlora import runs, storage
 from medlora.config import Placement
+from medlora.disk_errors import explaining
 from medlora.errors import InputError, RunError
 from medlora.lineage import PhaseJob
 from medlora.on_ray.cluster import Cluster, OnEvent, listen
@@ -229,7 +230,8 @@ def _train_loop(config: dict[str, Any]) -> None:
         text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
         inbox.put({"event": "note", "phase": config["job"]["phase"]["name"], "text": text})
     try:
-        storage.check_seen(Path(config["run"]), config["nonce"])
+        with explaining(Path(config["run"])):
+            storage.check_seen(Path(config["run"]), config["nonce"])
         with beating(inbox, f"worker {ray.train.get_context().get_world_rank()}", config["beat_s"]):
             run_phase(
                 PhaseJob.model_validate(config["job"]),

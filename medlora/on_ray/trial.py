@@ -13,6 +13,7 @@ from typing import Any
 
 from medlora import runs, storage
 from medlora.config import RunConfig
+from medlora.disk_errors import explain, explaining
 from medlora.errors import InputError
 from medlora.lineage import extend_chain, find_obstacle, make_job, start_chain
 from medlora.on_ray.stalls import beating
@@ -47,7 +48,8 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
         remember(packed)
     folder = Path(common["folder"]) / "trials" / trial["id"]
     try:
-        storage.check_seen(Path(common["folder"]), common["nonce"])
+        with explaining(folder):
+            storage.check_seen(Path(common["folder"]), common["nonce"])
         with beating(common["inbox"], f"trial {trial['id']}", common["beat_s"]):
             _train(trial, folder, common, tune.report, run_phase, clock)
     except (InputError, FloatingPointError) as error:
@@ -65,9 +67,7 @@ def _concerns_all(error: Exception, folder: Path) -> bool:
     """Whether what went wrong is none of this trial's values, and would meet the others, too: a full disk, a store."""
     cause = error.__cause__
     unseen = not runs.RunFolder(folder).config.is_file()
-    return (
-        unseen or isinstance(cause, OSError) or (isinstance(cause, RuntimeError) and runs.is_disk_full(cause, folder))
-    )
+    return unseen or isinstance(cause, OSError) or (cause is not None and explain(cause, folder) is not None)
 
 
 class _Clock:
@@ -109,7 +109,13 @@ def _train(
                 runs.set_aside(there.root)
             judged = phase.name == trial["train"][-1]
             hear = _Hook(trial, there, report if judged else None, common["inbox"], clock)
-            finished = runs.read_manifest(there.root) is not None
+            try:
+                finished = runs.find_finished(there)[0] is not None
+            except InputError as error:  # torn, without a checkpoint to resume from: trained again, nothing is lost
+                aside = runs.set_aside(there.root)
+                text = f"{error}; it was set aside to {aside} and is trained again"
+                common["inbox"].put({"event": "trial-note", "trial": trial["id"], "text": text})
+                finished = False
             hear.tell_again(finished)
             if not finished:
                 run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", kept=_keep())
@@ -134,8 +140,8 @@ def _prepare(config: RunConfig, run: runs.RunFolder, links: dict[str, str], card
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     runs.write_yaml(run.config, config.model_dump(mode="json"))
     about = {"name": config.name, "seed": config.seed, "versions": runs.get_versions()}
-    runs.write_json(run.about, about)
-    runs.write_json(run.data, card)
+    runs.write_sealed(run.about, about)
+    runs.write_sealed(run.data, card)
     for name, target in links.items():
         link = run.phase(name).root
         storage.pull(Path(target))
@@ -180,13 +186,17 @@ class _Hook:
 
     def tell_again(self, finished: bool) -> None:
         """Report the scores of an earlier process that nobody heard, since the driver died before."""
-        rows = runs.read_json_lines(self.folder.validation)
+        rows = runs.read_json_lines(self.folder.validation, keys=("segment", "step", "accuracy"))
         for i, row in enumerate(rows):
             self._tell(row, finished and i + 1 == len(rows))
 
     def _tell(self, row: dict[str, Any], last: bool) -> None:
         # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
-        before = [each["step"] for each in runs.read_json_lines(self.folder.metrics) if each["segment"] == "full"]
+        before = [
+            each["step"]
+            for each in runs.read_json_lines(self.folder.metrics, keys=("segment", "step"))
+            if each["segment"] == "full"
+        ]
         step = self.offset + row["step"] + (max(before, default=0) if row["segment"] == "normal" else 0)
         if self.report and step > self.known:
             self.report({"step": step, "score": float(row["accuracy"]), "last": last})
