@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medlora.config_sources import DataConfig, FewShot, Name, PlainStyle, Section, SourceConfig, TestConfig, TrainSource
 
@@ -96,6 +96,15 @@ class Placement(Section):
     """Ray node labels that a worker's node must have."""
     retries: int = Field(2, ge=0)
     """How often a phase goes on from its last checkpoint after a worker or node died."""
+    grace_s: float = Field(20.0, ge=0)
+    """How long the job waits for a checkpoint when SIGTERM ends it; less than the time until SIGKILL, which is 30 s in
+    Kubernetes and Slurm. `ray job stop` leaves 3 s in all, whatever this says."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As for sources: sweeps that are finished hold a dump of their phases' placements in their fingerprints.
+        dumped: dict[str, Any] = serialise(self)
+        return {key: value for key, value in dumped.items() if (key, value) != ("grace_s", 20.0)}
 
     @property
     def least_workers(self) -> int:

@@ -18,6 +18,7 @@ LAYERS = {
         {
             "__init__",
             "errors",
+            "endings",
             "records",
             "config",
             "config_file",
