@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from medlora.errors import InputError
 
@@ -134,7 +135,9 @@ def run_job(work: Callable[[], int]) -> int:
         job.done = True
         return code
     job.said.wait()
-    return job.code
+    sys.stdout.flush()
+    # Not by way of the interpreter's end: threads that still talk to Ray would meet one that has shut down, which exits with 1.
+    end_process(job.code)
 
 
 def describe_progress(describe: Callable[[], str], log: Path) -> None:
@@ -179,10 +182,9 @@ def fail(text: str) -> None:
         end_process(2)
 
 
-def end_process(code: int) -> None:
+def end_process(code: int) -> NoReturn:
     """End this process and all that it started, at once."""
-    for _ in range(2):  # what a dying parent began in between
-        end_children()
+    end_children()
     if os.isatty(1):
         os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
     os._exit(code)

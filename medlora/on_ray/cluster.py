@@ -146,9 +146,7 @@ def _start_local() -> None:
     try:
         with _on_loopback():
             ray.init(address="local", include_dashboard=False, **_OPTIONS)
-    except (
-        Exception
-    ) as error:  # Ray raises plain Exception, RuntimeError, TimeoutError and more where it does not start
+    except Exception as error:  # Ray raises all kinds where it does not start, plain Exception among them
         endings.check()
         raise InputError(explain_slow_start(str(error).strip().partition("\n")[0])) from error
     finally:
@@ -158,9 +156,11 @@ def _start_local() -> None:
 def _disconnect(started_here: bool) -> None:
     """Leave Ray; one that was started here ends with all its processes.
 
-    They block SIGTERM, which comes from here (`endings`), and Ray would wait a second for each: they are killed once this
-    process has left.
+    They block SIGTERM, as this process does (`endings`), and Ray would wait a second for each: they are killed once this
+    process has left. Where a signal ends the job, it leaves without goodbye, and `endings` kills them.
     """
+    if endings.is_ending():
+        return
 
     def kill() -> None:
         while ray.is_initialized():
