@@ -109,7 +109,7 @@ class Ledger:
     def describe_progress(self) -> str:
         """What is saved, for whoever ended the sweep."""
         ended = sum(trial.ended for trial in self.trials.values())
-        return f"{ended} trials have ended; the same command resumes the {len(self.trials) - ended} that had begun"
+        return f"{ended} of {len(self.trials)} trials are over; the same command resumes the others"
 
     def _write(self, line: dict[str, Any]) -> None:
         line["time"] = round(time.time(), 3)
