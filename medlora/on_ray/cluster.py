@@ -110,9 +110,9 @@ def connect() -> Iterator[Cluster]:
     started_here = False
     try:
         if not already:
-            address = find_ray()
-            started_here = address is None
             with _quiet():
+                address = find_ray()
+                started_here = address is None
                 if started_here:
                     _start_local()
                 else:
