@@ -61,6 +61,9 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
         [*job, "env", "-C", str(ROOT), *JOB, "--config", str(written), "--run-dir", str(run)],
         env=cluster, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    while (run / "run.log").read_text().count(f"goes on from step {second}") < 2:  # else the old steps are counted
+        assert asked.poll() is None, asked.communicate()
+        time.sleep(0.1)
     wait_for_step(run, "00", second + 20, asked)
     stop = ["ray", "job", "stop", "--address", cluster["DASHBOARD"], "stopped"]
     subprocess.run(stop, env=cluster, cwd=ROOT, check=True, capture_output=True)
