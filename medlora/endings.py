@@ -124,7 +124,7 @@ def run_job(work: Callable[[], int]) -> int:
             code = work()
         finally:
             job.works = False
-    except InputError as error:
+    except InputError as error:  # the one place where a job's messages and their exit code are made
         if not job.signum:
             print(f"medlora: {error}", file=sys.stderr)
     except BaseException:

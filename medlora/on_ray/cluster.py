@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -31,6 +30,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+
+from medlora.on_ray.inbox import Inbox  # noqa: E402
 
 _ACCELERATOR = "accelerator_type:"
 _OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -241,45 +242,10 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": here}
 
 
-class _Mailbox:
-    """The actor between a driver and its workers: their events, and the driver's wish that they leave."""
-
-    def __init__(self) -> None:
-        self.events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self.leave = asyncio.Event()
-
-    async def put(self, event: dict[str, Any] | None) -> None:
-        await self.events.put(event)
-
-    async def get(self) -> dict[str, Any] | None:
-        return await self.events.get()
-
-    async def ask_to_leave(self) -> None:
-        self.leave.set()
-
-    async def wait_to_leave(self) -> None:
-        await self.leave.wait()
-
-
-class Inbox:
-    """Where workers put what happens; travels to them."""
-
-    def __init__(self) -> None:
-        self.actor = ray.remote(**beside_driver())(_Mailbox).remote()
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Hand over an event, a plain dict; returns once it has arrived."""
-        ray.get(self.actor.put.remote(event))
-
-    def ask_to_leave(self) -> None:
-        """Ask the workers that watch for it (`leaving.watch_inbox`) to make a checkpoint and return."""
-        ray.get(self.actor.ask_to_leave.remote())
-
-
 @contextmanager
 def listen(on_event: OnEvent) -> Iterator[Inbox]:
     """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
-    inbox = Inbox()
+    inbox = Inbox(beside_driver())
 
     def deliver() -> None:
         try:

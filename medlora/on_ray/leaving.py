@@ -10,7 +10,8 @@ from typing import Any
 
 from ray.train.torch import TorchConfig
 
-from medlora.on_ray.cluster import Inbox, ray
+from medlora.on_ray.cluster import ray
+from medlora.on_ray.inbox import Inbox
 
 _TERMINATED = threading.Event()
 """This process got SIGTERM."""
