@@ -54,59 +54,46 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when the run is done, 1 when an exception ended the work,
-    2 when something the user gave is wrong, 130 when interrupted."""
+    """Exit code 0 when the run is done; `endings.run_job` gives the code where it is not."""
     arguments = parse(argv)
-    from medlora.errors import InputError, RunError
+    from medlora import endings, runs, storage
+    from medlora.config_file import load
+    from medlora.errors import InputError
+    from medlora.lineage import check_inputs
 
-    try:
-        from medlora import runs, storage
-        from medlora.config_file import load
-        from medlora.lineage import check_inputs
+    if len(arguments.config) > 1 and (arguments.run_dir or arguments.redo):
+        raise InputError("--run-dir and --redo are for one run; several go to <storage.folder>/<name> of their configs")
+    configs = [load(path, arguments.overrides) for path in arguments.config]
+    for config in configs:
+        for doubt in check_inputs(config, arguments.force):
+            print(f"medlora: --force: {doubt}", file=sys.stderr)
+    folders = []
+    for config in configs:
+        where = arguments.run_dir or storage.join(config.storage.folder, config.name)
+        folders.append(runs.open_run(storage.find_copy(where, config.storage.cache)))
+    from medlora.display import Display, print_report
 
-        if len(arguments.config) > 1 and (arguments.run_dir or arguments.redo):
-            raise InputError(
-                "--run-dir and --redo are for one run; several go to <storage.folder>/<name> of their configs"
-            )
-        configs = [load(path, arguments.overrides) for path in arguments.config]
-        for config in configs:
-            for doubt in check_inputs(config, arguments.force):
-                print(f"medlora: --force: {doubt}", file=sys.stderr)
-        folders = []
-        for config in configs:
-            where = arguments.run_dir or storage.join(config.storage.folder, config.name)
-            folders.append(runs.open_run(storage.find_copy(where, config.storage.cache)))
-        from medlora.display import Display, print_report
+    if len(configs) > 1:
+        return run_several(configs, folders)
+    (config,), (run,) = configs, folders
+    with (
+        runs.hold(run.lock, f"run {run.root}"),
+        storage.hold(run.root),
+        runs.log_to((logging.getLogger("medlora.run"), run.log)),
+        Display() as display,
+    ):
+        endings.describe_progress(lambda: runs.describe_progress(run, [p.name for p in config.phases]), run.log)
+        from medlora.on_ray.curriculum import run_curriculum
 
-        if len(configs) > 1:
-            return run_several(configs, folders)
-        (config,), (run,) = configs, folders
-        with (
-            runs.hold(run.lock, f"run {run.root}"),
-            storage.hold(run.root),
-            runs.log_to((logging.getLogger("medlora.run"), run.log)),
-            Display() as display,
-        ):
-            from medlora.on_ray.curriculum import run_curriculum
-
-            outcome = run_curriculum(config, run, arguments.redo, display.show)
-        print_report(outcome.report, outcome.worked)
-        print(f"run: {storage.name_place(run.root)}")
-        return 0
-    except InputError as error:
-        print(f"medlora: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"medlora: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("medlora: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        outcome = run_curriculum(config, run, arguments.redo, display.show)
+    print_report(outcome.report, outcome.worked)
+    print(f"run: {storage.name_place(run.root)}")
+    return 0
 
 
 def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int:
     """Runs side by side; everything that can be wrong with any of them is said before one starts."""
-    from medlora import runs, storage
+    from medlora import endings, runs, storage
     from medlora.display import Display, print_reports
     from medlora.errors import InputError, RunError
     from medlora.on_ray.curriculum import begin
@@ -122,6 +109,7 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
             held.enter_context(runs.hold(run.lock, f"run {run.root}"))
             held.enter_context(storage.hold(run.root))
             held.enter_context(runs.log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
+            endings.describe_progress(lambda: _describe_several(configs, folders), folders[0].log)
             begun.append(begin(config, run, None, Display(name=run.name, beside=first).show))
         ends = run_side_by_side(begun)
     failed = {name: end for name, end in zip(names, ends, strict=True) if isinstance(end, Exception)}
@@ -139,6 +127,18 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
     return 0 if not failed else 2 if all(isinstance(error, InputError) for error in failed.values()) else 1
 
 
+def _describe_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> str:
+    from medlora import runs
+
+    each = [
+        f"{run.name}: {runs.describe_progress(run, [p.name for p in config.phases])}"
+        for config, run in zip(configs, folders, strict=True)
+    ]
+    return "; ".join(each)
+
+
 if __name__ == "__main__":
     # Ray's workers outlive an interpreter that is torn down in the wrong order; nothing is left to do here.
-    sys.exit(main())
+    from medlora.endings import run_job
+
+    sys.exit(run_job(main))

@@ -35,47 +35,44 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when the report is there, 1 when an exception ended the work,
-    2 when something the user gave is wrong, 130 when interrupted."""
+    """Exit code 0 when the report is there; `endings.run_job` gives the code where it is not."""
     arguments = parse(argv)
-    from medlora.errors import InputError, RunError
+    from medlora import endings, runs, storage
+    from medlora.evaluation import (
+        FINGERPRINT,
+        check_evaluation,
+        describe_progress,
+        find_report,
+        load_evaluate_config,
+        refuse_other,
+    )
 
-    try:
-        from medlora import runs, storage
-        from medlora.evaluation import FINGERPRINT, check_evaluation, find_report, load_evaluate_config, refuse_other
+    config = load_evaluate_config(arguments.config, arguments.overrides)
+    plan = check_evaluation(config, arguments.force)
+    where = arguments.out or storage.join(config.storage.folder, config.name)
+    out = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
+    from medlora.display import Display, print_report
 
-        config = load_evaluate_config(arguments.config, arguments.overrides)
-        plan = check_evaluation(config, arguments.force)
-        where = arguments.out or storage.join(config.storage.folder, config.name)
-        out = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
-        from medlora.display import Display, print_report
+    with (
+        runs.hold(out.lock, f"evaluation {out.root}"),
+        storage.hold(out.root, mark=FINGERPRINT),
+        runs.log_to((logging.getLogger("medlora.run"), out.log)),
+        Display() as display,
+    ):
+        refuse_other(out.root, plan.fingerprint)
+        report = find_report(out.root, plan.fingerprint)
+        worked = report is None
+        if report is None:
+            endings.describe_progress(lambda: describe_progress(out.root, list(plan.stages)), out.log)
+            from medlora.on_ray.scoring import run_evaluation
 
-        with (
-            runs.hold(out.lock, f"evaluation {out.root}"),
-            storage.hold(out.root, mark=FINGERPRINT),
-            runs.log_to((logging.getLogger("medlora.run"), out.log)),
-            Display() as display,
-        ):
-            refuse_other(out.root, plan.fingerprint)
-            report = find_report(out.root, plan.fingerprint)
-            worked = report is None
-            if report is None:
-                from medlora.on_ray.scoring import run_evaluation
-
-                report = run_evaluation(config, plan, out, display.show)
-        print_report(report, worked)
-        print(f"evaluation: {storage.name_place(out.root)}")
-        return 0
-    except InputError as error:
-        print(f"medlora: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"medlora: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("medlora: interrupted; the same command asks only what is not answered yet", file=sys.stderr)
-        return 130
+            report = run_evaluation(config, plan, out, display.show)
+    print_report(report, worked)
+    print(f"evaluation: {storage.name_place(out.root)}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from medlora.endings import run_job
+
+    sys.exit(run_job(main))

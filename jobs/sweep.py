@@ -37,53 +37,44 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when the sweep is done, 1 when an exception ended the work,
-    2 when something the user gave is wrong, 130 when interrupted."""
+    """Exit code 0 when the sweep is done; `endings.run_job` gives the code where it is not."""
     arguments = parse(argv)
-    from medlora.errors import InputError, RunError
+    from medlora import endings, runs, storage
+    from medlora.errors import InputError
+    from medlora.sweep import FINGERPRINT, LEDGER, load_sweep_config
+    from medlora.sweep_checks import check_sweep, refuse_other
+    from medlora.sweep_ledger import Ledger
 
-    try:
-        from medlora import runs, storage
-        from medlora.sweep import FINGERPRINT, LEDGER, load_sweep_config
-        from medlora.sweep_checks import check_sweep, refuse_other
-        from medlora.sweep_ledger import Ledger
+    config = load_sweep_config(arguments.config, arguments.overrides)
+    plan = check_sweep(config, arguments.force)
+    if arguments.final_test and plan.run.evaluation is None:
+        raise InputError(f"--final-test: {config.config} has no evaluation; name the tests there")
+    where = arguments.out or storage.join(config.storage.folder, config.name)
+    folder = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
+    from medlora.sweep_display import SweepDisplay, print_sweep
+    from medlora.sweep_report import find_summary
 
-        config = load_sweep_config(arguments.config, arguments.overrides)
-        plan = check_sweep(config, arguments.force)
-        if arguments.final_test and plan.run.evaluation is None:
-            raise InputError(f"--final-test: {config.config} has no evaluation; name the tests there")
-        where = arguments.out or storage.join(config.storage.folder, config.name)
-        folder = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
-        from medlora.sweep_display import SweepDisplay, print_sweep
-        from medlora.sweep_report import find_summary
+    with (
+        runs.hold(folder.lock, f"sweep {folder.root}"),
+        storage.hold(folder.root, mark=FINGERPRINT),
+        runs.log_to((logging.getLogger("medlora.run"), folder.log)),
+    ):
+        refuse_other(folder.root, plan)
+        ledger = Ledger(folder.root / LEDGER)
+        summary = find_summary(folder.root, plan, ledger, arguments.final_test)
+        worked = summary is None
+        if summary is None:
+            endings.describe_progress(ledger.describe_progress, folder.log)
+            with SweepDisplay(ledger, plan.trials) as display:
+                from medlora.on_ray.sweep import run_sweep
 
-        with (
-            runs.hold(folder.lock, f"sweep {folder.root}"),
-            storage.hold(folder.root, mark=FINGERPRINT),
-            runs.log_to((logging.getLogger("medlora.run"), folder.log)),
-        ):
-            refuse_other(folder.root, plan)
-            ledger = Ledger(folder.root / LEDGER)
-            summary = find_summary(folder.root, plan, ledger, arguments.final_test)
-            worked = summary is None
-            if summary is None:
-                with SweepDisplay(ledger, plan.trials) as display:
-                    from medlora.on_ray.sweep import run_sweep
-
-                    summary = run_sweep(plan, folder, ledger, arguments.final_test, display.show)
-        print_sweep(summary, ledger, worked)
-        print(f"sweep: {storage.name_place(folder.root)}")
-        return 0
-    except InputError as error:
-        print(f"medlora: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"medlora: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("medlora: interrupted; the same command goes on, no finished trial is run again", file=sys.stderr)
-        return 130
+                summary = run_sweep(plan, folder, ledger, arguments.final_test, display.show)
+    print_sweep(summary, ledger, worked)
+    print(f"sweep: {storage.name_place(folder.root)}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from medlora.endings import run_job
+
+    sys.exit(run_job(main))

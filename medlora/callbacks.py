@@ -234,7 +234,7 @@ class Leaving(Exception):
 class LeaveCallback(TrainerCallback):
     """Where `is_leaving` says that the node is about to be taken away: a checkpoint after this step, then Leaving.
 
-    Every worker takes rank 0's word on it.
+    Where several workers train, one whose node or process is about to end is enough.
     """
 
     def __init__(self, is_leaving: Callable[[], bool], steps: int) -> None:
@@ -245,10 +245,10 @@ class LeaveCallback(TrainerCallback):
         """Ask for a checkpoint, unless the last step is done and nothing is left to lose."""
         if state.global_step == self.steps:
             return
-        decision = [self.is_leaving()]
+        decisions = [self.is_leaving()] * args.world_size
         if args.world_size > 1:
-            dist.broadcast_object_list(decision, src=0)
-        if decision[0]:
+            dist.all_gather_object(decisions, decisions[0])
+        if any(decisions):
             self.noticed = control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

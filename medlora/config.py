@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medlora.config_sources import DataConfig, FewShot, Name, PlainStyle, Section, SourceConfig, TestConfig, TrainSource
 
@@ -100,6 +100,9 @@ class Placement(Section):
     """Report a worker or actor every minute, with what it did last and a stack, once no step has come from it for so long."""
     stall_kill_s: float | None = Field(None, gt=0)
     """End it after so long, as if it had died; unset = never. More than the longest step, model load or compilation."""
+    grace_s: float = Field(20.0, ge=0)
+    """How long the job waits for a checkpoint when SIGTERM ends it; less than the time until SIGKILL, which is 30 s in
+    Kubernetes and Slurm. `ray job stop` leaves 3 s in all, whatever this says."""
 
     @model_validator(mode="after")
     def _check_stall(self) -> Self:
@@ -108,6 +111,13 @@ class Placement(Section):
                 f"stall_kill_s: {self.stall_kill_s:g} is less than stall_s: {self.stall_s:g}; a stall is reported before it ends"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As for sources: sweeps that are finished hold a dump of their phases' placements in their fingerprints.
+        later = {"stall_s": 600, "stall_kill_s": None, "grace_s": 20.0}
+        dumped: dict[str, Any] = serialise(self)
+        return {key: value for key, value in dumped.items() if key not in later or value != later[key]}
 
     @property
     def least_workers(self) -> int:

@@ -334,6 +334,11 @@ def read_ledger(path: Path, stages: Sequence[str]) -> list[Prediction]:
     return list(found.values())
 
 
+def describe_progress(folder: Path, stages: Sequence[str]) -> str:
+    """How many answers are saved, for whoever ended the evaluation."""
+    return f"{len(read_ledger(folder / LEDGER, stages)):,} answers are saved; the same command asks the rest"
+
+
 def sort_predictions(
     predictions: Sequence[Prediction], stages: Sequence[str], tests: Mapping[str, Sequence[McqRecord]]
 ) -> list[Prediction]:

@@ -556,6 +556,21 @@ def find_finished(folder: PhaseFolder) -> tuple[dict[str, Any] | None, str]:
     )
 
 
+def describe_progress(run: RunFolder, phases: Sequence[str]) -> str:
+    """What of a run's phases is saved, for whoever ended it: those that are finished, and the step of the newest checkpoint."""
+    finished = [name for name in phases if read_manifest(run.phase(name).root)]
+    text = f"finished: {', '.join(finished)}" if finished else "no phase is finished"
+    if len(finished) == len(phases):
+        return f"{text}; the same command scores what is not scored yet"
+    current = next(name for name in phases if name not in finished)
+    saved = [path.parent for path in run.phase(current).checkpoints.glob(f"*/checkpoint-*/{MANIFEST}")]
+    if not saved:
+        return f"{text}; the same command resumes phase {current}"
+    # Of a phase with two segments, `full` ends before `normal` begins.
+    newest = max(saved, key=lambda path: (path.parent.name == "normal", int(path.name.rpartition("-")[2])))
+    return f"{text}; the same command resumes phase {current} from step {newest.name.rpartition('-')[2]}"
+
+
 def as_json(content: Any) -> Any:
     """Plain values as they come back from a JSON file: tuples as lists, keys as text."""
     return json.loads(json.dumps(content))

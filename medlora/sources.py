@@ -356,6 +356,7 @@ def _spell(record: Record) -> bytes:
 
 
 if __name__ == "__main__":
+    from medlora.endings import run_job
     from medlora.inspection import main
 
-    sys.exit(main())
+    sys.exit(run_job(main))

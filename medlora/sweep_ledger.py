@@ -105,6 +105,11 @@ class Ledger:
         """Finished trials, the best last score first, the earlier of equal ones first: these have an adapter."""
         return sorted(self.select("finished"), key=lambda trial: (-(trial.score or 0.0), trial.id))
 
+    def describe_progress(self) -> str:
+        """What is saved, for whoever ended the sweep."""
+        ended = sum(trial.ended for trial in self.trials.values())
+        return f"{ended} of {len(self.trials)} trials are over; the same command resumes the others"
+
     def _write(self, line: dict[str, Any]) -> None:
         line["time"] = round(time.time(), 3)
         runs.append_json(self.path, line)

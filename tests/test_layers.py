@@ -20,6 +20,7 @@ LAYERS = {
             "errors",
             "disk_errors",
             "checksums",
+            "endings",
             "records",
             "config",
             "config_file",

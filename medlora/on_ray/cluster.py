@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medlora import runs
+import psutil
+
+from medlora import endings, runs
+from medlora.errors import InputError
+from medlora.on_ray.address import START_S, explain_slow_start, find_ray
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 # Sources are named relative to where the driver runs, not to Ray Train's own folder.
@@ -23,12 +29,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray  # noqa: E402
-from ray.util.queue import Empty, Queue  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
+from medlora.on_ray.inbox import Inbox  # noqa: E402
+
 _ACCELERATOR = "accelerator_type:"
-_END = "end"
-"""What an inbox hears last."""
+_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -101,25 +107,74 @@ def connect() -> Iterator[Cluster]:
     ends with the block; a cluster that was found is only left.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     already = ray.is_initialized()
     started_here = False
-    if not already:
-        try:
-            if os.environ.get("RAY_ADDRESS") == "local":
-                raise ConnectionError
-            ray.init(address="auto", **options)
-        except ConnectionError:
-            # Ray 2.60 turns token authentication on for a cluster of its own when RAY_AUTH_MODE is not set.
-            _write_token()
-            with _on_loopback():
-                ray.init(address="local", include_dashboard=False, **options)
-            started_here = True
     try:
+        if not already:
+            with _quiet():
+                address = find_ray()
+                started_here = address is None
+                if started_here:
+                    _start_local()
+                else:
+                    ray.init(address=address, **_OPTIONS)
         yield _look_around(started_here)
     finally:
         if not already:
-            ray.shutdown()
+            _disconnect(started_here)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what Ray's C++ core writes to stderr while it connects: what went wrong is raised, too, and stands in its logs."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        if not endings.is_ending():
+            os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
+def _start_local() -> None:
+    # Ray 2.60 turns token authentication on for a cluster of its own when RAY_AUTH_MODE is not set.
+    _write_token()
+    timer = threading.Timer(START_S, lambda: endings.fail(explain_slow_start()))
+    timer.daemon = True
+    timer.start()
+    try:
+        with _on_loopback():
+            ray.init(address="local", include_dashboard=False, **_OPTIONS)
+    except Exception as error:  # Ray raises all kinds where it does not start, plain Exception among them
+        endings.check()
+        raise InputError(explain_slow_start(str(error).strip().partition("\n")[0])) from error
+    finally:
+        timer.cancel()
+
+
+def _disconnect(started_here: bool) -> None:
+    """Leave Ray; one that was started here ends with all its processes.
+
+    They block SIGTERM, as this process does (`endings`), and Ray would wait a second for each: they are killed once this
+    process has left. Where a signal ends the job, it leaves without goodbye, and `endings` kills them.
+    """
+    if endings.is_ending():
+        return
+
+    def kill() -> None:
+        while ray.is_initialized():
+            time.sleep(0.02)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    family = psutil.Process().children(recursive=True) if started_here else []
+    thread = threading.Thread(target=kill, name="medlora-end", daemon=True)
+    thread.start()
+    ray.shutdown()
+    thread.join()
 
 
 @contextmanager
@@ -188,33 +243,32 @@ def beside_driver() -> dict[str, Any]:
 
 
 @contextmanager
-def listen(on_event: OnEvent) -> Iterator[Queue]:
+def listen(on_event: OnEvent) -> Iterator[Inbox]:
     """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
-    inbox = Queue(actor_options=beside_driver())
+    inbox = Inbox(beside_driver())
     failures: list[Exception] = []
 
     def deliver() -> None:
-        while True:
-            try:
-                event = inbox.get(timeout=1)  # asked more often it would take a part of a core
-            except Empty:
-                continue
-            if event == _END:
-                return
-            try:
-                if not failures:
-                    on_event(event)
-            except Exception as error:  # raised where the driver listens, not as a traceback of this thread
-                failures.append(error)
+        try:
+            while (event := ray.get(inbox.actor.get.remote())) is not None:
+                try:
+                    if not failures:
+                        on_event(event)
+                except Exception as error:  # raised where the driver listens, not as a traceback of this thread
+                    failures.append(error)
+        except ray.exceptions.RayError:
+            if not endings.is_ending():  # which takes the inbox away
+                raise
 
     thread = threading.Thread(target=deliver, name="medlora-inbox", daemon=True)
     thread.start()
     try:
         yield inbox
     finally:
-        inbox.put(_END)
-        thread.join(timeout=10)
-        inbox.shutdown(force=True)
+        if not endings.is_ending():
+            ray.get(inbox.actor.put.remote(None))
+            thread.join(timeout=10)
+            ray.kill(inbox.actor)
     if failures:
         raise failures[0]
 

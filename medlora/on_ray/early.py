@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medlora import runs, storage
+from medlora import endings, runs, storage
 from medlora.config import ActorPlacement, EvaluationConfig, Placement
 from medlora.errors import InputError
 from medlora.evaluation import FINGERPRINT, LEDGER, Asked, read_ledger
@@ -104,8 +104,9 @@ class EarlyScoring:
                 yield
             finally:
                 self.ended.set()
-                thread.join(timeout=60)
-                self._interrupt()
+                if not endings.is_ending():  # then it ends with Ray
+                    thread.join(timeout=60)
+                    self._interrupt()
 
     def _watch(self, inbox: Any) -> None:
         try:

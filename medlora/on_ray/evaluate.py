@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from medlora import pulse
+from medlora import endings, pulse
 from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
 from medlora.disk_errors import explaining
 from medlora.errors import InputError, RunError
@@ -329,5 +329,6 @@ def _stderr_to(log_file: Path) -> Iterator[None]:
             _redirections.pop()
             if len(_redirections) == 1:
                 kept = _redirections.pop()
-                os.dup2(kept, 2)
+                if not endings.is_ending():  # which needs no more of Ray's words on the terminal
+                    os.dup2(kept, 2)
                 os.close(kept)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from medlora import runs
+from medlora import endings, runs
 from medlora.config import Placement
 from medlora.errors import InputError
 from medlora.on_ray.cluster import Cluster, OnEvent
@@ -107,6 +107,7 @@ def search_on_ray(search: Search, folder: Path, cluster: Cluster) -> None:
         left = len(unfinished) + max(0, search.trials - len(ledger.trials))
         if left:
             _run(search, unfinished, left, folder, cluster)
+            endings.check()
         # Tune drops a trial, telling nobody, whose process does not let go of the one before: it is begun once more.
         if not ledger.select("running"):
             return
@@ -203,7 +204,7 @@ class _Searcher(_Silent, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial as Tune's config."""
-        found = next(self.suggestions, Searcher.FINISHED)
+        found = Searcher.FINISHED if endings.is_ending() else next(self.suggestions, Searcher.FINISHED)
         if found is None or found == Searcher.FINISHED:
             return found
         trial, asked, described = found
@@ -234,6 +235,8 @@ class _Judge(_Silent, FIFOScheduler):
         """Whether the trial goes on."""
         search, id = self.search, trial.config["id"]
         known = search.ledger.trials[id]
+        if endings.is_ending():  # its trials leave, with or without a score; they report again when they resume
+            return self.CONTINUE
         if known.ended:  # Tune repeats the last report of a function that has returned
             return self.CONTINUE
         if ended := result.get("ended"):

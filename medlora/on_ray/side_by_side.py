@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from medlora import endings
 from medlora.on_ray.curriculum import Begun, Outcome, connect_for, go_on
 
 
@@ -19,7 +20,11 @@ def run_side_by_side(begun: Sequence[Begun]) -> list[Outcome | Exception]:
     def follow(i: int, cluster: Any) -> None:
         try:
             ends[i] = go_on(begun[i], cluster)
+        except KeyboardInterrupt:  # a signal ends the job, whose main thread says so
+            return
         except Exception as error:  # the caller says it, once the others have ended
+            if endings.is_ending():
+                return
             ends[i] = error
             text = f"ends here, the others go on: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
             begun[i].on_event({"event": "note", "phase": "run", "text": text})

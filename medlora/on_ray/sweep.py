@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from medlora import runs, storage
+from medlora import endings, runs, storage
 from medlora.data_card import check_data, describe_findings, describe_overlap, read_card
 from medlora.errors import InputError
 from medlora.lineage import Link, extend_chain, find_obstacle, make_job, refuse, start_chain
@@ -168,6 +168,8 @@ def _search(
         if event["event"] == "beat":
             watch.hear(event)
             return
+        if event["event"] == "trial-step":
+            saved.clear()
         logs.show(event, ledger)
         on_event(event)
         try:
@@ -176,7 +178,11 @@ def _search(
             refusals.append(str(error))
 
     on_event({"event": "search", "concurrency": concurrency})
-    with listen(hear) as inbox, watch.watching():
+    with (
+        listen(hear) as inbox,
+        watch.watching(),
+        endings.saving(inbox.ask_to_leave, config.placement.grace_s) as saved,
+    ):
         common = {
             "folder": str(folder.root),
             "scans": _pack_scans(plan),

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medlora import runs, storage
+from medlora import endings, runs, storage
 from medlora.config import Placement
 from medlora.disk_errors import explaining
 from medlora.errors import InputError, RunError
@@ -51,15 +51,16 @@ def train_on_ray(
     """
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
+    from medlora.on_ray.leaving import LeavingTorchConfig
+
     class _Trainer(TorchTrainer):
-        """Leaves SIGINT alone where it cannot be caught: in the threads of runs side by side."""
+        """Leaves SIGINT to `endings`: Ray Train's handler says nothing and exits with 1, whatever happens."""
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            if threading.current_thread() is threading.main_thread():
-                super()._register_sigint_handler(controller)
+            pass
 
     prepare_on_ray(job, cluster, on_event)
     gpus = count_gpus(placement, cluster)
@@ -67,6 +68,7 @@ def train_on_ray(
     refusals: list[str] = []
     failed: list[dict[str, Any]] = []
     begun, leaving = threading.Event(), threading.Event()
+    reasons: list[str] = []
 
     def hear(event: dict[str, Any]) -> None:
         if early is not None and not begun.is_set():
@@ -79,8 +81,14 @@ def train_on_ray(
         elif event["event"] == "failed":
             failed.append(event)
         elif event["event"] == "leaving":
-            leaving.set()
+            if event["why"]:
+                reasons.append(event["why"])
+            if event["rank"] == 0:  # which seals the checkpoint
+                saved.set()
+                leaving.set()
         else:
+            if event["event"] == "training":
+                saved.clear()
             on_event(event)
 
     def tell(text: str) -> None:
@@ -93,8 +101,13 @@ def train_on_ray(
     watch = StallWatch(placement, job.phase.name, on_event, logging.getLogger(f"medlora.run.{run.name}"))
     attempts = 0
     failure: Exception | None = None
-    with listen(hear) as inbox, watch.watching():
+    with (
+        listen(hear) as inbox,
+        watch.watching(),
+        endings.saving(inbox.ask_to_leave, placement.grace_s) as saved,
+    ):
         while True:
+            endings.check()
             # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
             trainer = _Trainer(
                 _train_loop,
@@ -116,7 +129,7 @@ def train_on_ray(
                     accelerator_type=placement.accelerator_type,
                     label_selector=placement.label_selector or None,
                 ),
-                torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+                torch_config=LeavingTorchConfig(backend="nccl" if gpus else "gloo"),
                 run_config=RayRunConfig(
                     name=f"{job.phase.name}-{uuid.uuid4().hex[:8]}",
                     storage_path=str(run.ray),
@@ -126,6 +139,7 @@ def train_on_ray(
             )
             begun.clear()
             watch.forget()
+            saved.set()
             if early is not None:
                 early.phase_asks(placement, gpus)
             try:
@@ -135,10 +149,13 @@ def train_on_ray(
                     trainer.fit()
                 if not leaving.is_set():
                     break
-                tell("its node is about to be taken away: goes on from the checkpoint just made, on another")
+                endings.check()
+                tell(f"{reasons.pop()}: goes on from the checkpoint just made, on another")
             except PreemptionError:
+                endings.check()
                 tell("its node was taken away before a step had ended: goes on from the last checkpoint")
             except (WorkerGroupError, ControllerError) as error:
+                endings.check()
                 died = _find_deaths(error)
                 if not died or refusals or attempts == placement.retries:
                     failure = error
@@ -198,17 +215,6 @@ def _explain(
     )
 
 
-def _is_leaving() -> bool:
-    """Whether Ray has told this worker that a node of its group is drained.
-
-    `ray.train.get_preemption_info` would say so too, by way of an actor that every step would wait for and that may be on
-    the node that goes.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
-
-
 def _train_loop(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: rebuild the job from plain values and hand it to `run_phase`."""
     import ray.train
@@ -223,9 +229,11 @@ def _train_loop(config: dict[str, Any]) -> None:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
     from medlora.callbacks import Leaving
+    from medlora.on_ray.leaving import explain_leaving, is_leaving, watch_inbox
     from medlora.phases import run_phase
 
     inbox = config["inbox"]
+    watch_inbox(inbox)
     if config["say_host"]:
         text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
         inbox.put({"event": "note", "phase": config["job"]["phase"]["name"], "text": text})
@@ -238,10 +246,11 @@ def _train_loop(config: dict[str, Any]) -> None:
                 runs.PhaseFolder(Path(config["folder"])),
                 inbox.put,
                 "cuda" if config["gpu"] else "cpu",
-                is_leaving=_is_leaving,
+                is_leaving=is_leaving,
             )
     except Leaving:
-        inbox.put({"event": "leaving"})
+        rank = ray.train.get_context().get_world_rank()
+        inbox.put({"event": "leaving", "why": explain_leaving(), "rank": rank})
     except InputError as error:
         inbox.put({"event": "refused", "text": str(error)})
         if not alone:

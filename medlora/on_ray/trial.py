@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
         os.chdir(common["cwd"])
     # Tune gives a function 2 s to end before the actor may serve the next trial; a Trainer's way out may take longer.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_UNWIND_S)
+    from medlora.callbacks import Leaving
+    from medlora.on_ray.leaving import watch_inbox
     from medlora.phases import run_phase
     from medlora.sources import remember
 
@@ -50,8 +52,11 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
     try:
         with explaining(folder):
             storage.check_seen(Path(common["folder"]), common["nonce"])
+        run = partial(run_phase, is_leaving=watch_inbox(common["inbox"]).is_set)
         with beating(common["inbox"], f"trial {trial['id']}", common["beat_s"]):
-            _train(trial, folder, common, tune.report, run_phase, clock)
+            _train(trial, folder, common, tune.report, run, clock)
+    except Leaving:  # its driver ends: what it has to say is in its checkpoint
+        clock.turn_to("wait")
     except (InputError, FloatingPointError) as error:
         clock.turn_to("wait")
         tune.report({"ended": "refused" if _concerns_all(error, folder) else "failed", "why": str(error)})
