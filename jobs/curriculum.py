@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int:
     """Runs side by side; everything that can be wrong with any of them is said before one starts."""
     from medlora import endings, runs, storage
+    from medlora.disk_errors import explain
     from medlora.display import Display, print_reports
     from medlora.errors import InputError, RunError
     from medlora.on_ray.curriculum import begin
@@ -112,7 +113,11 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
             endings.describe_progress(lambda: _describe_several(configs, folders), folders[0].log)
             begun.append(begin(config, run, None, Display(name=run.name, beside=first).show))
         ends = run_side_by_side(begun)
-    failed = {name: end for name, end in zip(names, ends, strict=True) if isinstance(end, Exception)}
+    failed = {
+        run.name: explain(end, run.root) or end
+        for run, end in zip(folders, ends, strict=True)
+        if isinstance(end, Exception)
+    }
     outcomes = {name: end for name, end in zip(names, ends, strict=True) if not isinstance(end, Exception)}
     print_reports(
         {name: end.report for name, end in outcomes.items()},

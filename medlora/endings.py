@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from medlora.errors import InputError
+from medlora.disk_errors import explain
+from medlora.errors import InputError, RunError
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the end of its terminal (SIGHUP)"}
 _WAKE = signal.SIGURG
@@ -106,8 +107,8 @@ _JOB: _Job | None = None
 def run_job(work: Callable[[], int]) -> int:
     """Do a job's work and return its exit code.
 
-    It is 2 where the user has to mend something (InputError), and 128 + n where signal n ended the job: 130 for Ctrl-C,
-    143 for SIGTERM, 129 for a closed terminal. A job ended by a signal has at most UNWIND_S seconds for its way out. The
+    It is 2 where the user has to mend something (InputError, a full disk), 1 where an exception ended the work (RunError),
+    and 128 + n where signal n ended the job: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal. A job ended by a signal has at most UNWIND_S seconds for its way out. The
     process takes no further signals, so this is for its main thread and its whole life.
     """
     global _JOB
@@ -127,10 +128,17 @@ def run_job(work: Callable[[], int]) -> int:
     except InputError as error:  # the one place where a job's messages and their exit code are made
         if not job.signum:
             print(f"medlora: {error}", file=sys.stderr)
-    except BaseException:
+    except RunError as error:
+        code = 1
+        if not job.signum:
+            print(f"medlora: {error}", file=sys.stderr)
+    except BaseException as error:
         job.works = False
         if not job.signum:
-            raise
+            explained = explain(error)
+            if explained is None:
+                raise
+            print(f"medlora: {explained}", file=sys.stderr)
     if not job.signum:
         job.done = True
         return code
