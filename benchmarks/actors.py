@@ -22,15 +22,19 @@ import torch
 import transformers
 from evaluation import CPU_SHAPE, VOCABULARY, build_model, build_tokenizer, choose_evenly, describe_hardware
 
-from medlora.config import ActorPlacement, BaseModelConfig, EvaluationConfig
-from medlora.config_sources import SourceConfig
-from medlora.evaluation import Asked, Batch, plan_batches
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.model import BaseModelConfig
+from medlora.config.placement import ActorPlacement
+from medlora.config.sources import SourceConfig
+from medlora.data.sources import read
+from medlora.evaluation.ledger import Batch, plan_batches
+from medlora.evaluation.predictions import Prediction
+from medlora.evaluation.questions import Asked
+from medlora.on_ray.answer_questions import answer_on_ray, make_builder
 from medlora.on_ray.cluster import Cluster, connect
-from medlora.on_ray.evaluate import answer_on_ray, make_builder
 from medlora.prompts import render_mcq
-from medlora.records import McqRecord, Prediction
-from medlora.runs import get_versions
-from medlora.sources import read
+from medlora.records import McqRecord
+from medlora.runs.environment import get_versions
 
 
 def read_questions(path: Path) -> list[McqRecord]:

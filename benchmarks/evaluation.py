@@ -33,14 +33,14 @@ from harness import LETTERS, ask, load_extraction, read_log_likelihoods, write_t
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from medlora.answering import McqAnswerer
-from medlora.config import BaseModelConfig
-from medlora.config_sources import SourceConfig
-from medlora.encoding import encode_prompts
-from medlora.models import load_base
+from medlora.answering.answerer import McqAnswerer
+from medlora.config.model import BaseModelConfig
+from medlora.config.sources import SourceConfig
+from medlora.data.sources import read
+from medlora.model.base import load_base
 from medlora.prompts import render_mcq
 from medlora.records import McqRecord
-from medlora.sources import read
+from medlora.tokens.encode import encode_prompts
 
 VOCABULARY, SHOTS, WRITTEN = 262_144, 5, 16
 """Rows of Gemma's embedding; solved examples of the 5-shot rows; tokens that generating rows write per question."""

@@ -24,13 +24,17 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from medlora import runs
-from medlora.config import RunConfig
-from medlora.config_file import load
+from medlora.config.loading.files import load
+from medlora.config.run import RunConfig
+from medlora.curriculum.chains import Link, extend_chain
+from medlora.curriculum.jobs import make_job
+from medlora.data.sources import hash_records, read
 from medlora.errors import InputError
-from medlora.evaluation import read_asked
-from medlora.lineage import Link, extend_chain, make_job
-from medlora.sources import hash_records, read
+from medlora.evaluation.questions import read_asked
+from medlora.runs.environment import get_git_commit, get_versions
+from medlora.runs.files import read_json, write_bytes, write_json
+from medlora.runs.folders import RunFolder
+from medlora.runs.manifests import as_json, hash_json
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -62,17 +66,18 @@ def identify(config: RunConfig) -> str:
     assert config.evaluation is not None
     tests = {test.name: hash_records(read(test)) for test in config.evaluation.tests}
     phases = [make_job(config, phase, ()).fingerprint for phase in config.phases]
-    return runs.hash_json(runs.as_json([phases, tests, config.evaluation.model_dump(mode="json", exclude={"tests"})]))
+    return hash_json(as_json([phases, tests, config.evaluation.model_dump(mode="json", exclude={"tests"})]))
 
 
 def measure(config: RunConfig, folder: Path, tell: Callable[[str], None]) -> Result:
     """Train the phases into `folder` and score every stage: accuracies, wall and CPU seconds."""
-    from medlora.phases import run_phase
-    from medlora.report import summarise
-    from medlora.stages import StageModel, locate_base
+    from medlora.answering.stage_model import StageModel
+    from medlora.model.base import locate_base
+    from medlora.reporting.report import summarise
+    from medlora.training.phase import run_phase
 
     assert config.evaluation is not None
-    run = runs.RunFolder(folder)
+    run = RunFolder(folder)
     job = make_job(config, config.phases[0], ())
     # Built beforehand, so that no phase's time holds it.
     base = locate_base(job.base, job.cache, config.seed)
@@ -187,7 +192,7 @@ def check(results: Sequence[Result]) -> Iterator[str]:
 
 def write(path: Path, command: str, results: Sequence[Result]) -> None:
     """The results as JSON, and as Markdown for people."""
-    runs.write_json(path.with_suffix(".json"), {"results": results})
+    write_json(path.with_suffix(".json"), {"results": results})
     scores, seconds = (_as_markdown(*table) for table in (list_scores(results), list_seconds(results)))
     made = list(dict.fromkeys((r["machine"], ", ".join(f"{k} {v}" for k, v in r["versions"].items())) for r in results))
     dates = sorted(result["date"] for result in results)
@@ -215,7 +220,7 @@ def write(path: Path, command: str, results: Sequence[Result]) -> None:
         *seconds,
         "",
     ]
-    runs.write_bytes(path.with_suffix(".md"), "\n".join(lines).encode())
+    write_bytes(path.with_suffix(".md"), "\n".join(lines).encode())
 
 
 def _as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -238,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     command = shlex.join(["python", "benchmarks/miniature.py", *(sys.argv[1:] if argv is None else argv)])
-    stored: Mapping[str, Any] = runs.read_json(arguments.output.with_suffix(".json")) or {"results": []}
+    stored: Mapping[str, Any] = read_json(arguments.output.with_suffix(".json")) or {"results": []}
     try:
         configs: dict[tuple[int, str], RunConfig] = {}
         for seed in {*arguments.seeds, *(result["seed"] for result in stored["results"])}:
@@ -265,8 +270,8 @@ def main(argv: list[str] | None = None) -> int:
                 "overrides": arguments.overrides,
                 "date": time.strftime("%Y-%m-%d %H:%M"),
                 "machine": describe_machine(),
-                "versions": {k: v for k, v in runs.get_versions().items() if k not in ("medlora", "ray", "datasets")},
-                "git_commit": runs.get_git_commit(),
+                "versions": {k: v for k, v in get_versions().items() if k not in ("medlora", "ray", "datasets")},
+                "git_commit": get_git_commit(),
                 **measured,
             }
             results = dict(sorted(results.items(), key=lambda item: (item[0][0], QUANTIZATIONS.index(item[0][1]))))

@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Iterator
 
-from medlora.overlap import TestIndex
+from medlora.data.overlap import TestIndex
 from medlora.records import McqRecord, Record, TextRecord
 
 

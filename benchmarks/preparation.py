@@ -87,11 +87,11 @@ def make_base(folder: Path, lines: list[str]) -> Path:
 
 def run_ours(path: Path, base: Path, cache: Path, records: int) -> tuple[float, float]:
     """Seconds of `prepare_on_ray`, cold and warm."""
-    from medlora.config import RunConfig
-    from medlora.lineage import make_job
+    from medlora.config.run import RunConfig
+    from medlora.curriculum.jobs import make_job
+    from medlora.data.sources import scan
     from medlora.on_ray.cluster import connect
-    from medlora.on_ray.prepare import prepare_on_ray
-    from medlora.sources import scan
+    from medlora.on_ray.tokenise import prepare_on_ray
 
     config = RunConfig.model_validate(
         {

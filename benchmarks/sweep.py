@@ -30,16 +30,21 @@ import optuna
 import torch
 from evaluation import describe_hardware
 
-from medlora import runs
-from medlora.config import RunConfig
-from medlora.lineage import Link, extend_chain, make_job, start_chain
-from medlora.on_ray.sweep import run_sweep
-from medlora.phases import run_phase
-from medlora.sweep import FINGERPRINT, SweepPlan, list_earlier, load_sweep_config
-from medlora.sweep_checks import check_sweep
-from medlora.sweep_ledger import Ledger
-from medlora.sweep_search import Suggester
-from medlora.sweep_space import Choice, Domain
+from medlora.config.loading.files import load_sweep_config
+from medlora.config.run import RunConfig
+from medlora.curriculum.chains import Link, extend_chain, start_chain
+from medlora.curriculum.jobs import make_job
+from medlora.drivers.sweep import run_sweep
+from medlora.runs.environment import get_versions
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import PhaseFolder, RunFolder, open_run
+from medlora.runs.manifests import read_manifest
+from medlora.sweep.checks import check_sweep
+from medlora.sweep.ledger import FINGERPRINT, Ledger
+from medlora.sweep.plan import SweepPlan, list_earlier
+from medlora.sweep.space import Choice, Domain
+from medlora.sweep.suggest import Suggester
+from medlora.training.phase import run_phase
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -47,10 +52,10 @@ Row = dict[str, Any]
 
 def train_start(plan: SweepPlan, folder: Path) -> tuple[Link, ...]:
     """The phases that every trial starts from, once, into a run's folder."""
-    run, chain = runs.RunFolder(folder), start_chain(plan.run)
+    run, chain = RunFolder(folder), start_chain(plan.run)
     for phase in list_earlier(plan):
         there = run.phase(phase.name)
-        if runs.read_manifest(there.root) is None:
+        if read_manifest(there.root) is None:
             run_phase(make_job(plan.run, phase, chain), there, lambda event: None)
         chain = extend_chain(chain, phase, there.adapter)
     return chain
@@ -62,8 +67,8 @@ def train(
     """One trial from its start to its end; its last dev score."""
     phase = config.phases[-1]
     job = make_job(config, phase, chain).model_copy(update={"threads": threads})
-    run_phase(job, runs.PhaseFolder(folder), report)
-    return float(runs.read_json_lines(runs.PhaseFolder(folder).validation)[-1]["accuracy"])
+    run_phase(job, PhaseFolder(folder), report)
+    return float(read_json_lines(PhaseFolder(folder).validation)[-1]["accuracy"])
 
 
 def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row, list[dict[str, Any]]]:
@@ -79,10 +84,10 @@ def measure_ray(plan: SweepPlan, folder: Path, reuse_actors: bool) -> tuple[Row,
             said = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in event["seconds"].items())
             print(f"trial {event['trial']}: {said}", file=sys.stderr, flush=True)
 
-    run = runs.open_run(folder, mark=FINGERPRINT)
+    run = open_run(folder, mark=FINGERPRINT)
     ledger = Ledger(folder / "trials.jsonl")
     summary = run_sweep(plan, run, ledger, False, hear, reuse_actors)
-    lines = runs.read_json_lines(folder / "trials.jsonl")
+    lines = read_json_lines(folder / "trials.jsonl")
     began = min(line["time"] for line in lines if line["event"] == "running")
     ended = max(line["time"] for line in lines)
     slots_s = summary["concurrency"] * (ended - began)
@@ -111,7 +116,7 @@ def measure_in_a_row(
     for i, params in enumerate(values):
         config = plan.make_trial([params], f"trial-{i:03}")
         scores.append(train(config, chain, folder / f"{i:03}", threads, lambda event: None))
-        steps += runs.read_json_lines(folder / f"{i:03}" / "metrics.jsonl")[-1]["step"]
+        steps += read_json_lines(folder / f"{i:03}" / "metrics.jsonl")[-1]["step"]
     return {
         "who": "in a row",
         "seconds": round(time.monotonic() - began, 1),
@@ -234,7 +239,7 @@ def main() -> None:
         "Date": date.today().isoformat(),
         "Command": " ".join(["python", *sys.argv]),
         "Hardware": f"{describe_hardware(False)}; load average {os.getloadavg()[0]:.1f} at the end",
-        "Versions": ", ".join(f"{k} {v}" for k, v in {**runs.get_versions(), "optuna": optuna.__version__}.items()),
+        "Versions": ", ".join(f"{k} {v}" for k, v in {**get_versions(), "optuna": optuna.__version__}.items()),
         "Trials": f"{arguments.trials}, at most {one.phases[-1].max_steps} steps each, 2 slots of one thread; peers with "
         f"{threads} thread{'s' * (threads > 1)} (one trial: {taken[1]:.1f} s with 1, {taken[2]:.1f} s with 2)",
     }

@@ -40,18 +40,18 @@ from evaluation import CPU_SHAPE, CUDA_SHAPE, Bench, build_model, build_tokenize
 from transformers import TrainingArguments
 from transformers.models.gemma3 import modeling_gemma3
 
-from medlora.chains import add_adapter
-from medlora.config import LoraSettings
-from medlora.config_sources import SourceConfig
-from medlora.elementwise import lighten_elementwise
-from medlora.encoding import IGNORED, Collator, Row, encode
-from medlora.flat import FlatCollator, flatten
-from medlora.memory import keep_freed_memory
+from medlora.config.model import LoraSettings
+from medlora.config.sources import SourceConfig
+from medlora.data.sources import read
+from medlora.kernels.elementwise_cpu import lighten_elementwise
+from medlora.kernels.memory import keep_freed_memory
+from medlora.model.chain import add_adapter
 from medlora.prompts import render
 from medlora.records import McqRecord, Record, TextRecord
-from medlora.runs import get_versions
-from medlora.sources import read
-from medlora.training import _AdapterTrainer
+from medlora.runs.environment import get_versions
+from medlora.tokens.rows import IGNORED, Row, encode
+from medlora.training.batches import Collator, FlatCollator, flatten
+from medlora.training.trainer import _AdapterTrainer
 
 Step = Callable[[list[Row]], float]
 

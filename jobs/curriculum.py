@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from medlora.config import RunConfig
-    from medlora.runs import RunFolder
+    from medlora.config.run import RunConfig
+    from medlora.runs.folders import RunFolder
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,10 +56,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the run is done; `endings.run_job` gives the code where it is not."""
     arguments = parse(argv)
-    from medlora import endings, runs, storage
-    from medlora.config_file import load
+    from medlora import endings
+    from medlora.config.loading.files import load
+    from medlora.curriculum.checks import check_inputs
     from medlora.errors import InputError
-    from medlora.lineage import check_inputs
+    from medlora.runs import mirror
+    from medlora.runs.environment import log_to
+    from medlora.runs.folders import describe_progress, open_run
+    from medlora.runs.locks import hold_file_lock
 
     if len(arguments.config) > 1 and (arguments.run_dir or arguments.redo):
         raise InputError("--run-dir and --redo are for one run; several go to <storage.folder>/<name> of their configs")
@@ -69,36 +73,41 @@ def main(argv: list[str] | None = None) -> int:
             print(f"medlora: --force: {doubt}", file=sys.stderr)
     folders = []
     for config in configs:
-        where = arguments.run_dir or storage.join(config.storage.folder, config.name)
-        folders.append(runs.open_run(storage.find_copy(where, config.storage.cache)))
-    from medlora.display import Display, print_report
+        where = arguments.run_dir or mirror.join(config.storage.folder, config.name)
+        folders.append(open_run(mirror.find_copy(where, config.storage.cache)))
+    from medlora.reporting.progress import Display
+    from medlora.reporting.tables import print_report
 
     if len(configs) > 1:
         return run_several(configs, folders)
     (config,), (run,) = configs, folders
     with (
-        runs.hold(run.lock, f"run {run.root}"),
-        storage.hold(run.root),
-        runs.log_to((logging.getLogger("medlora.run"), run.log)),
+        hold_file_lock(run.lock, f"run {run.root}"),
+        mirror.hold_run(run.root),
+        log_to((logging.getLogger("medlora.run"), run.log)),
         Display() as display,
     ):
-        endings.describe_progress(lambda: runs.describe_progress(run, [p.name for p in config.phases]), run.log)
-        from medlora.on_ray.curriculum import run_curriculum
+        endings.describe_progress(lambda: describe_progress(run, [p.name for p in config.phases]), run.log)
+        from medlora.drivers.curriculum import run_curriculum
 
         outcome = run_curriculum(config, run, arguments.redo, display.show)
     print_report(outcome.report, outcome.worked)
-    print(f"run: {storage.name_place(run.root)}")
+    print(f"run: {mirror.name_place(run.root)}")
     return 0
 
 
 def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int:
     """Runs side by side; everything that can be wrong with any of them is said before one starts."""
-    from medlora import endings, runs, storage
-    from medlora.disk_errors import explain
-    from medlora.display import Display, print_reports
+    from medlora import endings
+    from medlora.drivers.curriculum import begin
+    from medlora.drivers.side_by_side import run_side_by_side
     from medlora.errors import InputError, RunError
-    from medlora.on_ray.curriculum import begin
-    from medlora.on_ray.side_by_side import run_side_by_side
+    from medlora.reporting.progress import Display
+    from medlora.reporting.tables import print_reports
+    from medlora.runs import mirror
+    from medlora.runs.disk_errors import explain
+    from medlora.runs.environment import log_to
+    from medlora.runs.locks import hold_file_lock
 
     names = [run.name for run in folders]
     if len(set(names)) < len(names):
@@ -107,9 +116,9 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
         first = held.enter_context(Display())
         begun = []
         for config, run in zip(configs, folders, strict=True):
-            held.enter_context(runs.hold(run.lock, f"run {run.root}"))
-            held.enter_context(storage.hold(run.root))
-            held.enter_context(runs.log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
+            held.enter_context(hold_file_lock(run.lock, f"run {run.root}"))
+            held.enter_context(mirror.hold_run(run.root))
+            held.enter_context(log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
             endings.describe_progress(lambda: _describe_several(configs, folders), folders[0].log)
             begun.append(begin(config, run, None, Display(name=run.name, beside=first).show))
         ends = run_side_by_side(begun)
@@ -124,7 +133,7 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
         bool(failed) or any(end.worked for end in outcomes.values()),
     )
     for run in folders:
-        print(f"run: {storage.name_place(run.root)}" + (" (failed)" if run.name in failed else ""))
+        print(f"run: {mirror.name_place(run.root)}" + (" (failed)" if run.name in failed else ""))
     for name, error in failed.items():
         if not isinstance(error, InputError | RunError):
             traceback.print_exception(error)
@@ -133,10 +142,10 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
 
 
 def _describe_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> str:
-    from medlora import runs
+    from medlora.runs.folders import describe_progress
 
     each = [
-        f"{run.name}: {runs.describe_progress(run, [p.name for p in config.phases])}"
+        f"{run.name}: {describe_progress(run, [p.name for p in config.phases])}"
         for config, run in zip(configs, folders, strict=True)
     ]
     return "; ".join(each)

@@ -37,26 +37,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the report is there; `endings.run_job` gives the code where it is not."""
     arguments = parse(argv)
-    from medlora import endings, runs, storage
-    from medlora.evaluation import (
-        FINGERPRINT,
-        check_evaluation,
-        describe_progress,
-        find_report,
-        load_evaluate_config,
-        refuse_other,
-    )
+    from medlora import endings
+    from medlora.config.loading.files import load_evaluate_config
+    from medlora.evaluation.ledger import FINGERPRINT, find_report
+    from medlora.evaluation.plan import check_evaluation, describe_progress, refuse_other
+    from medlora.runs import mirror
+    from medlora.runs.environment import log_to
+    from medlora.runs.folders import open_run
+    from medlora.runs.locks import hold_file_lock
 
     config = load_evaluate_config(arguments.config, arguments.overrides)
     plan = check_evaluation(config, arguments.force)
-    where = arguments.out or storage.join(config.storage.folder, config.name)
-    out = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
-    from medlora.display import Display, print_report
+    where = arguments.out or mirror.join(config.storage.folder, config.name)
+    out = open_run(mirror.find_copy(where, config.storage.cache), mark=FINGERPRINT)
+    from medlora.reporting.progress import Display
+    from medlora.reporting.tables import print_report
 
     with (
-        runs.hold(out.lock, f"evaluation {out.root}"),
-        storage.hold(out.root, mark=FINGERPRINT),
-        runs.log_to((logging.getLogger("medlora.run"), out.log)),
+        hold_file_lock(out.lock, f"evaluation {out.root}"),
+        mirror.hold_run(out.root, mark=FINGERPRINT),
+        log_to((logging.getLogger("medlora.run"), out.log)),
         Display() as display,
     ):
         refuse_other(out.root, plan.fingerprint)
@@ -64,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         worked = report is None
         if report is None:
             endings.describe_progress(lambda: describe_progress(out.root, list(plan.stages)), out.log)
-            from medlora.on_ray.scoring import run_evaluation
+            from medlora.drivers.evaluation import run_evaluation
 
             report = run_evaluation(config, plan, out, display.show)
     print_report(report, worked)
-    print(f"evaluation: {storage.name_place(out.root)}")
+    print(f"evaluation: {mirror.name_place(out.root)}")
     return 0
 
 

@@ -39,25 +39,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the sweep is done; `endings.run_job` gives the code where it is not."""
     arguments = parse(argv)
-    from medlora import endings, runs, storage
+    from medlora import endings
+    from medlora.config.loading.files import load_sweep_config
     from medlora.errors import InputError
-    from medlora.sweep import FINGERPRINT, LEDGER, load_sweep_config
-    from medlora.sweep_checks import check_sweep, refuse_other
-    from medlora.sweep_ledger import Ledger
+    from medlora.runs import mirror
+    from medlora.runs.environment import log_to
+    from medlora.runs.folders import open_run
+    from medlora.runs.locks import hold_file_lock
+    from medlora.sweep.checks import check_sweep, refuse_other
+    from medlora.sweep.ledger import FINGERPRINT, LEDGER, Ledger
 
     config = load_sweep_config(arguments.config, arguments.overrides)
     plan = check_sweep(config, arguments.force)
     if arguments.final_test and plan.run.evaluation is None:
         raise InputError(f"--final-test: {config.config} has no evaluation; name the tests there")
-    where = arguments.out or storage.join(config.storage.folder, config.name)
-    folder = runs.open_run(storage.find_copy(where, config.storage.cache), mark=FINGERPRINT)
-    from medlora.sweep_display import SweepDisplay, print_sweep
-    from medlora.sweep_report import find_summary
+    where = arguments.out or mirror.join(config.storage.folder, config.name)
+    folder = open_run(mirror.find_copy(where, config.storage.cache), mark=FINGERPRINT)
+    from medlora.reporting.sweep_progress import SweepDisplay
+    from medlora.reporting.tables import print_sweep
+    from medlora.sweep.results import find_summary
 
     with (
-        runs.hold(folder.lock, f"sweep {folder.root}"),
-        storage.hold(folder.root, mark=FINGERPRINT),
-        runs.log_to((logging.getLogger("medlora.run"), folder.log)),
+        hold_file_lock(folder.lock, f"sweep {folder.root}"),
+        mirror.hold_run(folder.root, mark=FINGERPRINT),
+        log_to((logging.getLogger("medlora.run"), folder.log)),
     ):
         refuse_other(folder.root, plan)
         ledger = Ledger(folder.root / LEDGER)
@@ -66,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         if summary is None:
             endings.describe_progress(ledger.describe_progress, folder.log)
             with SweepDisplay(ledger, plan.trials) as display:
-                from medlora.on_ray.sweep import run_sweep
+                from medlora.drivers.sweep import run_sweep
 
                 summary = run_sweep(plan, folder, ledger, arguments.final_test, display.show)
     print_sweep(summary, ledger, worked)
-    print(f"sweep: {storage.name_place(folder.root)}")
+    print(f"sweep: {mirror.name_place(folder.root)}")
     return 0
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from medlora.disk_errors import explain
 from medlora.errors import InputError, RunError
+from medlora.runs.disk_errors import explain
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the end of its terminal (SIGHUP)"}
 _WAKE = signal.SIGURG

@@ -11,6 +11,7 @@ from medlora.bounds import name_type
 LETTERS = "ABCDEFGHIJ"
 """Option letters in order; a question has 2 to 10 options."""
 
+
 FIELDS = ("facts", "candidates", "criteria", "analysis", "evaluation")
 """The fields of a structured rationale, in the order in which a completion shows them."""
 
@@ -18,8 +19,10 @@ FIELDS = ("facts", "candidates", "criteria", "analysis", "evaluation")
 MAX_FIELD_CHARS = 50_000
 """Most characters of a question, an option or a side of a translation; more is a file read wrongly, not an exercise."""
 
+
 MAX_TEXT_CHARS = 20_000_000
 """Most characters of a document of plain text."""
+
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 """ASCII's control characters but for tab, line feed, form feed and carriage return; halves of surrogate pairs."""
@@ -117,38 +120,3 @@ class McqRecord:
 
 
 Record = TextRecord | TranslationRecord | McqRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What one stage answered to one question.
-
-    `choice` is None when no letter could be read (unparsed) or the question failed (`error` says why); either counts as
-    wrong. `probabilities` are over the question's letters in order and sum to 1 where the scoring gives them, else ().
-    `options` is how many options the question has, 0 where that is not known; `tokens` how many the model wrote.
-    `format_score` is in [0, 1], None where no format was asked for. `rotated` holds the letters chosen when the options
-    were moved 0, 1, 2, ... places to the front ("-": unparsed), empty where only one order was asked. `margin` is
-    the best probability minus the next. `seconds` is the
-    question's share of its batch's wall time; it differs from run to run, so it is no part of equality.
-    """
-
-    id: str
-    test: str
-    stage: str
-    gold: str
-    choice: str | None
-    subject: str = ""
-    probabilities: tuple[float, ...] = ()
-    text: str = ""
-    error: str = ""
-    options: int = 0
-    tokens: int = 0
-    format_score: float | None = None
-    rotated: str = ""
-    margin: float | None = None
-    seconds: float = field(default=0.0, compare=False)
-
-    @property
-    def correct(self) -> bool:
-        """Whether the choice is the gold letter."""
-        return self.choice == self.gold

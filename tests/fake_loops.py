@@ -18,8 +18,8 @@ class Awkward(Exception):
 
 
 def _run(config: dict[str, Any], work: Any) -> None:
-    import medlora.phases
-    from medlora.on_ray.train import _train_loop
+    from medlora.on_ray.train_phase import _train_loop
+    from medlora.training import phase
 
     def run_phase(job: Any, folder: Any, report: Any, *_: Any, **__: Any) -> None:
         import ray.train
@@ -31,7 +31,7 @@ def _run(config: dict[str, Any], work: Any) -> None:
             file.write(f"{os.getpid()}\n")
         work(rank, len(tries.read_text().splitlines()))
 
-    medlora.phases.run_phase = run_phase
+    phase.run_phase = run_phase
     _train_loop(config)
 
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from medlora.records import McqRecord, Prediction
+from medlora.evaluation.predictions import Prediction
+from medlora.records import McqRecord
 
 
 class FakeStages:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from medlora.adapter_checks import check_adapter
+from medlora.artifacts.adapter_checks import check_adapter
 from medlora.errors import InputError
 
 LAYERS = [f"model.layers.{i}.self_attn.{leaf}_proj" for i in range(2) for leaf in "qv"]
@@ -282,7 +282,7 @@ def test_the_check_needs_no_torch(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
-from medlora.adapter_checks import check_adapter
+from medlora.artifacts.adapter_checks import check_adapter
 from medlora.errors import InputError
 try:
     check_adapter(Path({str(folder)!r}))

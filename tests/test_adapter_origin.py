@@ -11,12 +11,15 @@ import pytest
 import yaml
 from test_adapter_checks import make_tensors, tensor, write
 
-from medlora import runs
-from medlora.adapter_origin import differ, find_base_doubts, find_missing_parents, read_origin, write_card
-from medlora.config import RunConfig
+from medlora.artifacts.adapter_origin import differ, find_base_doubts, find_missing_parents, read_origin, write_card
+from medlora.artifacts.bases import identify_base
+from medlora.config.evaluation import EvaluateConfig
+from medlora.config.run import RunConfig
+from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
-from medlora.evaluation import EvaluateConfig, check_evaluation
-from medlora.lineage import check_inputs, identify_base
+from medlora.evaluation.plan import check_evaluation
+from medlora.runs.files import write_yaml
+from medlora.runs.manifests import check_files, commit, hash_adapter, read_manifest
 
 MINIATURE = {"model": "miniature"}
 
@@ -31,14 +34,14 @@ def train(run: Path, name: str, below: list[Path], base: dict[str, Any], files: 
     folder = run / "phases" / name / "adapter"
     folder.mkdir(parents=True)
     write(folder, number(int(name) + 1), modules_to_save=["lm_head"], base_model_name_or_path=base["model"])
-    parent = [runs.hash_adapter(adapter) for adapter in below]
+    parent = [hash_adapter(adapter) for adapter in below]
     fingerprint = {"base": base, "base_files": files, "parent": parent, "seed": about.get("seed", 0)}
     manifest = {
         **{"phase": name, "run": run.name, "seed": 0, "chain": [*(a.parent.name for a in below), name]},
-        **{"adapter_hash": runs.hash_adapter(folder), "fingerprint": fingerprint, **about},
+        **{"adapter_hash": hash_adapter(folder), "fingerprint": fingerprint, **about},
     }
     write_card(folder, manifest)
-    runs.commit(folder.parent, manifest)
+    commit(folder.parent, manifest)
     return folder
 
 
@@ -52,7 +55,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "x"
     folder.mkdir()
     resolved = RunConfig.model_validate(config)
-    runs.write_yaml(folder / "config.yaml", resolved.model_dump(mode="json"))
+    write_yaml(folder / "config.yaml", resolved.model_dump(mode="json"))
     files = identify_base(resolved.base)
     for name in ("00", "01"):
         train(folder, name, [], MINIATURE, files)
@@ -99,13 +102,13 @@ def test_a_copy_of_a_stacked_adapter_says_so_too(run: Path, tmp_path: Path) -> N
 
 def test_a_card_counts_in_no_hash_and_one_of_another_tool_does(run: Path) -> None:
     folder = run / "phases" / "02" / "adapter"
-    manifest = runs.read_manifest(folder.parent)
-    assert manifest and manifest["adapter_hash"] == runs.hash_adapter(folder)
+    manifest = read_manifest(folder.parent)
+    assert manifest and manifest["adapter_hash"] == hash_adapter(folder)
     assert "adapter/README.md" not in manifest["files"]
     (folder / "README.md").unlink()
-    assert manifest["adapter_hash"] == runs.hash_adapter(folder) and not runs.check_files(folder.parent, manifest)
+    assert manifest["adapter_hash"] == hash_adapter(folder) and not check_files(folder.parent, manifest)
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
-    assert manifest["adapter_hash"] != runs.hash_adapter(folder)
+    assert manifest["adapter_hash"] != hash_adapter(folder)
 
 
 @pytest.mark.parametrize(

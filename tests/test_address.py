@@ -112,16 +112,16 @@ def test_another_token_is_refused_in_one_message_by_a_job(cluster: dict[str, str
 
 
 def test_a_ray_that_does_not_start_is_said_with_the_machine_s_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    from medlora.on_ray import cluster
+    from medlora.on_ray import cluster as on_ray_cluster
 
     def fail(*arguments: object, **options: object) -> None:
         raise Exception("The current node timed out during startup.\nmore")
 
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    monkeypatch.setattr(cluster.ray, "init", fail)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    with pytest.raises(InputError) as caught, cluster.connect():
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(InputError) as caught, on_ray_cluster.connect():
         pass
     text = str(caught.value)
     assert "did not start" in text and "timed out during startup" in text and "load is" in text and "\n" not in text

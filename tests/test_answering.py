@@ -9,16 +9,17 @@ import pytest
 import torch
 from tiny import FAMILIES
 
-from medlora import answering
-from medlora.answering import Answer, McqAnswerer
-from medlora.chains import activate, add_adapter
-from medlora.config import BaseModelConfig, LoraSettings
-from medlora.encoding import encode_prompts, encode_texts
+from medlora.answering import answerer as answerer_module
+from medlora.answering.answerer import Answer, McqAnswerer
+from medlora.answering.generation import Stops, generate
+from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.errors import InputError
-from medlora.generation import Stops, generate
-from medlora.models import letter_token_ids, load_base, load_tokenizer
+from medlora.model.base import load_base
+from medlora.model.chain import activate, add_adapter
+from medlora.model.tokenizer import letter_token_ids, load_tokenizer
 from medlora.prompts import ANSWER_FIELD, render_mcq
 from medlora.records import FIELDS, McqRecord
+from medlora.tokens.encode import encode_prompts, encode_texts
 
 WORDS = ["아스피린", "인슐린", "췌장", "해열", "진통제", "열", "text", "about", "and", "answer", "이다", "나온다"]
 
@@ -159,8 +160,8 @@ def test_a_trained_step_computes_the_prefix_anew_and_a_second_call_does_not(
     model = add_adapter(model, "one", LoraSettings(r=2), [], 0)
     shake(model)
     computed: list[int] = []
-    compute = answering.compute_prefix
-    monkeypatch.setattr(answering, "compute_prefix", lambda *a: (computed.append(1), compute(*a))[1])
+    compute = answerer_module.compute_prefix
+    monkeypatch.setattr(answerer_module, "compute_prefix", lambda *a: (computed.append(1), compute(*a))[1])
     answerer = McqAnswerer(model, tokenizer, style="answer", shots=SHOTS)
     first = answerer.answer(QUESTIONS)
     kept = [tensor.clone() for layer in answerer._prefix.layers for tensor in layer]  # type: ignore[union-attr]
@@ -290,7 +291,7 @@ def test_sampling_follows_the_model_s_probabilities(gemma: Any) -> None:
 
 def test_the_majority_of_the_samples_wins_and_silence_does_not_vote() -> None:
     def read(*texts: str) -> Answer:
-        return answering._vote([answering.Generated(text, 3) for text in texts], "ABCDE")
+        return answerer_module._vote([answerer_module.Generated(text, 3) for text in texts], "ABCDE")
 
     voted = read("음", "정답: C", "모름", "정답: B", "답은 C")
     assert (voted.choice, voted.text, voted.tokens) == ("C", "정답: C", 15)
@@ -374,19 +375,19 @@ def test_no_questions_no_answers(gemma: Any) -> None:
 
 def test_no_letter_is_chosen_among_numbers_that_are_none() -> None:
     with pytest.raises(FloatingPointError, match="log-likelihoods of AB are \\[-1.0, nan\\]"):
-        answering._choose("AB", [-1.0, float("nan")], [])
+        answerer_module._choose("AB", [-1.0, float("nan")], [])
 
 
 def test_letters_that_the_tokenizer_lacks_are_refused_before_the_model_is_loaded(
     bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medlora import stages
-    from medlora.config import EvaluationConfig
+    from medlora.answering.stage_model import StageModel
+    from medlora.config.evaluation import EvaluationConfig
 
     def load(*arguments: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(stages, "load_base", load)
+    monkeypatch.setattr("medlora.answering.stage_model.load_base", load)
     config = EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "t.jsonl"}]})
     with pytest.raises(InputError, match="the tokenizer cannot answer '가'"):
-        stages.StageModel(BaseModelConfig(model=bases["gemma"]), {"base": ()}, config, letters="A가")
+        StageModel(BaseModelConfig(model=bases["gemma"]), {"base": ()}, config, letters="A가")

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from medlora.evaluation.answer_letter import extract_answer_letter
 
-from medlora.answer_denials import DENIALS
-from medlora.answer_rules import RULES
-from medlora.answers import extract_answer_letter, find_verdicts, parse, score_format, score_total
-from medlora.option_text import mark_options, normalise
+from medlora.evaluation.answers.denials import DENIALS
+from medlora.evaluation.answers.letter import find_verdicts, parse, score_format, score_total
+from medlora.evaluation.answers.rules import RULES
+from medlora.evaluation.answers.text import mark_options, normalise
 from medlora.prompts import MCQ_STYLES, render_mcq
 from medlora.records import FIELDS, LETTERS, McqRecord
 

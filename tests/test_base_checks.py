@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from test_adapter_checks import tensor, write_tensors
 
-from medlora.base_checks import check_base, check_layers, read_base_tensors, sample_weights
-from medlora.chat_templates import check_template
-from medlora.config import BaseModelConfig, RunConfig
+from medlora.artifacts.base_checks import check_base, check_layers, read_base_tensors, sample_weights
+from medlora.artifacts.bases import check_base_files
+from medlora.artifacts.chat_templates import check_template
+from medlora.artifacts.headers import TensorInfo
+from medlora.config.model import BaseModelConfig
+from medlora.config.run import RunConfig
+from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
-from medlora.lineage import check_base_files, check_inputs
-from medlora.model_files import TensorInfo
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 2}
 TENSORS = {

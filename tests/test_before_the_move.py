@@ -15,14 +15,18 @@ from typing import Any
 
 import pytest
 
-from medlora import runs
-from medlora.config_file import load
+from medlora.config.loading.files import load, load_evaluate_config, load_sweep_config
+from medlora.curriculum.chains import extend_chain
+from medlora.curriculum.jobs import PhaseJob, find_obstacle, make_job
 from medlora.errors import InputError
-from medlora.evaluation import check_evaluation, load_evaluate_config, plan_batches, read_ledger
-from medlora.lineage import PhaseJob, extend_chain, find_obstacle, make_job
-from medlora.sweep import describe_sweep, load_sweep_config
-from medlora.sweep_checks import check_sweep, find_start, refuse_other
-from medlora.sweep_ledger import Ledger
+from medlora.evaluation.ledger import plan_batches, read_ledger
+from medlora.evaluation.plan import check_evaluation
+from medlora.runs.files import read_json, read_json_lines
+from medlora.runs.folders import PhaseFolder, RunFolder
+from medlora.runs.manifests import check_files, hash_files, read_manifest
+from medlora.sweep.checks import check_sweep, find_start, refuse_other
+from medlora.sweep.ledger import Ledger
+from medlora.sweep.plan import describe_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = Path(__file__).resolve().parent / "fixtures" / "before_the_move" / "before_the_move.tar.xz"
@@ -83,10 +87,10 @@ def test_what_was_finished_is_reused_and_something_else_is_refused(
 
 
 def test_the_phases_of_an_interrupted_run_are_those_of_its_config(before: Path) -> None:
-    from medlora.on_ray.curriculum import check_run
+    from medlora.drivers.curriculum import check_run
 
-    config, run = load(Path("three.yaml")), runs.RunFolder(before / "runs/tiny")
-    assert [runs.read_manifest(run.phase(name).root) is not None for name in ("00", "01", "02")] == [True, True, False]
+    config, run = load(Path("three.yaml")), RunFolder(before / "runs/tiny")
+    assert [read_manifest(run.phase(name).root) is not None for name in ("00", "01", "02")] == [True, True, False]
     check_run(config, run, None)
     chain: Any = ()
     for phase in config.phases:
@@ -102,7 +106,7 @@ def test_the_phases_of_an_interrupted_run_are_those_of_its_config(before: Path) 
 
 
 def test_an_unfinished_phase_resumes_as_if_nothing_had_happened(before: Path) -> None:
-    config, run = load(Path("three.yaml")), runs.RunFolder(before / "runs/tiny")
+    config, run = load(Path("three.yaml")), RunFolder(before / "runs/tiny")
     chain: Any = ()
     for phase in config.phases[:2]:
         chain = extend_chain(chain, phase, run.phase(phase.name).adapter)
@@ -114,19 +118,19 @@ def test_an_unfinished_trial_of_a_sweep_resumes_as_if_nothing_had_happened(befor
     trial = Ledger(before / "sweeps/tiny/trials.jsonl").trials["002"]
     made = plan.make_trial([trial.params], "trial-002")
     _, chain = find_start(plan)
-    folder = runs.RunFolder(before / "sweeps/tiny/trials/002")
+    folder = RunFolder(before / "sweeps/tiny/trials/002")
     assert load(folder.config) == made
     resume(make_job(made, made.phases[2], chain, plan.dropped), folder.phase("02"), before, 2)
 
 
-def resume(job: PhaseJob, folder: runs.PhaseFolder, tmp_path: Path, step: int) -> None:
+def resume(job: PhaseJob, folder: PhaseFolder, tmp_path: Path, step: int) -> None:
     """Train the rest of a phase of 8 steps, and all of it elsewhere; both must end with the same adapter."""
-    from medlora.phases import run_phase
+    from medlora.training.phase import run_phase
 
     assert find_obstacle(job, folder) == []
     checkpoint = f"checkpoints/normal/checkpoint-{step}/adapter_model.safetensors"
     there = (folder.root / checkpoint).read_bytes()
-    undisturbed, here = runs.PhaseFolder(tmp_path / "undisturbed"), []
+    undisturbed, here = PhaseFolder(tmp_path / "undisturbed"), []
 
     def look(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == step + 2:
@@ -137,11 +141,11 @@ def resume(job: PhaseJob, folder: runs.PhaseFolder, tmp_path: Path, step: int) -
     manifest = run_phase(job, folder, events.append)
     assert manifest["segments"][0]["resumed_from_step"] == step
     assert [event["step"] for event in events if event["event"] == "step"] == list(range(step + 2, 9, 2))
-    assert [row["step"] for row in runs.read_json_lines(folder.metrics)] == [1, 2, 4, 6, 8]
-    assert runs.check_files(folder.root, manifest) is None and not folder.checkpoints.exists()
+    assert [row["step"] for row in read_json_lines(folder.metrics)] == [1, 2, 4, 6, 8]
+    assert check_files(folder.root, manifest) is None and not folder.checkpoints.exists()
     ended, expected = ((each.adapter / "adapter_model.safetensors").read_bytes() for each in (folder, undisturbed))
     if here == [there]:
-        assert runs.hash_files(folder.adapter) == runs.hash_files(undisturbed.adapter)
+        assert hash_files(folder.adapter) == hash_files(undisturbed.adapter)
     # The checkpoint may come from another kind of CPU: then only rounding may differ, by far less than a step does.
     assert measure(ended, expected) < 0.02 * measure(there, expected)
 
@@ -159,9 +163,9 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(before: Path) -> No
     plan = check_evaluation(load_evaluate_config(Path("evaluate.yaml")), force=False)
     folder, stages = before / "evaluations/interrupted", list(plan.stages)
     assert stages == ["base", "00", "mine"]
-    assert runs.read_json(folder / "fingerprint.json") == plan.fingerprint and runs.read_manifest(folder) is None
+    assert read_json(folder / "fingerprint.json") == plan.fingerprint and read_manifest(folder) is None
     known = read_ledger(folder / "ledger.jsonl", stages)
-    finished = runs.read_json(before / "evaluations/finished/report.json")
+    finished = read_json(before / "evaluations/finished/report.json")
     assert len(known) == 8 * 3 and not any(prediction.error for prediction in known)
     answered = {(prediction.stage, prediction.test, prediction.id) for prediction in known}
     batches = plan_batches(plan.asked.tests, 4, stages, answered)
@@ -172,7 +176,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(before: Path) -> No
 
 def test_an_interrupted_sweep_goes_on_from_its_ledger(before: Path) -> None:
     plan, folder = check_sweep(load_sweep_config(Path("sweep.yaml"))), before / "sweeps/tiny"
-    assert runs.read_json(folder / "fingerprint.json") == describe_sweep(plan)
+    assert read_json(folder / "fingerprint.json") == describe_sweep(plan)
     refuse_other(folder, plan)
     trials = Ledger(folder / "trials.jsonl").trials
     assert {id: (trial.state, trial.step) for id, trial in trials.items()} == {
@@ -185,7 +189,7 @@ def test_an_interrupted_sweep_goes_on_from_its_ledger(before: Path) -> None:
     assert [params for params in plan.list_grid() if params not in tried] == [{"phases.02.learning_rate": 3e-4}]
     for id in ("000", "001"):
         phase = folder / "trials" / id / "phases/02"
-        assert runs.check_files(phase, runs.read_manifest(phase) or {"files": {"-": ""}}) is None
+        assert check_files(phase, read_manifest(phase) or {"files": {"-": ""}}) is None
     with pytest.raises(InputError, match="holds another sweep:\n +run.seed: was 0, now 1"):
         refuse_other(folder, check_sweep(load_sweep_config(Path("sweep.yaml"), ["set=[seed=1]", "start=null"])))
 
@@ -217,18 +221,18 @@ def test_the_jobs_do_what_was_left_to_do(before: Path, cluster: dict[str, str]) 
     assert {folder: read_files(folder) for folder in done} == done
 
     finished = [before / "runs/tiny/phases/02", before / "sweeps/tiny/trials/002/phases/02"]
-    manifests = [runs.read_manifest(folder) for folder in finished]
+    manifests = [read_manifest(folder) for folder in finished]
     assert [manifest and manifest["segments"][0]["resumed_from_step"] for manifest in manifests] == [4, 2]
-    report = runs.read_json(before / "runs/tiny/evaluation/report.json")
+    report = read_json(before / "runs/tiny/evaluation/report.json")
     assert [row["stage"] for row in report["stages"]] == ["base", "00", "01", "02"]
 
     import pyarrow.parquet
 
-    assert runs.read_json(before / "evaluations/interrupted/report.json")["questions_asked"] == 4
+    assert read_json(before / "evaluations/interrupted/report.json")["questions_asked"] == 4
     rows = pyarrow.parquet.read_table(before / "evaluations/interrupted/predictions.parquet").to_pylist()
     answers = {(row["stage"], row["test"], row["id"]): row["choice"] for row in rows}
     assert len(answers) == 12 * 3 and not (before / "evaluations/interrupted/ledger.jsonl").exists()
     assert all(answers[each.stage, each.test, each.id] == each.choice for each in ledger)
 
-    sweep = runs.read_json(before / "sweeps/tiny/sweep.json")
+    sweep = read_json(before / "sweeps/tiny/sweep.json")
     assert sweep["states"] == {"finished": 4, "stopped": 0, "failed": 0, "invalid": 0}

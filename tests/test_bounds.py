@@ -14,12 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from medlora import bounds, row_formats, sources, tables
+from medlora import bounds
 from medlora.bounds import bound_row, clean, list_names, shorten
-from medlora.config_sources import SourceConfig
+from medlora.config.sources import SourceConfig
+from medlora.data import sources
+from medlora.data.quarantine import write_quarantine
+from medlora.data.reading import formats, tables
+from medlora.data.sources import read, scan
 from medlora.errors import InputError
-from medlora.quarantine import write_quarantine
-from medlora.sources import read, scan
 
 QUESTION = {"question": "Q?", "A": "열", "B": "기침", "answer": 1}
 LONGEST_MESSAGE = 2_500
@@ -108,9 +110,9 @@ def test_values_of_a_row_are_bounded_but_not_the_words_of_a_text(tmp_path: Path)
 
 def test_an_array_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.json", "[" + "[]," * 1000 + "[]]")
-    monkeypatch.setattr(row_formats, "_MOST_OPENED", 500)
+    monkeypatch.setattr(formats, "_MOST_OPENED", 500)
     assert "1,002 lists and mappings in one array; write its items as lines" in refusal(path)
-    monkeypatch.setattr(row_formats, "MAX_ARRAY_BYTES", 100)
+    monkeypatch.setattr(formats, "MAX_ARRAY_BYTES", 100)
     assert "would sit in memory as a whole" in refusal(path)
 
 

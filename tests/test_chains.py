@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from tiny import EXTRA, FAMILIES
 from transformers import AutoModelForCausalLM
 
-from medlora.adapter_files import export_chain
-from medlora.chains import activate, add_adapter, load_adapter_weights, load_chain, save_adapter
-from medlora.config import BaseModelConfig, LoraSettings
+from medlora.artifacts.adapters import find_adapter
+from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.errors import InputError
-from medlora.lineage import find_adapter
-from medlora.models import added_token_ids, load_base, load_tokenizer
+from medlora.model.base import load_base
+from medlora.model.chain import activate, add_adapter, load_adapter_weights, load_chain, save_adapter
+from medlora.model.export import export_chain
+from medlora.model.tokenizer import added_token_ids, load_tokenizer
 
 TEXTS = (f"아스피린 은 {EXTRA[0]} 이다", f"{EXTRA[1]} text about {EXTRA[0]} answer:\nB")
 STAGES = {"base": (), "00": ("00",), "01": ("01",), "02": ("01", "02")}

@@ -9,10 +9,12 @@ from pathlib import Path
 import flips
 import pytest
 
-from medlora import runs
-from medlora.checksums import open_line, seal, seal_line, unseal
 from medlora.errors import InputError
-from medlora.sweep_ledger import Ledger
+from medlora.runs.checksums import open_line, seal, seal_line, unseal
+from medlora.runs.files import append_json, read_json_lines, read_mapping, truncate_json_lines, write_bytes
+from medlora.runs.folders import PhaseFolder, find_finished
+from medlora.runs.manifests import MANIFEST, commit
+from medlora.sweep.ledger import Ledger
 
 KINDS = range(11)
 
@@ -43,27 +45,27 @@ def test_valid_json_of_the_wrong_type_is_one_message(tmp_path: Path) -> None:
     assert flips.replace_types(tmp_path / "files").wrong == []
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(InputError, match=r"run.json: must hold a mapping, found list; bring the file back"):
-        runs.read_mapping(tmp_path / "run.json")
+        read_mapping(tmp_path / "run.json")
 
 
 def test_lines_of_older_versions_are_read_and_kept_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     old = '{"step": 1, "why": "abcd1234", "text": "a\\u2028b"}\n'
     path.write_text(old + '{"step": 2}\n{"step": 3', encoding="utf-8")
-    runs.truncate_json_lines(path, lambda row: True)
-    runs.append_json(path, {"step": 3, "text": "줄\u2028바꿈"})
+    truncate_json_lines(path, lambda row: True)
+    append_json(path, {"step": 3, "text": "줄\u2028바꿈"})
     assert path.read_text(encoding="utf-8").startswith(old + '{"step": 2}\n{"step": 3')
-    rows = runs.read_json_lines(path)
+    rows = read_json_lines(path)
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[2] == {"step": 3, "text": "줄\u2028바꿈"}
 
 
 def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "x.jsonl"
     for step in range(3):
-        runs.append_json(path, {"step": step})
+        append_json(path, {"step": step})
     path.write_text(path.read_text().replace('"step": 1', '"step": 7'))
     with caplog.at_level(logging.WARNING, "medlora.run"):
-        assert [row["step"] for row in runs.read_json_lines(path)] == [0, 2]
+        assert [row["step"] for row in read_json_lines(path)] == [0, 2]
     assert f"{path}:2: this line is damaged" in caplog.text
 
 
@@ -82,19 +84,19 @@ def test_a_damaged_sweep_ledger_is_cut_there_set_aside_and_goes_on(tmp_path: Pat
 
 
 def test_a_torn_finished_phase_resumes_from_its_checkpoints_or_is_refused(tmp_path: Path) -> None:
-    phase = runs.PhaseFolder(tmp_path / "00")
-    runs.write_bytes(phase.adapter / "w.bin", b"1")
+    phase = PhaseFolder(tmp_path / "00")
+    write_bytes(phase.adapter / "w.bin", b"1")
     checkpoint = phase.checkpoints / "normal" / "checkpoint-4"
-    runs.write_bytes(checkpoint / "w.bin", b"1")
-    runs.commit(checkpoint, {"step": 4})
-    assert runs.find_finished(phase) == (None, "")
+    write_bytes(checkpoint / "w.bin", b"1")
+    commit(checkpoint, {"step": 4})
+    assert find_finished(phase) == (None, "")
     about = {"seconds": {"all": 1.0, "base": 0.1}, "fingerprint": {}}
-    manifest = runs.commit(phase.root, about, passing=(phase.checkpoints,))
-    assert runs.find_finished(phase) == (manifest, "")
+    manifest = commit(phase.root, about, passing=(phase.checkpoints,))
+    assert find_finished(phase) == (manifest, "")
     (phase.adapter / "w.bin").write_bytes(b"")
-    assert runs.find_finished(phase) == (None, "adapter/w.bin has changed")
-    (phase.root / runs.MANIFEST).write_text("{")
-    assert runs.find_finished(phase) == (None, "manifest.json is damaged")
+    assert find_finished(phase) == (None, "adapter/w.bin has changed")
+    (phase.root / MANIFEST).write_text("{")
+    assert find_finished(phase) == (None, "manifest.json is damaged")
     (checkpoint / "w.bin").write_bytes(b"")
     with pytest.raises(InputError, match="manifest.json is damaged since phase 00 was finished; .* --redo 00"):
-        runs.find_finished(phase)
+        find_finished(phase)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from medlora.compare import main
+from medlora.cli.compare import main
 
 HEADER = "id,category,trial,answer,pred,response\n"
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from medlora.config import RunConfig
-from medlora.config_file import load, read_yaml, schema
+from medlora.config.evaluation import EvaluateConfig
+from medlora.config.loading.files import load, read_yaml, schema
+from medlora.config.run import RunConfig
+from medlora.config.sweep import SweepConfig
 from medlora.errors import InputError
-from medlora.evaluation import EvaluateConfig
-from medlora.sweep import SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

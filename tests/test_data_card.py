@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from medlora import data_card, overlap
-from medlora.config import RunConfig
-from medlora.data_card import check_data, describe_findings, describe_overlap, find_dropped, stream_kept
+from medlora.config.run import RunConfig
+from medlora.curriculum.jobs import make_job
+from medlora.data import card as card_module
+from medlora.data import overlap
+from medlora.data.card import check_data, describe_findings, describe_overlap, find_dropped, stream_kept
+from medlora.data.quarantine import check_rows, describe_quarantine
 from medlora.errors import InputError
-from medlora.lineage import make_job
-from medlora.quarantine import check_rows, describe_quarantine
 
 WORDS = ["fever", "cough", "rash", "anaemia", "jaundice", "oedema", "dyspnoea", "syncope", "tremor", "ascites"]
 
@@ -129,7 +130,7 @@ def test_a_card_that_still_stands_is_not_made_again(tmp_path: Path, monkeypatch:
     def look(*arguments: Any) -> Any:
         raise AssertionError("looked again")
 
-    data_card._survey.cache_clear()
+    card_module._survey.cache_clear()
     monkeypatch.setattr(overlap, "TestIndex", look)
     assert check_data(configure(tmp_path, CLEAN), card) == card
     with pytest.raises(AssertionError, match="looked again"):

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from medlora import runs
-from medlora.disk_errors import SAFE, explain, explaining
 from medlora.errors import InputError
+from medlora.runs.disk_errors import SAFE, explain, explaining
+from medlora.runs.environment import log_to
+from medlora.runs.folders import open_run
+from medlora.runs.locks import hold_file_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,9 +92,9 @@ def test_what_is_no_error_of_the_disk_passes_as_it_is(error: Exception) -> None:
 
 
 def test_whoever_holds_a_lock_gets_one_message(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the disk is full"), runs.hold(tmp_path / "lock", "run x"):
+    with pytest.raises(InputError, match="the disk is full"), hold_file_lock(tmp_path / "lock", "run x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with runs.hold(tmp_path / "lock", "run x"):  # and the lock is free again
+    with hold_file_lock(tmp_path / "lock", "run x"):  # and the lock is free again
         pass
 
 
@@ -100,7 +102,7 @@ def test_a_log_that_cannot_be_written_raises_instead_of_a_traceback_on_the_termi
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logger = logging.getLogger("medlora.test-full")
-    with pytest.raises(OSError) as raised, runs.log_to((logger, Path("/dev/full"))):
+    with pytest.raises(OSError) as raised, log_to((logger, Path("/dev/full"))):
         logger.info("a line")
     assert raised.value.errno == errno.ENOSPC and "/dev/full" in str(explain(raised.value))
     assert capfd.readouterr().err == "" and logger.handlers == []
@@ -142,15 +144,15 @@ def test_a_run_folder_on_a_read_only_mount_is_one_message(tmp_path: Path) -> Non
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(place)], capture_output=True).returncode:
         pytest.skip("mounting takes root")
     try:
-        runs.open_run(place / "run")
+        open_run(place / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
         with pytest.raises(InputError, match="cannot be written .a read-only mount"):
-            runs.open_run(place / "run")
+            open_run(place / "run")
         with pytest.raises(InputError, match="Read-only file system"):
-            runs.open_run(place / "other")
+            open_run(place / "other")
         with (
             pytest.raises(InputError, match="the file system is read-only"),
-            runs.hold(place / "run" / "lock", "run x"),
+            hold_file_lock(place / "run" / "lock", "run x"),
         ):
             pass
     finally:

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import configure, run_all, weights
 
-from medlora import runs, training
-from medlora.adapter_files import find_non_finite, write_adapter
-from medlora.callbacks import Segment
-from medlora.config import RunConfig
-from medlora.divergence import Diverged, StepWatch
-from medlora.training import _AdapterTrainer, find_checkpoint
+from medlora.config.run import RunConfig
+from medlora.model.adapter_files import find_non_finite, write_adapter
+from medlora.runs.folders import PhaseFolder, RunFolder
+from medlora.runs.manifests import commit, read_manifest
+from medlora.training import trainer
+from medlora.training.divergence import Diverged, StepWatch
+from medlora.training.segment import Segment
+from medlora.training.trainer import _AdapterTrainer, find_checkpoint
 
 
 class Killed(BaseException):
@@ -45,7 +47,7 @@ def break_at(patch: pytest.MonkeyPatch, step: int, what: str, passes: int = 1, v
 
 
 def checkpoints(folder: Path) -> Path:
-    return runs.RunFolder(folder).phase("00").checkpoints / "normal"
+    return RunFolder(folder).phase("00").checkpoints / "normal"
 
 
 def poison(checkpoint: Path) -> None:
@@ -54,7 +56,7 @@ def poison(checkpoint: Path) -> None:
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = math.nan
     save_file(tensors, path)
-    runs.commit(checkpoint, {"step": 4})
+    commit(checkpoint, {"step": 4})
 
 
 def kill_at(step: int) -> Any:
@@ -91,8 +93,8 @@ def test_a_step_that_is_not_finite_ends_the_phase_and_the_next_attempt_gives_the
     assert "learning rate " in said and "Records of the batch: " in said and "text.jsonl: " in said
     assert "lower phases.00.learning_rate" in said and "--redo 00" in said
     assert f"resumes from {f'step {resumed}' if resumed else 'the beginning'}," in said
-    phase = runs.RunFolder(tmp_path).phase("00")
-    assert runs.read_manifest(phase.root) is None and not phase.adapter.exists()
+    phase = RunFolder(tmp_path).phase("00")
+    assert read_manifest(phase.root) is None and not phase.adapter.exists()
     told: list[str] = []
     manifest = run_all(config, tmp_path, ("00",), lambda event: told.append(event.get("text", "")))["00"]
     assert manifest["segments"][0]["resumed_from_step"] == resumed
@@ -135,13 +137,13 @@ def test_only_the_forward_pass_with_the_broken_loss_is_named(
     phase = config.phases[2].model_copy(update={"name": "mcq", "chain": "new", "validation": None})
     config = config.model_copy(update={"phases": (phase,)})
     drawn: list[Segment] = []
-    original = training.StepWatch
+    original = trainer.StepWatch
 
     def watch(phase: Any, segment: Segment, *more: Any) -> StepWatch:
         drawn.append(segment)
         return original(phase, segment, *more)
 
-    monkeypatch.setattr(training, "StepWatch", watch)
+    monkeypatch.setattr(trainer, "StepWatch", watch)
     break_at(monkeypatch, 2, "loss", passes=3)
     with pytest.raises(Diverged) as raised:
         run_all(config, tmp_path, ("mcq",))
@@ -176,14 +178,14 @@ def test_a_checkpoint_behind_a_loss_that_was_no_number_is_not_resumed_from(
     state = json.loads((newest / "trainer_state.json").read_text())
     state["log_history"][-1]["loss"] = math.nan
     (newest / "trainer_state.json").write_text(json.dumps(state))
-    runs.commit(newest, {"step": 4})
+    commit(newest, {"step": 4})
     assert find_checkpoint(checkpoints(tmp_path)) == checkpoints(tmp_path) / "checkpoint-2"
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(
     bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medlora.callbacks import LossLoggingCallback
+    from medlora.training.callbacks import LossLoggingCallback
 
     def overflow(self: Any, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 6:
@@ -234,7 +236,7 @@ def test_workers_agree_on_the_rows_and_one_alone_does_not_wait_for_the_others(
     said = []
     for losses in all_losses:
         segment = Segment("normal", [None] * 160, 10, 10, name_rows=lambda rows: [f"row {row}" for row in rows])  # type: ignore[list-item]
-        watch = StepWatch(phase, segment, runs.PhaseFolder(tmp_path), 16)
+        watch = StepWatch(phase, segment, PhaseFolder(tmp_path), 16)
         for loss in losses:
             watch.add(torch.tensor(loss))
         with pytest.raises(Diverged) as raised:
@@ -250,7 +252,7 @@ def test_workers_agree_on_the_rows_and_one_alone_does_not_wait_for_the_others(
 
 def test_float16_may_skip_steps_but_not_for_ever(bases: dict[str, str], data: Path, tmp_path: Path) -> None:
     phase = configure(bases["gemma"], data).phases[0]
-    watch = StepWatch(phase, Segment("normal", [], 100, 100), runs.PhaseFolder(tmp_path), 4, torch.float16)
+    watch = StepWatch(phase, Segment("normal", [], 100, 100), PhaseFolder(tmp_path), 4, torch.float16)
 
     def step(number: int, norm: float, loss: float = 1.0) -> None:
         watch.add(torch.tensor(loss))

@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 
-from medlora import runs
-from medlora.config_file import load, read_yaml
+from medlora.config.loading.files import load, read_yaml
 from medlora.records import McqRecord, TextRecord, TranslationRecord
+from medlora.runs.files import write_json, write_yaml
+from medlora.runs.folders import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -386,8 +387,9 @@ def save_as_the_scripts_did(folder: str, words: tuple[str, ...]) -> None:
 
 def train_curriculum(words: tuple[str, ...]) -> None:
     """The three phases of configs/medgemma-4b.yaml, two steps each, into runs/medgemma-4b."""
-    from medlora.lineage import extend_chain, make_job
-    from medlora.phases import run_phase
+    from medlora.curriculum.chains import extend_chain
+    from medlora.curriculum.jobs import make_job
+    from medlora.training.phase import run_phase
 
     data = "data/02_refined"
     small = ["max_steps=2", "batch_size=2", "accumulation=1", "log_every_steps=1"]
@@ -408,13 +410,13 @@ def train_curriculum(words: tuple[str, ...]) -> None:
             "phases.02.full_prompt={records: 4, max_steps: 1}",
         ],
     )
-    run = runs.open_run(Path("runs/medgemma-4b"))
+    run = open_run(Path("runs/medgemma-4b"))
     chain: tuple[Any, ...] = ()
     for phase in config.phases:
         run_phase(make_job(config, phase, chain), run.phase(phase.name), lambda event: None)
         chain = extend_chain(chain, phase, run.phase(phase.name).adapter)
-    runs.write_json(run.about, {"name": config.name})
-    runs.write_yaml(run.config, config.model_dump(mode="json"))
+    write_json(run.about, {"name": config.name})
+    write_yaml(run.config, config.model_dump(mode="json"))
 
 
 @having("python", torch=False)

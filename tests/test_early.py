@@ -17,9 +17,11 @@ from fake_stages import FakeStages
 from test_evaluate_on_ray import answer_here, ask, journal, score
 from test_nodes import add_nodes
 
-from medlora import runs
-from medlora.config import ActorPlacement, EvaluationConfig, Placement
-from medlora.evaluation import LEDGER, PREDICTIONS, Asked, read_ledger
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.placement import ActorPlacement, Placement
+from medlora.evaluation.ledger import LEDGER, PREDICTIONS, read_ledger
+from medlora.evaluation.questions import Asked
+from medlora.runs.files import read_json
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def scoring(
     folder: Path, cluster: Any, said: list[str], pause_s: float = 0.0, gpus: int = 1, stages: Sequence[str] = ("a",)
 ) -> Iterator[Any]:
     """Early scoring of stages with 30 questions each, on one actor with a GPU; its journal is `e.journal`."""
-    from medlora.on_ray.early import EarlyScoring
+    from medlora.drivers.early_scoring import EarlyScoring
 
     config = EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "unused"}], "batch_size": 2})
 
@@ -89,8 +91,8 @@ def two_gpus(cluster: dict[str, str], ray_cluster: Any) -> Iterator[Any]:
 def test_stages_are_scored_on_what_a_phase_leaves_free_and_stand_in_nobodys_way(
     two_gpus: Any, ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medlora.on_ray import early as module
-    from medlora.on_ray.early import take_over
+    from medlora.drivers import early_scoring as module
+    from medlora.drivers.early_scoring import take_over
 
     monkeypatch.setattr(module, "GRACE_S", 0.5)
     monkeypatch.setattr(module, "POLL_S", 0.25)
@@ -114,7 +116,7 @@ def test_stages_are_scored_on_what_a_phase_leaves_free_and_stand_in_nobodys_way(
         assert re.fullmatch(r"a  scored beside the training in \d+ s: t 33.3%", said[0])
         # What dies is said; the last evaluation takes over what it has answered.
         wait_for(lambda: count_answers(tmp_path, "b") >= 8)
-        os.kill(runs.read_json(tmp_path / "scoring" / ".b.lock.json")["pid"], signal.SIGKILL)
+        os.kill(read_json(tmp_path / "scoring" / ".b.lock.json")["pid"], signal.SIGKILL)
         wait_for(lambda: len(said) == 2)
         assert said[1].startswith("b  could not be scored beside the training, it is scored after it: ")
     asked = journal(tmp_path / "e", "ask")

@@ -6,11 +6,14 @@ import pytest
 import torch
 from tiny import FAMILIES
 
-from medlora.config import BaseModelConfig
-from medlora.encoding import IGNORED, Collator, Row, encode, encode_prompts, needs_bos
-from medlora.models import load_base, load_tokenizer
+from medlora.config.model import BaseModelConfig
+from medlora.model.base import load_base
+from medlora.model.tokenizer import load_tokenizer
 from medlora.prompts import Example, render_mcq, render_text
 from medlora.records import McqRecord, TextRecord
+from medlora.tokens.encode import encode_prompts, needs_bos
+from medlora.tokens.rows import IGNORED, Row, encode
+from medlora.training.batches import Collator
 
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"

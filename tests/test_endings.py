@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from medlora import runs
-from medlora.config import Placement
-from medlora.sweep_ledger import Ledger
+from medlora.config.placement import Placement
+from medlora.runs.folders import RunFolder, describe_progress
+from medlora.runs.manifests import commit
+from medlora.sweep.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 START = "import os, sys, time, threading\nfrom pathlib import Path\nfrom medlora import endings\nfrom medlora.errors import InputError\n"
@@ -183,19 +184,19 @@ def test_outside_a_job_nothing_is_taken_and_nothing_ends() -> None:
 
 
 def test_what_a_run_has_saved_is_said(tmp_path: Path) -> None:
-    run = runs.RunFolder(tmp_path)
+    run = RunFolder(tmp_path)
     names = ["00", "01"]
-    assert runs.describe_progress(run, names) == "no phase is finished; the same command resumes phase 00"
+    assert describe_progress(run, names) == "no phase is finished; the same command resumes phase 00"
     run.phase("00").root.mkdir(parents=True)
-    runs.commit(run.phase("00").root, {})
+    commit(run.phase("00").root, {})
     for segment, step in (("full", 90), ("normal", 20), ("normal", 100)):
         folder = run.phase("01").checkpoints / segment / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         if step < 100:  # the last one was cut off before its manifest
-            runs.commit(folder, {})
-    assert runs.describe_progress(run, names) == "finished: 00; the same command resumes phase 01 from step 20"
-    runs.commit(run.phase("01").root, {})
-    assert runs.describe_progress(run, names).startswith("finished: 00, 01; the same command scores")
+            commit(folder, {})
+    assert describe_progress(run, names) == "finished: 00; the same command resumes phase 01 from step 20"
+    commit(run.phase("01").root, {})
+    assert describe_progress(run, names).startswith("finished: 00, 01; the same command scores")
 
 
 def test_what_a_sweep_has_saved_is_said(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from fake_stages import FakeStages, die_while_loading, raise_while_loading
 
-from medlora import runs
-from medlora.config import ActorPlacement, EvaluationConfig
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.placement import ActorPlacement
 from medlora.errors import RunError
-from medlora.evaluation import LEDGER, PREDICTIONS, Batch, sort_predictions
-from medlora.records import McqRecord, Prediction
-from medlora.report import write_predictions
+from medlora.evaluation.ledger import LEDGER, PREDICTIONS, Batch, sort_predictions
+from medlora.evaluation.predictions import Prediction, write_predictions
+from medlora.records import McqRecord
+from medlora.runs.files import read_json_lines
 
 STAGES = {"a": [], "b": []}
 
@@ -45,7 +46,7 @@ def score(
     labels: dict[str, str] | None = None,
     known: Sequence[Prediction] = (),
 ) -> dict[str, Any]:
-    from medlora.on_ray.scoring import score_stages
+    from medlora.drivers.evaluation import score_stages
 
     tests = [{"name": "t", "source": "unused"}]
     config = EvaluationConfig.model_validate({"tests": tests, "batch_size": size})
@@ -164,12 +165,12 @@ def test_a_killed_driver_asks_only_what_is_not_answered_and_writes_the_same_byte
     folder = tmp_path / "e"
     env = {**cluster, "PYTHONPATH": str(Path(__file__).parent)}
     first = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder), "2", "0.3"], env=env)
-    while len(runs.read_json_lines(folder / LEDGER)) < 3:
+    while len(read_json_lines(folder / LEDGER)) < 3:
         assert first.poll() is None
         time.sleep(0.02)
     first.kill()
     first.wait()
-    known = {p["id"] for line in runs.read_json_lines(folder / LEDGER) for p in line["predictions"]}
+    known = {p["id"] for line in read_json_lines(folder / LEDGER) for p in line["predictions"]}
     time.sleep(1.5)  # what the dead driver's actors still do is over
     before, began = len(journal(folder, "ask")), time.monotonic()
     report = score(folder, ask(30), ray_cluster, actors=1)
@@ -183,7 +184,7 @@ def test_a_killed_driver_asks_only_what_is_not_answered_and_writes_the_same_byte
 
 
 def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, tmp_path: Path) -> None:
-    from medlora.on_ray.evaluate import answer_on_ray
+    from medlora.on_ray.answer_questions import answer_on_ray
 
     batches = [Batch((("t", record),), ("a",)) for record in ask(2)]
     with pytest.raises(RunError, match="evaluation: RuntimeError: the processes that load the model keep dying"):
@@ -195,7 +196,7 @@ def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, 
 
 
 def test_an_exception_of_the_load_is_raised_once_and_named(ray_cluster: Any, tmp_path: Path) -> None:
-    from medlora.on_ray.evaluate import answer_on_ray
+    from medlora.on_ray.answer_questions import answer_on_ray
 
     batches = [Batch((("t", record),), ("a",)) for record in ask(2)]
     build = partial(raise_while_loading, str(tmp_path / "e.journal"))

@@ -8,25 +8,18 @@ from typing import Any
 
 import pytest
 
-from medlora import runs
-from medlora.config import BaseModelConfig, EvaluationConfig
+from medlora.config.evaluation import EvaluateConfig, EvaluationConfig
+from medlora.config.model import BaseModelConfig
+from medlora.curriculum.chains import Link
 from medlora.errors import InputError
-from medlora.evaluation import (
-    EvaluateConfig,
-    describe_evaluation,
-    describe_other_task,
-    find_doubts,
-    find_stages,
-    pack_prediction,
-    plan_batches,
-    read_asked,
-    read_ledger,
-    read_tests,
-    refuse_other,
-    sort_predictions,
-)
-from medlora.lineage import Link
-from medlora.records import McqRecord, Prediction
+from medlora.evaluation.ledger import pack_prediction, plan_batches, read_ledger, sort_predictions
+from medlora.evaluation.plan import describe_evaluation, describe_other_task, refuse_other
+from medlora.evaluation.predictions import Prediction
+from medlora.evaluation.questions import read_asked, read_tests
+from medlora.evaluation.stages import find_doubts, find_stages
+from medlora.records import McqRecord
+from medlora.runs.files import append_json, write_json
+from medlora.runs.manifests import commit
 
 
 def questions(n: int) -> list[McqRecord]:
@@ -75,9 +68,9 @@ def predictions(ids: list[str], stages: tuple[str, ...] = ("a", "b")) -> list[Pr
 
 def test_the_ledger_gives_back_every_answer_once(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q0", "q1"])]})
-    runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q1"])]})
-    runs.append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q2"], ("a",))]})
+    append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q0", "q1"])]})
+    append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q1"])]})
+    append_json(path, {"predictions": [pack_prediction(p) for p in predictions(["q2"], ("a",))]})
     with path.open("a") as file:
         file.write('{"predictions": [{"id": "q3"')
     assert read_ledger(path, ["a", "b"]) == [*predictions(["q0", "q1"]), *predictions(["q2"], ("a",))]
@@ -159,7 +152,7 @@ def test_an_adapter_of_another_base_or_prompt_style_is_doubted(tmp_path: Path) -
     phase = tmp_path / "01"
     folder = adapter(phase / "adapter")
     sources = [{"source": "q", "style": "answer"}, {"source": "text", "style": "reasoning"}]
-    runs.commit(phase, {"fingerprint": {"phases.01": {"sources": sources}}, "question_sources": ["q"]})
+    commit(phase, {"fingerprint": {"phases.01": {"sources": sources}}, "question_sources": ["q"]})
     assert doubts(folder, "answer") == []
     assert "was trained with prompt style answer, not reasoning" in doubts(folder)[0]
 
@@ -174,8 +167,8 @@ def test_another_task_than_the_trained_one_is_reported(tmp_path: Path) -> None:
     sources = [{"source": "q", "style": "reasoning"}]
     about = {"fingerprint": {"phases.01": {"sources": sources}}, "question_sources": ["q"]}
     reasons, answers = adapter(tmp_path / "a" / "adapter"), adapter(tmp_path / "b" / "adapter")
-    runs.commit(tmp_path / "a", {**about, "rationale": ["facts"]})
-    runs.commit(tmp_path / "b", {**about, "rationale": []})
+    commit(tmp_path / "a", {**about, "rationale": ["facts"]})
+    commit(tmp_path / "b", {**about, "rationale": []})
     (said,) = describe(reasons, "letter")
     assert said.startswith("01: trained to reason before the answer, and scored by `letter`")
     assert "another task than the trained one" in said
@@ -193,7 +186,7 @@ def test_a_test_without_questions_or_of_a_taken_name_is_refused() -> None:
 
 
 def test_a_folder_with_another_evaluation_is_refused(tmp_path: Path) -> None:
-    runs.write_json(tmp_path / "fingerprint.json", {"evaluation": {"scoring": "letter"}})
+    write_json(tmp_path / "fingerprint.json", {"evaluation": {"scoring": "letter"}})
     refuse_other(tmp_path, {"evaluation": {"scoring": "letter"}})
     with pytest.raises(InputError, match='evaluation.scoring: was "letter", now "reason"'):
         refuse_other(tmp_path, {"evaluation": {"scoring": "reason"}})

@@ -3,13 +3,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from medlora.evaluation.answer_letter import extract_answer_letter
 
-from medlora.answering import McqAnswerer
-from medlora.config import BaseModelConfig
-from medlora.evaluator import MCQEvaluator, evaluate_mcq_batch, extract_answer_letter
-from medlora.models import load_base, load_tokenizer
+from medlora.answering.answerer import McqAnswerer
+from medlora.answering.notebook import MCQEvaluator, evaluate_mcq_batch
+from medlora.config.model import BaseModelConfig
+from medlora.evaluation.statistics import wilson
+from medlora.model.base import load_base
+from medlora.model.tokenizer import load_tokenizer
 from medlora.records import McqRecord
-from medlora.scores import wilson
 
 RECORDS = [
     McqRecord(f"q{i}", f"열 {i} 이 나는 이유 는?", ("aspirin", "insulin", "text"), "ABC"[i % 3], subject="ab"[i % 2])

@@ -16,9 +16,11 @@ import pytest
 from conftest import import_ray
 from tiny_run import configure
 
-from medlora import pulse, runs
-from medlora.config import Placement
+from medlora import pulse
+from medlora.config.placement import Placement
 from medlora.errors import RunError
+from medlora.runs.environment import log_to
+from medlora.runs.folders import RunFolder
 
 ray = import_ray()
 import fake_loops  # noqa: E402
@@ -30,10 +32,11 @@ from ray.train.v2._internal.exceptions import (  # noqa: E402
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError  # noqa: E402
 
-from medlora.on_ray import stalls, train  # noqa: E402
-from medlora.on_ray.failures import WorkerFailed, describe_exception, is_death, is_lost_peer  # noqa: E402
-from medlora.on_ray.stalls import StallWatch, find_place, look_at  # noqa: E402
-from medlora.on_ray.train import _find_deaths  # noqa: E402
+from medlora.on_ray import train_phase  # noqa: E402
+from medlora.on_ray.train_phase import _find_deaths  # noqa: E402
+from medlora.on_ray.workers import stalls  # noqa: E402
+from medlora.on_ray.workers.failures import WorkerFailed, describe_exception, is_death, is_lost_peer  # noqa: E402
+from medlora.on_ray.workers.stalls import StallWatch, find_place, look_at  # noqa: E402
 
 LOST = WorkerFailed("RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer", lost_peer=True)
 OWN = WorkerFailed("ValueError: a bug")
@@ -202,7 +205,7 @@ def test_the_work_of_a_process_moves_with_every_beat() -> None:
 
 
 CHILD = """
-import faulthandler, signal, sys, tempfile, threading
+import faulthandler, signal, sys, tempfile, threading  # noqa: E402
 file = tempfile.TemporaryFile()
 faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
 print(file.fileno(), threading.get_ident(), threading.get_native_id(), flush=True)
@@ -268,15 +271,15 @@ def run_phase_of(
     **placement: Any,
 ) -> tuple[str, list[str], dict[int, int]]:
     """What the phase ends with, what was said before, and how often each rank was tried."""
-    from medlora.lineage import make_job
+    from medlora.curriculum.jobs import make_job
 
-    monkeypatch.setattr(train, "_train_loop", loop)
+    monkeypatch.setattr(train_phase, "_train_loop", loop)
     config = configure(bases["gemma"], data)
     said: list[str] = []
-    run = runs.RunFolder(folder)
+    run = RunFolder(folder)
     run.root.mkdir()
-    with runs.log_to((logging.getLogger("medlora.run"), run.log)), pytest.raises(RunError) as raised:
-        train.train_on_ray(
+    with log_to((logging.getLogger("medlora.run"), run.log)), pytest.raises(RunError) as raised:
+        train_phase.train_on_ray(
             make_job(config, config.phases[0], ()),
             run,
             Placement.model_validate(placement),

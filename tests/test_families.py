@@ -10,17 +10,20 @@ import torch
 from families import FAMILIES, build_family, build_tokenizer
 from tiny_run import configure, run_all
 
-from medlora import runs
-from medlora.adapter_files import export_chain
-from medlora.chains import activate, load_chain
-from medlora.config import BaseModelConfig, EvaluationConfig
-from medlora.config_sources import SourceConfig
-from medlora.encoding import IGNORED, encode, encode_prompts
-from medlora.lineage import Link
-from medlora.models import load_base, load_tokenizer, stop_token_ids
+from medlora.answering.stage_model import StageModel
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.model import BaseModelConfig
+from medlora.config.sources import SourceConfig
+from medlora.curriculum.chains import Link
+from medlora.data.sources import read
+from medlora.model.base import load_base
+from medlora.model.chain import activate, load_chain
+from medlora.model.export import export_chain
+from medlora.model.tokenizer import load_tokenizer, stop_token_ids
 from medlora.prompts import Example
-from medlora.sources import read
-from medlora.stages import StageModel
+from medlora.runs.folders import RunFolder
+from medlora.tokens.encode import encode_prompts
+from medlora.tokens.rows import IGNORED, encode
 
 QUICK = ("Llama 3", "Gemma 3", "Phi-4-mini", "Qwen3.5", "gpt-oss")
 """Families that every run of the tests tries; together they take each path through the code."""
@@ -54,10 +57,10 @@ def test_a_family_trains_stacks_exports_and_answers(name: str, data: Path, tmp_p
     changes = {"max_steps": 2, "checkpoint_every_steps": 2, "max_tokens": 1000, "validation": None}
     config = configure(base.model, data, p00=changes, p02=changes)
     run_all(config, tmp_path / "run", ("00",), lambda event: notes.append(event.get("text", "")))
-    chain = [Link(name="00", folder=str(runs.RunFolder(tmp_path / "run").phase("00").adapter))]
+    chain = [Link(name="00", folder=str(RunFolder(tmp_path / "run").phase("00").adapter))]
     stack = config.model_copy(update={"start": (), "phases": (config.phases[0], config.phases[2])})
     run_all(stack, tmp_path / "run", ("02",), lambda event: notes.append(event.get("text", "")))
-    chain.append(Link(name="02", folder=str(runs.RunFolder(tmp_path / "run").phase("02").adapter)))
+    chain.append(Link(name="02", folder=str(RunFolder(tmp_path / "run").phase("02").adapter)))
     assert ("flat batches, no padding" in notes) != family.padded
     export_chain([link.folder for link in chain], tmp_path / "one")
     compare_export(base, chain, tmp_path / "one")

@@ -15,12 +15,16 @@ from injection import KILL, POWER, TEAR, Injector
 from tiny_run import configure
 from two_drivers import race
 
-from medlora import runs
-from medlora.callbacks import CheckpointCallback
+from medlora.curriculum.jobs import make_job
+from medlora.drivers.curriculum import begin
 from medlora.errors import InputError
-from medlora.lineage import make_job
-from medlora.on_ray.curriculum import begin
-from medlora.phases import run_phase
+from medlora.runs.environment import log_to
+from medlora.runs.files import write_bytes, write_json
+from medlora.runs.folders import PhaseFolder, open_run
+from medlora.runs.locks import hold_file_lock
+from medlora.runs.manifests import check_files
+from medlora.training.callbacks import CheckpointCallback
+from medlora.training.phase import run_phase
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +37,8 @@ def config(bases: dict[str, str], data: Path) -> Any:
 def _start(config: Any, folder: Path, injector: Injector | None = None) -> None:
     if injector:
         injector.arm()
-    run = runs.open_run(folder)
-    with runs.hold(run.lock, f"run {run.root}"), runs.log_to((logging.getLogger("medlora.run"), run.log)):
+    run = open_run(folder)
+    with hold_file_lock(run.lock, f"run {run.root}"), log_to((logging.getLogger("medlora.run"), run.log)):
         begin(config, run, None, lambda event: None)
     if injector:
         injector.on = False
@@ -85,9 +89,9 @@ def test_a_refused_driver_waits_for_the_name_of_a_holder_that_only_just_took_the
 
     lock = FileLock(tmp_path / "lock")
     lock.acquire()
-    runs.write_json(tmp_path / "lock.json", {"pid": 2**22 + 1, "host": os.uname().nodename, "since": "long ago"})
+    write_json(tmp_path / "lock.json", {"pid": 2**22 + 1, "host": os.uname().nodename, "since": "long ago"})
     log = tmp_path / "log"
-    code = "from pathlib import Path; from medlora import runs\nwith runs.hold(Path(r'%s'), 'run x'): pass"
+    code = "from pathlib import Path; from medlora.runs.locks import hold_file_lock\nwith hold_file_lock(Path(r'%s'), 'run x'): pass"
     import subprocess
     import sys
     import time
@@ -95,39 +99,39 @@ def test_a_refused_driver_waits_for_the_name_of_a_holder_that_only_just_took_the
     other = subprocess.Popen([sys.executable, "-c", code % (tmp_path / "lock")], stderr=log.open("w"))
     time.sleep(2)
     assert other.poll() is None, log.read_text()
-    runs.write_json(tmp_path / "lock.json", {"pid": os.getpid(), "host": os.uname().nodename, "since": "2026-11-26"})
+    write_json(tmp_path / "lock.json", {"pid": os.getpid(), "host": os.uname().nodename, "since": "2026-11-26"})
     other.wait(30)
     lock.release()
     assert f"run x is in use by process {os.getpid()} on {os.uname().nodename} since 2026-11-26" in log.read_text()
 
 
 def test_temp_files_of_a_killed_process_are_swept_and_never_hashed(config: Any, tmp_path: Path) -> None:
-    run = runs.open_run(tmp_path / "run")
-    runs.write_bytes(run.root / ".run.json.4194305.tmp", b"{torn")
-    assert runs.open_run(run.root) == run  # no stranger
+    run = open_run(tmp_path / "run")
+    write_bytes(run.root / ".run.json.4194305.tmp", b"{torn")
+    assert open_run(run.root) == run  # no stranger
     _start(config, run.root)
     assert not list(run.root.glob(".*.tmp"))
     phase = run.phase("00")
     for name in (".fingerprint.json.4194305.tmp", "adapter/.adapter_config.json.4194305.tmp"):
-        runs.write_bytes(phase.root / name, b"{torn")
+        write_bytes(phase.root / name, b"{torn")
     manifest = run_phase(make_job(config, config.phases[0], ()), phase, lambda event: None)
     assert not [name for name in manifest["files"] if name.endswith(".tmp")]
-    assert not list(phase.root.rglob("*.tmp")) and runs.check_files(phase.root, manifest) is None
+    assert not list(phase.root.rglob("*.tmp")) and check_files(phase.root, manifest) is None
 
 
 def test_a_users_file_is_a_stranger_still(tmp_path: Path) -> None:
     (tmp_path / ".notes.tmp").write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
-        runs.open_run(tmp_path)
+        open_run(tmp_path)
 
 
 def test_a_checkpoint_is_sealed_after_its_lines_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), real(file))[1])
-    phase = runs.PhaseFolder(tmp_path / "00")
+    phase = PhaseFolder(tmp_path / "00")
     checkpoint = phase.checkpoints / "normal" / "checkpoint-4"
-    runs.write_bytes(checkpoint / "optimizer.pt", b"1")
+    write_bytes(checkpoint / "optimizer.pt", b"1")
     phase.metrics.write_text("{}\n")
     synced.clear()
     state = type("State", (), {"global_step": 4, "is_world_process_zero": True})

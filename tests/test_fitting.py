@@ -10,9 +10,10 @@ import torch
 from test_flat import make_row
 from test_lean import build
 
-from medlora import fitting
-from medlora.config import LoraSettings, PhaseConfig
-from medlora.flat import FlatCollator
+from medlora.config.model import LoraSettings
+from medlora.config.phase import PhaseConfig
+from medlora.training import memory_fit
+from medlora.training.batches import FlatCollator
 
 GIB = 2**30
 
@@ -35,10 +36,10 @@ def test_the_largest_batch_that_fits_is_told_from_one_and_two_rows(
     monkeypatch: pytest.MonkeyPatch, free_gib: int, batch_size: int, said: str
 ) -> None:
     """A fixed GiB and one more for every row."""
-    monkeypatch.setattr(fitting, "measure_step", lambda model, rows, phase, collator: (1 + len(rows)) * GIB)
-    monkeypatch.setattr(fitting, "describe_device", lambda device: SimpleNamespace(free_bytes=free_gib * GIB))
+    monkeypatch.setattr(memory_fit, "measure_step", lambda model, rows, phase, collator: (1 + len(rows)) * GIB)
+    monkeypatch.setattr(memory_fit, "describe_device", lambda device: SimpleNamespace(free_bytes=free_gib * GIB))
     texts: list[str] = []
-    fitted = fitting.fit_batch(
+    fitted = memory_fit.fit_batch(
         SimpleNamespace(device="cpu"), [None, None], configure(4, 4), None, lambda text, *level: texts.append(text)
     )
     assert (fitted.batch_size, fitted.batch_size * fitted.accumulation) == (batch_size, 16)
@@ -49,9 +50,9 @@ def test_where_even_one_row_does_not_fit_training_has_the_word(monkeypatch: pyte
     def fail(*_: Any) -> int:
         raise torch.OutOfMemoryError("made up")
 
-    monkeypatch.setattr(fitting, "measure_step", fail)
+    monkeypatch.setattr(memory_fit, "measure_step", fail)
     model = torch.nn.Linear(1, 1)
-    assert fitting.fit_batch(model, [None], configure(4, 4), None, pytest.fail) == configure(4, 4)
+    assert memory_fit.fit_batch(model, [None], configure(4, 4), None, pytest.fail) == configure(4, 4)
 
 
 def test_a_dry_run_measures_and_leaves_no_trace(bases: dict[str, str]) -> None:
@@ -60,9 +61,9 @@ def test_a_dry_run_measures_and_leaves_no_trace(bases: dict[str, str]) -> None:
     torch.manual_seed(5)
     random = torch.get_rng_state()
     phase, rows = configure(4, 1), [make_row(40, prompt=5), make_row(40, prompt=5, start=3)]
-    one = fitting.measure_step(model, rows[:1], phase, FlatCollator())
-    two = fitting.measure_step(model, rows, phase, FlatCollator())
-    recomputed = fitting.measure_step(
+    one = memory_fit.measure_step(model, rows[:1], phase, FlatCollator())
+    two = memory_fit.measure_step(model, rows, phase, FlatCollator())
+    recomputed = memory_fit.measure_step(
         model, rows, phase.model_copy(update={"gradient_checkpointing": True}), FlatCollator()
     )
     assert 1.5 * one < two < 2.5 * one, "twice the rows, about twice the activations"
@@ -72,12 +73,12 @@ def test_a_dry_run_measures_and_leaves_no_trace(bases: dict[str, str]) -> None:
 
 
 def test_one_sequence_that_does_not_fit_is_recomputed_before_training_gives_up() -> None:
-    last = fitting.shrink(configure(1, 16))
+    last = memory_fit.shrink(configure(1, 16))
     assert last is not None and last.gradient_checkpointing is True and last.batch_size == 1
-    assert fitting.shrink(last) is None
-    assert fitting.shrink(configure(1, 16, gradient_checkpointing=False)) is None
+    assert memory_fit.shrink(last) is None
+    assert memory_fit.shrink(configure(1, 16, gradient_checkpointing=False)) is None
 
 
 def test_the_global_batch_is_kept_when_a_batch_is_halved() -> None:
-    cut = [fitting.shrink(configure(b, a)) for b, a in ((8, 1), (3, 2), (5, 1))]
+    cut = [memory_fit.shrink(configure(b, a)) for b, a in ((8, 1), (3, 2), (5, 1))]
     assert [(each.batch_size, each.accumulation) for each in cut if each] == [(4, 2), (1, 6), (1, 5)]

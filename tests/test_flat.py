@@ -8,13 +8,14 @@ import pytest
 import torch
 from tiny import FAMILIES
 
-from medlora import attention
-from medlora.chains import add_adapter
-from medlora.config import BaseModelConfig, LoraSettings
-from medlora.encoding import IGNORED, Collator, Row
-from medlora.flat import FlatCollator, flatten
-from medlora.head import SupervisedHead
-from medlora.models import load_base, load_tokenizer
+from medlora.config.model import BaseModelConfig, LoraSettings
+from medlora.kernels import attention
+from medlora.kernels.supervised_head import SupervisedHead
+from medlora.model.base import load_base
+from medlora.model.chain import add_adapter
+from medlora.model.tokenizer import load_tokenizer
+from medlora.tokens.rows import IGNORED, Row
+from medlora.training.batches import Collator, FlatCollator, flatten
 
 
 def make_row(*lengths: int, prompt: int = 0, start: int = 10, prefix: list[int] | None = None) -> Row:

@@ -14,16 +14,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import build_gpt2
 
-from medlora.adapter_files import export_chain
-from medlora.answering import McqAnswerer
-from medlora.chains import activate, add_adapter, load_chain, save_adapter
-from medlora.config import BaseModelConfig, EvaluationConfig, LoraSettings
+from medlora.answering.answerer import McqAnswerer
+from medlora.answering.generation import generate
+from medlora.answering.stage_model import StageModel
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.model import BaseModelConfig, LoraSettings
+from medlora.curriculum.chains import Link
 from medlora.errors import InputError
-from medlora.generation import generate
-from medlora.lineage import Link
-from medlora.models import load_base, load_tokenizer
+from medlora.model.base import load_base
+from medlora.model.chain import activate, add_adapter, load_chain, save_adapter
+from medlora.model.export import export_chain
+from medlora.model.tokenizer import load_tokenizer
 from medlora.records import McqRecord
-from medlora.stages import StageModel
 
 IDS = torch.arange(3, 19)[None]
 

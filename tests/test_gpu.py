@@ -9,13 +9,15 @@ import torch
 from test_flat import BATCHES, measure
 from tiny_run import configure, run_all
 
-from medlora import runs
-from medlora.chains import add_adapter
-from medlora.config import BaseModelConfig, LoraSettings
-from medlora.flat import FlatCollator
-from medlora.lineage import make_job
-from medlora.models import load_base, load_tokenizer
-from medlora.phases import run_phase
+from medlora.config.model import BaseModelConfig, LoraSettings
+from medlora.curriculum.jobs import make_job
+from medlora.model.base import load_base
+from medlora.model.chain import add_adapter
+from medlora.model.tokenizer import load_tokenizer
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
+from medlora.training.batches import FlatCollator
+from medlora.training.phase import run_phase
 
 pytestmark = pytest.mark.gpu
 
@@ -28,9 +30,9 @@ def test_a_phase_trains_on_the_gpu(
     config = configure(bases[family], data, p00={"optimizer": "auto", "gradient_checkpointing": True})
     config = config.model_copy(update={"base": config.base.model_copy(update={"quantization": quantization})})
     manifest = run_phase(
-        make_job(config, config.phases[0], ()), runs.RunFolder(tmp_path).phase("00"), lambda event: None, "cuda"
+        make_job(config, config.phases[0], ()), RunFolder(tmp_path).phase("00"), lambda event: None, "cuda"
     )
-    losses = [row["loss"] for row in runs.read_json_lines(runs.RunFolder(tmp_path).phase("00").metrics)]
+    losses = [row["loss"] for row in read_json_lines(RunFolder(tmp_path).phase("00").metrics)]
     assert manifest["segments"][0]["optimizer"] == "paged_adamw_8bit" and losses[-1] < losses[0]
 
 
@@ -40,13 +42,12 @@ def test_the_gpu_learns_what_the_cpu_learns(bases: dict[str, str], data: Path, t
     run_all(config, tmp_path / "cpu", ("00",))
     run_phase(
         make_job(config, config.phases[0], ()),
-        runs.RunFolder(tmp_path / "cuda").phase("00"),
+        RunFolder(tmp_path / "cuda").phase("00"),
         lambda event: None,
         "cuda",
     )
     curves = [
-        [row["loss"] for row in runs.read_json_lines(runs.RunFolder(tmp_path / d).phase("00").metrics)]
-        for d in ("cpu", "cuda")
+        [row["loss"] for row in read_json_lines(RunFolder(tmp_path / d).phase("00").metrics)] for d in ("cpu", "cuda")
     ]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
 

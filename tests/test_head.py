@@ -11,10 +11,11 @@ from tiny import FAMILIES
 from torch._dynamo.testing import CompileCounter
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from medlora import head as head_module
-from medlora.config import LoraSettings
-from medlora.encoding import Collator, Row
-from medlora.head import SupervisedHead
+from medlora.config.model import LoraSettings
+from medlora.kernels import supervised_head as head_module
+from medlora.kernels.supervised_head import SupervisedHead
+from medlora.tokens.rows import Row
+from medlora.training.batches import Collator
 
 LABELS = torch.tensor([[-100, 41, 42, -100, 44, 45, -100], [-100, -100, -100, 63, 64, 65, 66]])
 

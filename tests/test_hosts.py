@@ -17,10 +17,12 @@ from hosts import Host, Network, find_obstacle, make_hosts
 from store_server import BUCKET, HostStore
 from tiny_run import configure, run_all, weights
 
-from medlora import runs
-from medlora.config import RunConfig
-from medlora.config_file import load
-from medlora.miniature.build import ensure
+from medlora.config.loading.files import load
+from medlora.config.run import RunConfig
+from medlora.model.miniature_base.build import ensure
+from medlora.runs.files import read_json, read_json_lines
+from medlora.runs.folders import RunFolder
+from medlora.runs.manifests import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 OBSTACLE = find_obstacle()
@@ -146,7 +148,7 @@ def test_the_readme_s_job_and_an_evaluation_work_on_more_than_one_host(lab: Lab,
     said = finish(lab.start(SUBMIT))
     assert "connected to the running Ray cluster: 3 nodes, 2 CPUs, 0 GPUs" in said
     run = lab.shared / "runs" / "first"
-    hosts = {name: (runs.read_manifest(run / "phases" / name) or {})["hosts"] for name in ("00", "01")}
+    hosts = {name: (read_manifest(run / "phases" / name) or {})["hosts"] for name in ("00", "01")}
     assert hosts["00"] in (["worker1"], ["worker2"]) and hosts["01"] == ["worker1", "worker2"]
     run_all(make_config(str(lab.shared / "cache")), tmp_path / "alone", ("00",))
     assert weights(run, "00") == weights(tmp_path / "alone", "00")
@@ -164,7 +166,7 @@ def test_the_readme_s_job_and_an_evaluation_work_on_more_than_one_host(lab: Lab,
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(about), encoding="utf-8")
     said = finish(lab.submit("jobs/evaluate_mcq.py", "--config", str(tmp_path / "e.yaml"), "--out", "/shared/e"))
     assert all(f"an actor is ready on {name}" in said for name in ("worker1", "worker2"))
-    rows = runs.read_json(lab.shared / "e" / "report.json")["stages"]
+    rows = read_json(lab.shared / "e" / "report.json")["stages"]
     assert {(row["stage"], row["test"], row["n"]) for row in rows} == {
         (stage, test, n) for stage in ("base", "01") for test, n in (("asked", 248), ("text-only", 244))
     }
@@ -206,7 +208,7 @@ def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_chec
 def last_step(host: Host) -> int:
     """The last step of the phase in a host's working copy of the run."""
     copy = host.home / ".cache" / "medlora" / "working-copies" / "runs" / "s3" / f"{BUCKET},runs" / "power"
-    return max((row["step"] for row in runs.read_json_lines(runs.RunFolder(copy).phase("00").metrics)), default=0)
+    return max((row["step"] for row in read_json_lines(RunFolder(copy).phase("00").metrics)), default=0)
 
 
 def test_the_cluster_ends_when_it_is_told_to(lab: Lab) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_run import configure, weights
 
-from medlora import runs
-from medlora.kept import Kept
-from medlora.lineage import extend_chain, make_job
-from medlora.phases import run_phase
+from medlora.curriculum.chains import extend_chain
+from medlora.curriculum.jobs import make_job
+from medlora.runs.folders import RunFolder
+from medlora.training.phase import run_phase
+from medlora.training.reuse import Kept
 
 
 def train(
@@ -21,11 +22,11 @@ def train(
     """Phase 02 on the finished phases before it; the bytes of its adapter."""
     config = configure(bases["gemma"], data, p02={"max_steps": 4, "weights": "records", **p02})
     config = config.model_copy(update={"base": config.base.model_copy(update={"quantization": quantization})})
-    done, chain = runs.RunFolder(finished), ()
+    done, chain = RunFolder(finished), ()
     for phase in config.phases[:2]:
         chain = extend_chain(chain, phase, done.phase(phase.name).adapter)
     job = make_job(config, config.phases[2], chain).model_copy(update={"threads": 1})
-    run_phase(job, runs.RunFolder(folder).phase("02"), lambda event: None, kept=kept)
+    run_phase(job, RunFolder(folder).phase("02"), lambda event: None, kept=kept)
     return weights(folder, "02")
 
 

@@ -12,11 +12,12 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from medlora import elementwise
-from medlora.attention import attend
-from medlora.chains import activate, add_adapter
-from medlora.config import BaseModelConfig, LoraSettings
-from medlora.models import added_token_ids, load_base, load_tokenizer
+from medlora.config.model import BaseModelConfig, LoraSettings
+from medlora.kernels import elementwise_cpu
+from medlora.kernels.attention import attend
+from medlora.model.base import load_base
+from medlora.model.chain import activate, add_adapter
+from medlora.model.tokenizer import added_token_ids, load_tokenizer
 
 SHAPES = {
     "one adapter": [LoraSettings(r=4, alpha=8)],
@@ -136,14 +137,14 @@ def test_norms_give_what_the_family_s_own_give(bases: dict[str, str], family: st
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
 def test_gated_activations_are_torch_s(monkeypatch: pytest.MonkeyPatch, activation: str, pieces: int) -> None:
     """Also where they are large, and in pieces that do not divide them."""
-    monkeypatch.setattr(elementwise, "PIECE", pieces)
+    monkeypatch.setattr(elementwise_cpu, "PIECE", pieces)
     gate = torch.linspace(-30, 30, 2 * 3 * 25).view(2, 3, 25).requires_grad_()
     up = torch.randn(2, 3, 25, generator=torch.Generator().manual_seed(0)).requires_grad_()
     upstream = torch.randn(2, 3, 25, generator=torch.Generator().manual_seed(1))
     plain = ACT2FN[activation](gate) * up
     expected = torch.autograd.grad(plain, (gate, up), upstream)
     # Copies, since the backward pass overwrites what it is given.
-    lean = elementwise._Gated.apply(gate * 1, up * 1, *elementwise.GATES[activation])
+    lean = elementwise_cpu._Gated.apply(gate * 1, up * 1, *elementwise_cpu.GATES[activation])
     torch.testing.assert_close(lean, plain, atol=1e-6, rtol=1e-5)
     for found, wanted in zip(torch.autograd.grad(lean, (gate, up), upstream), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
@@ -159,7 +160,7 @@ def test_an_mlp_that_does_more_keeps_its_own_forward() -> None:
     config = LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2)
     relu = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2, hidden_act="relu"))
     for mlp, lean in ((LlamaMLP(config), True), (Odd(config), False), (relu, False)):
-        elementwise.lighten_elementwise(mlp)
+        elementwise_cpu.lighten_elementwise(mlp)
         assert ("forward" in vars(mlp)) == lean
 
 

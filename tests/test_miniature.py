@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from medlora import miniature, prompts
-from medlora.miniature import corpus, facts, general, lessons, settings, wording
+from medlora.miniature import corpus, facts, general, settings, wording
 from medlora.miniature.facts import MEDICAL, read_table
 from medlora.miniature.general import GENERAL
 from medlora.miniature.wording import QUESTIONS, STATEMENTS, particle, word_fact, word_fact_in_english
+from medlora.model.miniature_base import lessons
 from medlora.prompts import render
 from medlora.records import McqRecord
 
@@ -236,7 +237,7 @@ def test_unknown_name_is_refused() -> None:
 @pytest.fixture(scope="module")
 def tokenizer():
     pytest.importorskip("torch")
-    from medlora.miniature.tokenizer import train_tokenizer
+    from medlora.model.miniature_base.tokenizer import train_tokenizer
 
     return train_tokenizer()
 
@@ -317,7 +318,7 @@ def test_a_term_is_one_form_in_text_question_and_answer(tokenizer) -> None:
 def short_build(monkeypatch):
     """`build` with four steps of pre-training: everything but the learning."""
     pytest.importorskip("torch")
-    from medlora.miniature import build, pretraining
+    from medlora.model.miniature_base import build, pretraining
 
     monkeypatch.setattr(pretraining, "DRILL_STEPS_AT_MOST", 2)
     monkeypatch.setattr(pretraining, "LESSON_STEPS", 2)

@@ -8,27 +8,28 @@ from typing import Any
 import pytest
 from conftest import submit
 
-from medlora import runs
-from medlora.config_file import load
-from medlora.config_sources import SourceConfig
-from medlora.lineage import Link
+from medlora.config.loading.files import load
+from medlora.config.sources import SourceConfig
+from medlora.curriculum.chains import Link
+from medlora.data.sources import read
 from medlora.records import McqRecord
-from medlora.sources import read
+from medlora.runs.files import read_json
+from medlora.runs.folders import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def submitted(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[runs.RunFolder, str]:
+def submitted(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
     """The finished quickstart run and what the job printed."""
     folder = tmp_path_factory.mktemp("submitted") / "quickstart"
     said = submit(cluster, ["python", "jobs/curriculum.py", "--run-dir", str(folder)])
-    return runs.RunFolder(folder), said
+    return RunFolder(folder), said
 
 
-def test_the_curriculum_teaches_what_the_base_does_not_know(submitted: tuple[runs.RunFolder, str]) -> None:
+def test_the_curriculum_teaches_what_the_base_does_not_know(submitted: tuple[RunFolder, str]) -> None:
     run, _ = submitted
-    rows = {(row["stage"], row["test"]): row for row in runs.read_json(run.evaluation / "report.json")["stages"]}
+    rows = {(row["stage"], row["test"]): row for row in read_json(run.evaluation / "report.json")["stages"]}
     assert rows["base", "asked"]["n"] >= 200 and rows["base", "text-only"]["n"] >= 150
     assert max(rows["base", test]["accuracy"] for test in ("asked", "text-only")) <= 0.35
     # The base, pre-trained on this machine's CPU, differs between CPUs; benchmarks/miniature.md holds one to 80 %.
@@ -37,7 +38,7 @@ def test_the_curriculum_teaches_what_the_base_does_not_know(submitted: tuple[run
     assert {stage for stage, _ in rows} == {"base", "00", "01", "02"}
 
 
-def test_the_job_s_log_is_plain_lines_and_a_table(submitted: tuple[runs.RunFolder, str]) -> None:
+def test_the_job_s_log_is_plain_lines_and_a_table(submitted: tuple[RunFolder, str]) -> None:
     run, out = submitted
     assert "connected to the running Ray cluster" in out
     assert "01  dev at step 50: accuracy" in out and "02  done in" in out and f"run: {run.root}" in out
@@ -45,11 +46,12 @@ def test_the_job_s_log_is_plain_lines_and_a_table(submitted: tuple[runs.RunFolde
     assert "Warning" not in out and "Traceback" not in out
 
 
-def test_with_only_the_last_adapter_active_the_stage_is_back_at_chance(submitted: tuple[runs.RunFolder, str]) -> None:
+def test_with_only_the_last_adapter_active_the_stage_is_back_at_chance(submitted: tuple[RunFolder, str]) -> None:
     """The chain is alive: the frozen adapter below carries what the last one stands on."""
     import torch
 
-    from medlora.stages import StageModel, locate_base
+    from medlora.answering.stage_model import StageModel
+    from medlora.model.base import locate_base
 
     torch.set_num_threads(1)
     run, _ = submitted

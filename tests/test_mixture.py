@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from medlora.mixture import Part, compute_shares, derive_seed, interleave, share_tokens
+from medlora.seeds import derive_seed
+from medlora.tokens.mixture import Part, compute_shares, interleave, share_tokens
 
 
 def test_shares_hold_in_every_stretch() -> None:

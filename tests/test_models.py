@@ -12,16 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import EXTRA, FAMILIES
 
-from medlora.config import BaseModelConfig
+from medlora.config.model import BaseModelConfig
 from medlora.errors import InputError
-from medlora.memory import clear_memory, describe_device
-from medlora.models import (
-    added_token_ids,
-    letter_token_ids,
-    load_base,
-    load_tokenizer,
-    stop_token_ids,
-)
+from medlora.kernels.memory import clear_memory, describe_device
+from medlora.model.base import load_base
+from medlora.model.tokenizer import added_token_ids, letter_token_ids, load_tokenizer, stop_token_ids
 
 
 def stored(folder: str) -> dict[str, torch.Tensor]:
@@ -47,7 +42,7 @@ def test_words_that_are_tokens_already_are_skipped(bases: dict[str, str], caplog
     base = BaseModelConfig(model=bases["gemma"])
     plain = load_tokenizer(base)
     known = next(token for token in sorted(plain.get_vocab()) if len(token) > 2 and token.isalpha())
-    with caplog.at_level(logging.INFO, "medlora.models"):
+    with caplog.at_level(logging.INFO, "medlora.model.tokenizer"):
         tokenizer = load_tokenizer(base, extra_tokens=[known, EXTRA[0], EXTRA[0]])
     assert len(tokenizer) == len(plain) + 1
     assert f"1 of 3 extra tokens are one token already: {known}" in caplog.text

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from medlora.artifacts.name_patterns import NamePattern
 from medlora.errors import InputError
-from medlora.name_patterns import NamePattern
 
 NAMES = (
     *("model.layers.0.self_attn.q_proj", "model.language_model.layers.11.mlp.down_proj", "lm_head", "a", "aab", ""),

@@ -18,9 +18,10 @@ from test_evaluate_on_ray import answer_here, ask, journal, score
 from test_on_ray import finish, recover, start, wait_for_step, worker_pid, write_config
 from tiny_run import configure, run_all, weights
 
-from medlora import runs
-from medlora.config import RunConfig
-from medlora.evaluation import PREDICTIONS
+from medlora.config.run import RunConfig
+from medlora.evaluation.ledger import PREDICTIONS
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -123,7 +124,7 @@ def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_
     noticed, resumed = map(int, re.findall(r"goes on from step (\d+) of 300", out))
     assert 40 <= noticed < 150, "only a checkpoint made on notice lies there: the config's own is made at 150"
     assert resumed == 150 <= lost
-    steps = [row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase("00").metrics)]
+    steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("00").metrics)]
     assert steps == list(range(1, 301))
     assert weights(run, "00") == weights(tmp_path / "undisturbed", "00")
 

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from tiny_run import configure, run_all, weights
 
-from medlora import runs
-from medlora.config import RunConfig
+from medlora.config.run import RunConfig
+from medlora.runs.files import read_json, read_json_lines
+from medlora.runs.folders import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB = [sys.executable, "jobs/curriculum.py"]
@@ -40,21 +41,21 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 
 
 def wait_for_step(run: Path, phase: str, step: int, process: subprocess.Popen[str]) -> None:
-    metrics = runs.RunFolder(run).phase(phase).metrics
+    metrics = RunFolder(run).phase(phase).metrics
     end = time.monotonic() + 120
-    while not any(row["step"] >= step for row in runs.read_json_lines(metrics)):
+    while not any(row["step"] >= step for row in read_json_lines(metrics)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"phase {phase} does not come to step {step}"
         time.sleep(0.02)
 
 
 def worker_pid(run: Path, phase: str) -> int:
-    pid: int = runs.read_json(run / "phases" / f".{phase}.lock.json")["pid"]
+    pid: int = read_json(run / "phases" / f".{phase}.lock.json")["pid"]
     return pid
 
 
 def last_step(run: Path, phase: str) -> int:
-    return max((row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase(phase).metrics)), default=0)
+    return max((row["step"] for row in read_json_lines(RunFolder(run).phase(phase).metrics)), default=0)
 
 
 def wait_to_recover(run: Path, phase: str, pid: int, lost: int, process: subprocess.Popen[str], what: str) -> None:
@@ -113,7 +114,7 @@ def test_a_killed_worker_and_a_killed_driver_leave_the_same_bytes(
     assert "00  is finished already and reused" in out and "01  goes on from step" in out
     for phase in ("00", "01"):
         assert weights(run, phase) == weights(undisturbed, phase)
-    steps = [row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase("01").metrics)]
+    steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("01").metrics)]
     assert steps == list(range(1, 151))
     assert not (run / ".ray").exists()
 
@@ -160,9 +161,7 @@ def test_two_workers_learn_what_one_learns(
         else:
             written = write_config(config, tmp_path / f"{workers}.yaml")
             finish(start(written, run, cluster, "--set", f"placement.workers={workers}"))
-        curves.append(
-            [(row["loss"], row["grad_norm"]) for row in runs.read_json_lines(runs.RunFolder(run).phase("00").metrics)]
-        )
+        curves.append([(row["loss"], row["grad_norm"]) for row in read_json_lines(RunFolder(run).phase("00").metrics)])
     assert len(curves[0]) == 8
     for one, two in zip(*curves, strict=True):
         assert two == pytest.approx(one, abs=1e-4)

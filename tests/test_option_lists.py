@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from medlora.config_sources import SourceConfig
-from medlora.option_lists import list_options
+from medlora.config.sources import SourceConfig
+from medlora.data.rows.option_lists import list_options
+from medlora.data.sources import read
 from medlora.records import RecordError
-from medlora.sources import read
 
 THREE = ("열", "기침", "발진")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from medlora.conversion import to_record
-from medlora.option_marks import names_several, read_answer, read_mark, strip_marks
+from medlora.data.rows.conversion import to_record
+from medlora.data.rows.option_marks import names_several, read_answer, read_mark, strip_marks
+from medlora.data.rows.schemas import find_schema
 from medlora.records import McqRecord, RecordError
-from medlora.schemas import find_schema
 
 TEXTS = ["열", "기침", "발진", "두통", "복통"]
 MARKS = {

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from medlora.config_sources import SourceConfig
-from medlora.overlap import Duplicates, Overlap, TestIndex
+from medlora.config.sources import SourceConfig
+from medlora.data.overlap import Duplicates, Overlap, TestIndex
+from medlora.data.sources import read
 from medlora.records import McqRecord, Record, TextRecord, TranslationRecord
-from medlora.sources import read
 
 STEM = "A 54-year-old farmer has had fever and a dry cough for nine days since he cleaned an old barn full of bats. What is most likely the cause?"
 QUESTION = McqRecord("q", STEM, ("Histoplasma", "Legionella", "Influenza virus", "Coxiella"), "A")

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 from test_report import TWO_TESTS, answer
 
-from medlora import plots
-from medlora.page import format_p, format_percent, format_points, list_changes, select_pairs, write_page
-from medlora.records import McqRecord, Prediction
-from medlora.report import build_report
+from medlora.evaluation.predictions import Prediction
+from medlora.records import McqRecord
+from medlora.reporting import svg as shapes
+from medlora.reporting.changes import list_changes, select_pairs
+from medlora.reporting.page import write_page
+from medlora.reporting.report import build_report
+from medlora.reporting.templates import format_p, format_percent, format_points
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -355,15 +358,19 @@ def test_shares_are_percentages() -> None:
 
 
 def test_a_drawing_holds_nothing_that_could_touch_the_page() -> None:
-    scale = plots.make_scale([0, 100])
+    scale = shapes.make_scale([0, 100])
     drawings = [
-        plots.draw_points([plots.Point(9, 50, 40, 60), plots.Point(1, 20, 10, 30)], scale, 20),
-        plots.draw_scale(scale, signed=True),
-        plots.draw_letters({"A": 0.5, "B": 0.5}, [(0, {"A": 1.0})]),
-        plots.draw_reliability([{"count": 3, "accuracy": 1 / 3, "confidence": 0.5}], 2),
-        plots.draw_marker(3),
+        shapes.draw_points([shapes.Point(9, 50, 40, 60), shapes.Point(1, 20, 10, 30)], scale, 20),
+        shapes.draw_scale(scale, signed=True),
+        shapes.draw_letters({"A": 0.5, "B": 0.5}, [(0, {"A": 1.0})]),
+        shapes.draw_reliability([{"count": 3, "accuracy": 1 / 3, "confidence": 0.5}], 2),
+        shapes.draw_marker(3),
     ]
-    defined = set(re.findall(r"(--[\w-]+):", (ROOT / "medlora" / "page.css").read_text(encoding="utf-8")))
+    defined = set(
+        re.findall(
+            r"(--[\w-]+):", (ROOT / "medlora" / "reporting" / "templates" / "page.css").read_text(encoding="utf-8")
+        )
+    )
     for svg in drawings:
         assert svg.startswith("<svg ") and svg.endswith("</svg>")
         assert not re.search(r"\bid=|href|<style|<defs|url\(|#[0-9a-f]{3}|font-family", svg)
@@ -372,14 +379,14 @@ def test_a_drawing_holds_nothing_that_could_touch_the_page() -> None:
 
 
 def test_every_stage_colour_is_defined_for_light_and_dark() -> None:
-    css = (ROOT / "medlora" / "page.css").read_text(encoding="utf-8")
-    assert all(css.count(f"--stage-{i}:") == 2 for i in range(plots.COLOURS))
+    css = (ROOT / "medlora" / "reporting" / "templates" / "page.css").read_text(encoding="utf-8")
+    assert all(css.count(f"--stage-{i}:") == 2 for i in range(shapes.COLOURS))
 
 
 def test_values_are_drawn_where_the_scale_says() -> None:
-    scale = plots.make_scale([0, 100], width=216)  # 8 px of margin, then 2 px for each of 100 points
+    scale = shapes.make_scale([0, 100], width=216)  # 8 px of margin, then 2 px for each of 100 points
     assert (scale.ticks[0], scale.ticks[-1]) == (0, 100)
-    svg = plots.draw_points([plots.Point(0, 50, 25, 75)], scale, None)
+    svg = shapes.draw_points([shapes.Point(0, 50, 25, 75)], scale, None)
     (dot,) = re.findall(r'transform="translate\(([\d.]+) ([\d.]+)\)', svg)
     assert float(dot[0]) == pytest.approx((8 + 100) * 0.75) and float(dot[1]) == pytest.approx(12 * 0.75)  # px to pt
     ends = [(float(a), float(b)) for a, b in re.findall(r'd="M ([\d.]+) 9 L ([\d.]+) 9 "', svg)]
@@ -387,7 +394,7 @@ def test_values_are_drawn_where_the_scale_says() -> None:
 
 
 def test_neighbouring_stages_differ_in_colour_and_marker() -> None:
-    markers = [plots.draw_marker(place) for place in range(20)]
+    markers = [shapes.draw_marker(place) for place in range(20)]
     assert len(set(markers)) == 20
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medlora.personal import find_personal
+from medlora.data.personal import find_personal
 
 
 def kinds(text: str) -> list[str]:

@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import configure, run_all, weights
 
-from medlora import runs
-from medlora.callbacks import Leaving
-from medlora.config import RunConfig
+from medlora.config.run import RunConfig
+from medlora.curriculum.chains import Link, extend_chain
+from medlora.curriculum.jobs import make_job
 from medlora.errors import InputError
-from medlora.lineage import Link, extend_chain, make_job
-from medlora.phases import run_phase
-from medlora.training import _AdapterTrainer, find_checkpoint
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
+from medlora.runs.manifests import check_files, read_manifest
+from medlora.training.callbacks import Leaving
+from medlora.training.phase import run_phase
+from medlora.training.trainer import _AdapterTrainer, find_checkpoint
 
 
 class Killed(BaseException):
@@ -28,26 +31,26 @@ class Killed(BaseException):
 def test_the_curriculum_runs_on_every_family(family: str, bases: dict[str, str], data: Path, tmp_path: Path) -> None:
     manifests = run_all(configure(bases[family], data), tmp_path)
     assert [m["chain"] for m in manifests.values()] == [["00"], ["01"], ["01", "02"]]
-    tensors = load_file(runs.RunFolder(tmp_path).phase("02").adapter / "adapter_model.safetensors")
+    tensors = load_file(RunFolder(tmp_path).phase("02").adapter / "adapter_model.safetensors")
     assert tensors and not any("vision" in name for name in tensors)
 
 
 def test_the_folder_holds_what_the_manifest_says(finished: Path) -> None:
-    folder = runs.RunFolder(finished).phase("01")
-    manifest = runs.read_manifest(folder.root)
-    assert manifest is not None and runs.check_files(folder.root, manifest) is None
+    folder = RunFolder(finished).phase("01")
+    manifest = read_manifest(folder.root)
+    assert manifest is not None and check_files(folder.root, manifest) is None
     assert not folder.checkpoints.exists()
     assert {"adapter/adapter_model.safetensors", "adapter/tokenizer.json", "metrics.jsonl", "phase.log"} <= set(
         manifest["files"]
     )
     assert manifest["chain"] == ["01"] and manifest["segments"][0]["steps"] == 6
-    rows = runs.read_json_lines(folder.metrics)
+    rows = read_json_lines(folder.metrics)
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
     assert all({"loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_mib"} <= set(row) for row in rows)
 
 
 def test_shares_and_counts_are_recorded(finished: Path) -> None:
-    counts = (runs.read_manifest(runs.RunFolder(finished).phase("01").root) or {})["counts"]["normal"]
+    counts = (read_manifest(RunFolder(finished).phase("01").root) or {})["counts"]["normal"]
     assert {key.split(":")[0]: part["examples"] for key, part in counts.items()} == {"0": 20, "1": 24, "00.0": 40}
 
 
@@ -62,7 +65,7 @@ def test_the_same_run_gives_the_same_bytes_and_another_seed_others(
 def test_validation_is_written_and_changes_nothing_of_the_training(
     bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    rows = runs.read_json_lines(runs.RunFolder(finished).phase("02").validation)
+    rows = read_json_lines(RunFolder(finished).phase("02").validation)
     assert [row["step"] for row in rows] == [6] and 0 <= rows[0]["accuracy"] <= 1
     config = configure(bases["gemma"], data, p02={"validation": None})
     (tmp_path / "phases").mkdir()
@@ -86,11 +89,11 @@ def test_a_phase_killed_in_the_middle_ends_with_the_bytes_of_an_undisturbed_one(
     run_all(config, tmp_path / "whole", ("00",))
     with pytest.raises(Killed):
         run_all(config, tmp_path / "killed", ("00",), kill)
-    assert runs.read_manifest(runs.RunFolder(tmp_path / "killed").phase("00").root) is None
+    assert read_manifest(RunFolder(tmp_path / "killed").phase("00").root) is None
     manifest = run_all(config, tmp_path / "killed", ("00",))["00"]
     assert manifest["segments"][0]["resumed_from_step"] == {1: None, 4: 2, 5: 4}[killed_at]
     assert weights(tmp_path / "killed", "00") == weights(tmp_path / "whole", "00")
-    steps = [row["step"] for row in runs.read_json_lines(runs.RunFolder(tmp_path / "killed").phase("00").metrics)]
+    steps = [row["step"] for row in read_json_lines(RunFolder(tmp_path / "killed").phase("00").metrics)]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
@@ -108,7 +111,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
 
     with pytest.raises(Killed):
         run_all(config, tmp_path, ("00",), kill)
-    (runs.RunFolder(tmp_path).phase("00").checkpoints / "normal" / "checkpoint-4" / lost).unlink()
+    (RunFolder(tmp_path).phase("00").checkpoints / "normal" / "checkpoint-4" / lost).unlink()
     manifest = run_all(config, tmp_path, ("00",))["00"]
     assert manifest["segments"][0]["resumed_from_step"] == 2
     assert weights(tmp_path, "00") == weights(finished, "00")
@@ -142,7 +145,7 @@ def test_the_full_prompt_gives_way_to_the_normal_one_at_its_step_budget(
 def test_the_full_prompt_ends_early_once_the_format_is_learned_and_resumes_as_ended(
     bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medlora.validation import Validator
+    from medlora.training.validation import Validator
 
     monkeypatch.setattr(Validator, "score", lambda *_, **__: {"accuracy": 0.5, "format_score": 0.75, "score": 0.5})
     validation = {"sources": [{"source": str(data / "dev.jsonl")}], "scoring": "reason", "every_steps": 2}
@@ -172,7 +175,7 @@ def test_the_full_prompt_ends_early_once_the_format_is_learned_and_resumes_as_en
 def test_the_best_adapter_is_kept_if_asked(
     bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medlora.validation import Validator
+    from medlora.training.validation import Validator
 
     dev = {"sources": [{"source": str(data / "dev.jsonl")}], "every_steps": 2, "keep_best": True}
     for name, falling in (("best", [0.2, 0.9, 0.3]), ("last", [0.1, 0.2, 0.3])):
@@ -190,10 +193,7 @@ def test_the_best_adapter_is_kept_if_asked(
     with pytest.raises(Killed):
         run_all(four, tmp_path / "four", ("00",), kill)
     checkpoint = (
-        runs.RunFolder(tmp_path / "four").phase("00").checkpoints
-        / "normal"
-        / "checkpoint-4"
-        / "adapter_model.safetensors"
+        RunFolder(tmp_path / "four").phase("00").checkpoints / "normal" / "checkpoint-4" / "adapter_model.safetensors"
     )
     assert (
         load_file(checkpoint).keys()
@@ -221,7 +221,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(bases: dict[str, st
         losses.append(
             [
                 (row["loss"], row["grad_norm"])
-                for row in runs.read_json_lines(runs.RunFolder(tmp_path / str(n)).phase("mcq").metrics)
+                for row in read_json_lines(RunFolder(tmp_path / str(n)).phase("mcq").metrics)
             ]
         )
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-4, rtol=1e-3)
@@ -259,7 +259,7 @@ def test_out_of_memory_halves_the_batch_and_ends_with_the_same_adapter(
     assert manifest["segments"][0]["steps"] == 6
     assert (manifest["segments"][0]["resumed_from_step"] or 0) == (0 if fails_at == 1 else 4)
     whole, halved = (
-        load_file(runs.RunFolder(tmp_path / name).phase("mcq").adapter / "adapter_model.safetensors")
+        load_file(RunFolder(tmp_path / name).phase("mcq").adapter / "adapter_model.safetensors")
         for name in ("whole", "halved")
     )
     for name, tensor in whole.items():
@@ -300,9 +300,7 @@ def test_a_divergence_that_validation_sees_first_is_said_the_same_way(
 def test_a_tokenizer_without_the_letters_is_refused_before_the_model_is_loaded(
     bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import medlora.phases
-
-    monkeypatch.setattr(medlora.phases, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("medlora.training.phase.load_base", lambda *_: pytest.fail("the model was loaded"))
     config = configure(bases["gemma"], data)
     broken = tmp_path / "base"
     broken.mkdir()
@@ -339,9 +337,9 @@ def test_a_curriculum_goes_on_from_adapters_of_elsewhere(
     """An adapter folder as the replaced scripts left it (`lora_adapter/` inside) is continued as if it were a phase's."""
     import shutil
 
-    from medlora.lineage import start_chain
+    from medlora.curriculum.chains import start_chain
 
-    shutil.copytree(runs.RunFolder(finished).phase("00").adapter, tmp_path / "old" / "lora_adapter")
+    shutil.copytree(RunFolder(finished).phase("00").adapter, tmp_path / "old" / "lora_adapter")
     config = configure(bases["gemma"], data)
     raw = {
         **config.model_dump(mode="json"),
@@ -352,7 +350,7 @@ def test_a_curriculum_goes_on_from_adapters_of_elsewhere(
     started = RunConfig.model_validate(raw)
     chain = start_chain(started)
     manifest = run_phase(
-        make_job(started, started.phases[0], chain), runs.RunFolder(tmp_path / "run").phase("01"), lambda event: None
+        make_job(started, started.phases[0], chain), RunFolder(tmp_path / "run").phase("01"), lambda event: None
     )
     assert manifest["chain"] == ["01"] and manifest["fingerprint"]["parent"]
     frozen = load_file(tmp_path / "old" / "lora_adapter" / "adapter_model.safetensors")
@@ -387,7 +385,7 @@ def test_a_phase_that_must_leave_its_node_goes_on_from_where_it_left(
     bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
     config = configure(bases["gemma"], data, p00={"checkpoint_every_steps": 100})
-    job, folder = make_job(config, config.phases[0], ()), runs.RunFolder(tmp_path).phase("00")
+    job, folder = make_job(config, config.phases[0], ()), RunFolder(tmp_path).phase("00")
     asked = iter([False, False, True])
     with pytest.raises(Leaving):
         run_phase(job, folder, lambda event: None, is_leaving=lambda: next(asked))

@@ -11,13 +11,17 @@ import pytest
 import yaml
 from conftest import import_ray
 
-from medlora.config import Placement
+from medlora.config.placement import Placement
 from medlora.errors import InputError
 
 import_ray()
-from medlora.on_ray import cluster as cluster_module  # noqa: E402
 from medlora.on_ray import placement as placement_module  # noqa: E402
-from medlora.on_ray.cluster import Cluster, Node, find_addable  # noqa: E402
+from medlora.on_ray.cluster import (  # noqa: E402
+    Cluster,
+    Node,
+    _look_around,  # noqa: E402
+    find_addable,
+)
 from medlora.on_ray.placement import check_placement, count_gpus, count_room, say_while_waiting  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,10 +111,10 @@ def test_where_an_autoscaler_hides_its_limits_nothing_is_refused() -> None:
 def test_the_drivers_view_of_a_launched_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     alive = [{"Alive": True, "Resources": {"CPU": 0.0}, "Labels": {"pool": "head"}}, {"Alive": False}]
-    monkeypatch.setattr(cluster_module.ray, "nodes", lambda: alive)
-    assert cluster_module._look_around(False) == Cluster((node(0, pool="head"),))
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    assert _look_around(False) == Cluster((node(0, pool="head"),))
     (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(prepared()))
-    assert [count for _, count in cluster_module._look_around(False).may_add] == [4, 4]
+    assert [count for _, count in _look_around(False).may_add] == [4, 4]
 
 
 @pytest.mark.parametrize(("free", "speaks"), [(2.0, True), (4.0, False)])

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from medlora import scores
-from medlora.answering import Answer
-from medlora.predictions import merge, predict, rotate
-from medlora.records import LETTERS, McqRecord, Prediction
-from medlora.report import build_report
+from medlora.answering.answerer import Answer
+from medlora.answering.rotations import merge, predict, rotate
+from medlora.evaluation import statistics
+from medlora.evaluation.predictions import Prediction
+from medlora.records import LETTERS, McqRecord
+from medlora.reporting.report import build_report
 
 RECORD = McqRecord("q", "?", ("가", "나", "다", "라"), "C", subject="s", rationale={"analysis": "다"})
 
@@ -64,7 +65,7 @@ def test_a_model_that_knows_is_consistent() -> None:
     (prediction,) = ask(Fake(find("다")), RECORD)
     assert (prediction.choice, prediction.rotated, prediction.tokens) == ("C", "CBAD", 12)
     assert prediction.probabilities == pytest.approx((0.1, 0.1, 0.7, 0.1))
-    found = scores.rotations([prediction])
+    found = statistics.rotations([prediction])
     assert found is not None
     assert (found.accuracy, found.consistency, found.orders) == (1, 1, 4)
     assert found.letters.chosen == found.letters.gold == {"A": 1, "B": 1, "C": 1, "D": 1}
@@ -73,7 +74,7 @@ def test_a_model_that_knows_is_consistent() -> None:
 def test_a_model_that_always_says_a_is_at_chance_and_seen_through() -> None:
     (prediction,) = ask(Fake(lambda record: 0), RECORD)
     assert prediction.probabilities == pytest.approx((0.25,) * 4)
-    found = scores.rotations([prediction])
+    found = statistics.rotations([prediction])
     assert found is not None
     assert (found.accuracy, found.consistency) == (0.25, 0)
     assert found.letters.chosen == {"A": 4, "B": 0, "C": 0, "D": 0} and found.letters.gold == {
@@ -90,7 +91,7 @@ def test_without_probabilities_the_majority_wins_and_silence_does_not_vote() -> 
     assert (merged.choice, merged.probabilities, merged.tokens) == ("B", (), 4)
     assert merge(RECORD, [Answer(None)] * 4).choice is None
     (silent,) = ask(Fake(lambda record: None, "generate"), RECORD)
-    found = scores.rotations([silent])
+    found = statistics.rotations([silent])
     assert found is not None and (silent.rotated, found.letters.none, found.consistency, found.accuracy) == (
         "----",
         4,
@@ -102,7 +103,7 @@ def test_without_probabilities_the_majority_wins_and_silence_does_not_vote() -> 
 def test_one_order_is_the_default_and_leaves_no_rows() -> None:
     (prediction,) = ask(Fake(find("다")), RECORD, rotations=False)
     assert (prediction.choice, prediction.rotated, prediction.subject, prediction.options) == ("C", "", "s", 4)
-    assert scores.rotations([prediction]) is None
+    assert statistics.rotations([prediction]) is None
     assert build_report([prediction], {}, seed=0)["stages"][0]["rotations"] is None
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from medlora import preparation, prompts
-from medlora.config import BaseModelConfig
-from medlora.config_sources import SourceConfig
-from medlora.encoding import Rows, encode
-from medlora.models import load_tokenizer
-from medlora.preparation import Preparation, TokenStore, finish, new_folder, plan_preparation, prepare, write_part
-from medlora.sources import read, scan, stream_piece
+from medlora import prompts
+from medlora.config.model import BaseModelConfig
+from medlora.config.sources import SourceConfig
+from medlora.data.sources import read, scan, stream_piece
+from medlora.model.tokenizer import load_tokenizer
+from medlora.tokens import cache as cache_module
+from medlora.tokens.cache import Preparation, TokenStore, finish, new_folder, plan_preparation, prepare, write_part
+from medlora.tokens.rows import Rows, encode
 
 WORDS = ["아스피린", "인슐린", "aspirin", "insulin", "해열", "췌장", "은", "어디"]
 
@@ -67,7 +68,7 @@ def test_the_second_use_tokenises_nothing(tokenizer: Any, tmp_path: Path, monkey
     first = list(prepare(plan, tokenizer, lambda done, total: heard.append((done, total)), said.append))
     assert heard == [(256, 700), (512, 700), (700, 700)]
     assert said == [f"tokens of {tmp_path / 'rows.jsonl'} are made for the first time"]
-    monkeypatch.setattr(preparation, "tokenise", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(cache_module, "tokenise", lambda *_: pytest.fail("tokenised again"))
     assert list(prepare(plan, tokenizer)) == first and len(first) == 700
 
 
@@ -110,7 +111,7 @@ def test_two_phases_with_two_styles_keep_both_in_the_cache(
     }
     assert len({str(tokens) for tokens in made.values()}) == 3
     assert all(text.endswith("for the first time") for text in said) and len(said) == 3
-    monkeypatch.setattr(preparation, "tokenise", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(cache_module, "tokenise", lambda *_: pytest.fail("tokenised again"))
     for style in (*styles, *reversed(styles)):
         plan = made_from(source, tokenizer, tmp_path, style)
         assert plan.done and list(prepare(plan, tokenizer, say=said.append)) == made[style]
@@ -168,5 +169,5 @@ def test_dropped_records_are_left_out_by_id(tokenizer: Any, tmp_path: Path) -> N
 def test_a_cache_that_cannot_be_written_is_named(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("a file")
     plan = plan_preparation(write(tmp_path / "rows.jsonl", "text", 3), "reasoning", tokenizer, tmp_path)
-    with pytest.raises(preparation.InputError, match="storage.cache: .*tokens cannot be made"):
+    with pytest.raises(cache_module.InputError, match="storage.cache: .*tokens cannot be made"):
         prepare(plan, tokenizer)

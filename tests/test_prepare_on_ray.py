@@ -12,12 +12,12 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from tiny_run import configure
-from medlora.lineage import make_job
+from medlora.curriculum.jobs import make_job
 from medlora.on_ray.cluster import connect
-from medlora.on_ray.prepare import LEAST_RECORDS, prepare_on_ray
-from medlora.phases import load_phase_tokenizer
-from medlora.preparation import plan_preparation, prepare
-from medlora.stages import locate_base
+from medlora.on_ray.tokenise import LEAST_RECORDS, prepare_on_ray
+from medlora.training.phase import load_phase_tokenizer
+from medlora.tokens.cache import plan_preparation, prepare
+from medlora.model.base import locate_base
 
 folder = Path({folder!r})
 config = configure({base!r}, folder, p00={{"sources": [{{"source": str(folder / "large")}}]}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medlora.answers import parse
+from medlora.evaluation.answers.letter import parse
 from medlora.prompts import MCQ_STYLES, render_mcq
 from medlora.records import McqRecord
 

@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from medlora.data.reading.files import list_files, parse_hub_id, read_file
+from medlora.data.reading.formats import Broken
 from medlora.errors import InputError
-from medlora.readers import list_files, parse_hub_id, read_file
-from medlora.row_formats import Broken
 
 ROW = {"id": "q1", "question": "Q,\nsecond line", "A": "가", "B": "b", "answer": "B"}
 

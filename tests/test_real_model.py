@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from medlora.answering import McqAnswerer
-from medlora.config import BaseModelConfig
-from medlora.config_sources import SourceConfig
-from medlora.models import load_base, load_tokenizer
+from medlora.answering.answerer import McqAnswerer
+from medlora.config.model import BaseModelConfig
+from medlora.config.sources import SourceConfig
+from medlora.data.sources import read
+from medlora.model.base import load_base
+from medlora.model.tokenizer import load_tokenizer
 from medlora.prompts import KORMEDMCQA_STOPS, render_mcq
 from medlora.records import McqRecord
-from medlora.sources import read
 
 MAX_TOKENS = 24
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from tiny_run import configure, run_all
 
-from medlora.config_sources import SourceConfig
+from medlora.cli.inspect import main
+from medlora.config.sources import SourceConfig
+from medlora.data.sources import Scan, read, scan
 from medlora.errors import InputError
-from medlora.inspection import main
 from medlora.records import McqRecord
-from medlora.sources import Scan, read, scan
 
 FILES: dict[str, tuple[str, int, int]] = {
     "kormedmcqa/train.jsonl": ("letters", 909, 909),

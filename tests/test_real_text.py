@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from medlora import runs
+from medlora.runs.files import read_json
+from medlora.runs.folders import RunFolder
+from medlora.runs.manifests import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,8 +26,8 @@ def test_real_text_goes_from_config_to_table(
     done = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "real-text" not in done.stderr and "kormedmcqa" in done.stdout and "95 % interval" in done.stdout
-    run = runs.RunFolder(tmp_path / "run")
-    counts = {name: (runs.read_manifest(run.phase(name).root) or {})["counts"]["normal"] for name in ("00", "01", "02")}
+    run = RunFolder(tmp_path / "run")
+    counts = {name: (read_manifest(run.phase(name).root) or {})["counts"]["normal"] for name in ("00", "01", "02")}
     read = {
         name: {key.partition(":")[2]: part["examples"] for key, part in parts.items()} for name, parts in counts.items()
     }
@@ -36,5 +38,5 @@ def test_real_text_goes_from_config_to_table(
     )
     # 2 of the 909 questions are asked in dev or test, too: two questions each on one case.
     assert read == {"00": {text: 258}, "01": {pairs: 516, questions: 907, text: 258}, "02": {questions: 907}}
-    rows = runs.read_json(run.evaluation / "report.json")["stages"]
+    rows = read_json(run.evaluation / "report.json")["stages"]
     assert [(row["stage"], row["n"]) for row in rows] == [("base", 16), ("00", 16), ("01", 16), ("02", 16)]

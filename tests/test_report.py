@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from medlora import scores
-from medlora.display import print_report
-from medlora.records import Prediction
-from medlora.report import build_report, summarise, write_predictions
+from medlora.evaluation import statistics
+from medlora.evaluation.predictions import Prediction, write_predictions
+from medlora.reporting.report import build_report, summarise
+from medlora.reporting.tables import print_report
 
 
 def answer(stage: str, test: str, choices: str, gold: str = "ABCDABCD") -> list[Prediction]:
@@ -46,7 +46,7 @@ def test_every_stage_and_test_has_its_figures() -> None:
     report = build_report(TWO_TESTS, {}, seed=0)
     row = next(row for row in report["stages"] if (row["stage"], row["test"]) == ("00", "one"))
     assert (row["n"], row["correct"], row["unparsed"], row["failed"], row["accuracy"]) == (8, 6, 1, 1, 0.75)
-    assert row["interval"] == pytest.approx(scores.wilson(6, 8))
+    assert row["interval"] == pytest.approx(statistics.wilson(6, 8))
     assert row["chance"] == 0.25
     assert {name: part["value"] for name, part in row["subjects"].items()} == {"x": 0.75, "y": 0.75}
     assert row["macro"] == 0.75
@@ -58,7 +58,7 @@ def test_overall_figures_weigh_questions_or_tests() -> None:
     predictions = [*answer("base", "one", "AACDAACD"), *answer("base", "two", "DD", gold="DA")]
     (row,) = build_report(predictions, {}, seed=0)["overall"]
     assert row["micro"] == pytest.approx(7 / 10) and row["macro"] == pytest.approx((6 / 8 + 1 / 2) / 2)
-    assert (row["n"], row["correct"]) == (10, 7) and row["interval"] == pytest.approx(scores.wilson(7, 10))
+    assert (row["n"], row["correct"]) == (10, 7) and row["interval"] == pytest.approx(statistics.wilson(7, 10))
 
 
 def test_comparisons_name_the_questions_gained_and_lost() -> None:

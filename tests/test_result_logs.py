@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from medlora import scores
 from medlora.errors import InputError
-from medlora.result_logs import read_result_log
+from medlora.evaluation import statistics
+from medlora.evaluation.result_logs import read_result_log
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "kormedmcqa_logs"
 HEADER = "id,category,trial,answer,pred,response\n"
@@ -44,14 +44,14 @@ def test_rows_that_repeat_count_once_and_rows_that_disagree_give_no_choice(log) 
     assert (same.choice, same.error) == ("A", "")
     assert (differing.choice, differing.error) == (None, "rows disagree: B, C, no choice")
     assert (found.counts.repeated_rows, found.counts.conflicting) == (1, ("d_1",))
-    assert scores.accuracy(found.predictions).failed == 1
+    assert statistics.accuracy(found.predictions).failed == 1
 
 
 def test_blanks_and_other_words_are_unparsed_and_told_apart(log) -> None:
     found = read_result_log(log("d_0,d,0,A,,50\nd_1,d,0,A,None,\nd_2,d,0,A,AB,AB\nd_3,d,0,A,a,a\n"))
     assert [p.choice for p in found.predictions] == [None, None, None, "A"]
     assert (found.counts.blank, found.counts.not_a_letter) == (("d_0", "d_1"), ("d_2",))
-    assert scores.accuracy(found.predictions).unparsed == 3
+    assert statistics.accuracy(found.predictions).unparsed == 3
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_seven_real_logs() -> None:
         assert len(counts.missing) == 3009 - questions and counts.questions == len(log.predictions) == 3009
         assert not counts.gold_unusable and not counts.without_id and not counts.not_a_letter and not counts.unexpected
         stages += log.predictions
-    compared = {(c.before, c.after): c for c in scores.compare_all(stages, seed=0, resamples=200)}
+    compared = {(c.before, c.after): c for c in statistics.compare_all(stages, seed=0, resamples=200)}
     assert len(compared) == 21
     better = compared["claude-haiku-4-5-2025-12-11", "claude-sonnet-4-5-2025-12-11"]
     assert len(better.gained) - len(better.lost) == 2746 - 2432 and better.low > 0 and better.p_holm < 1e-9

@@ -10,37 +10,40 @@ from pathlib import Path
 
 import pytest
 
-from medlora import runs
 from medlora.errors import InputError
+from medlora.runs.files import append_json, read_json_lines, set_aside, truncate_json_lines, write_json
+from medlora.runs.folders import RunFolder, find_home, open_run
+from medlora.runs.locks import hold_file_lock
+from medlora.runs.manifests import MANIFEST, check_files, commit, find_differences, read_manifest
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "a;b", "$x", "`x`", "a\nb", "-rf", "x" * 65])
 def test_a_name_that_could_leave_its_folder_or_reach_a_shell_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError):
-        runs.RunFolder(tmp_path).phase(name)
+        RunFolder(tmp_path).phase(name)
 
 
 @pytest.mark.parametrize("path", ["runs/../../etc", "runs/$(rm)", "runs/a;b", "runs/`x`", "runs/a|b", "runs/a\nb"])
 def test_a_run_folder_stays_where_it_is_named(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="give a plain path"):
-        runs.open_run(Path(path))
+        open_run(Path(path))
     assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_of_others_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").write_text("x")
     with pytest.raises(InputError, match=r"holds other files \(thesis.doc\)"):
-        runs.open_run(tmp_path)
+        open_run(tmp_path)
     with pytest.raises(InputError, match="is a file"):
-        runs.open_run(tmp_path / "thesis.doc")
+        open_run(tmp_path / "thesis.doc")
 
 
 def test_a_full_disk_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10 * 2**20})()
-    monkeypatch.setattr("medlora.runs.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="the disk is full"):
-        runs.open_run(tmp_path / "run")
+        open_run(tmp_path / "run")
 
 
 def test_a_manifest_tells_every_change_of_its_files(tmp_path: Path) -> None:
@@ -48,36 +51,36 @@ def test_a_manifest_tells_every_change_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "a" / "w.bin").write_bytes(b"1")
     (tmp_path / "going").mkdir()
     (tmp_path / "going" / "x").write_bytes(b"2")
-    assert runs.read_manifest(tmp_path) is None
-    manifest = runs.commit(tmp_path, {"n": 1}, passing=(tmp_path / "going",))
-    assert list(manifest["files"]) == ["a/w.bin"] and runs.read_manifest(tmp_path) == manifest
-    assert runs.check_files(tmp_path, manifest) is None
+    assert read_manifest(tmp_path) is None
+    manifest = commit(tmp_path, {"n": 1}, passing=(tmp_path / "going",))
+    assert list(manifest["files"]) == ["a/w.bin"] and read_manifest(tmp_path) == manifest
+    assert check_files(tmp_path, manifest) is None
     (tmp_path / "a" / "w.bin").write_bytes(b"2")
-    assert runs.check_files(tmp_path, manifest) == "a/w.bin has changed"
+    assert check_files(tmp_path, manifest) == "a/w.bin has changed"
     (tmp_path / "a" / "w.bin").unlink()
-    assert runs.check_files(tmp_path, manifest) == "a/w.bin is missing"
+    assert check_files(tmp_path, manifest) == "a/w.bin is missing"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"n": 1}'])
 def test_a_torn_manifest_is_none(tmp_path: Path, content: str) -> None:
-    (tmp_path / runs.MANIFEST).write_text(content)
-    assert runs.read_manifest(tmp_path) is None
+    (tmp_path / MANIFEST).write_text(content)
+    assert read_manifest(tmp_path) is None
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
-    runs.write_json(path, {"n": 1})
+    write_json(path, {"n": 1})
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        runs.write_json(path, {"n": 2})
+        write_json(path, {"n": 2})
     assert json.loads(path.read_text()) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-HOLDER = "import sys, time; from pathlib import Path; from medlora import runs\nwith runs.hold(Path(sys.argv[1]), 'run x'): print('held', flush=True); time.sleep(60)"
+HOLDER = "import sys, time; from pathlib import Path; from medlora.runs.locks import hold_file_lock\nwith hold_file_lock(Path(sys.argv[1]), 'run x'): print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_process_is_refused_naming_the_holder_until_that_is_killed(tmp_path: Path) -> None:
@@ -85,45 +88,48 @@ def test_a_second_process_is_refused_naming_the_holder_until_that_is_killed(tmp_
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"run x is in use by process {holder.pid} on "), runs.hold(lock, "run x"):
+        with (
+            pytest.raises(InputError, match=f"run x is in use by process {holder.pid} on "),
+            hold_file_lock(lock, "run x"),
+        ):
             pass
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
     started = time.monotonic()
-    with runs.hold(lock, "run x", wait_s=5):
+    with hold_file_lock(lock, "run x", wait_s=5):
         assert time.monotonic() - started < 5
 
 
 def test_differences_are_named_by_their_dotted_key() -> None:
     was = {"phases.01": {"learning_rate": 1e-4, "sources": [{"source": "a"}]}, "seed": 0, "same": [1, 2]}
     now = {"phases.01": {"learning_rate": 2e-4, "sources": [{"source": "b"}]}, "seed": 0, "same": [1, 2], "new": True}
-    assert runs.find_differences(was, now) == [
+    assert find_differences(was, now) == [
         "phases.01.learning_rate: was 0.0001, now 0.0002",
         'phases.01.sources.0.source: was "a", now "b"',
         "new: was null, now true",
     ]
-    assert runs.find_differences(was, json.loads(json.dumps(was))) == []
+    assert find_differences(was, json.loads(json.dumps(was))) == []
 
 
 def test_what_is_set_aside_is_kept_each_time(tmp_path: Path) -> None:
     for n in (1, 2):
         (tmp_path / "01").mkdir()
         (tmp_path / "01" / "f").write_text(str(n))
-        runs.set_aside(tmp_path / "01")
+        set_aside(tmp_path / "01")
     kept = sorted((tmp_path / ".replaced").rglob("f"))
     assert [p.read_text() for p in kept] == ["1", "2"] and not (tmp_path / "01").exists()
-    assert runs.set_aside(tmp_path / "01") is None
+    assert set_aside(tmp_path / "01") is None
 
 
 def test_lines_after_a_resumed_step_and_torn_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     for step in (1, 2, 3):
-        runs.append_json(path, {"step": step})
+        append_json(path, {"step": step})
     with path.open("a") as file:
         file.write('{"step": 4')
-    runs.truncate_json_lines(path, lambda row: row["step"] <= 2)
-    assert runs.read_json_lines(path) == [{"step": 1}, {"step": 2}] and path.read_text().count("\n") == 2
+    truncate_json_lines(path, lambda row: row["step"] <= 2)
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}] and path.read_text().count("\n") == 2
 
 
 def test_a_submitted_job_keeps_its_runs_out_of_ray_s_temporary_folder(
@@ -133,7 +139,7 @@ def test_a_submitted_job_keeps_its_runs_out_of_ray_s_temporary_folder(
     package.mkdir(parents=True)
     monkeypatch.chdir(package)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert runs.find_home(Path("runs")) == tmp_path / "home" / "medlora" / "runs"
-    assert runs.find_home(Path("/shared/runs")) == Path("/shared/runs")
+    assert find_home(Path("runs")) == tmp_path / "home" / "medlora" / "runs"
+    assert find_home(Path("/shared/runs")) == Path("/shared/runs")
     monkeypatch.chdir(tmp_path)
-    assert runs.find_home(Path("runs")) == Path("runs")
+    assert find_home(Path("runs")) == Path("runs")

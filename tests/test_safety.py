@@ -22,13 +22,13 @@ from hostile import NAMES, XSS, write_pickle
 from test_report import TWO_TESTS
 from test_token import read_token
 
-from medlora import runs
-from medlora.config_file import load
+from medlora.config.loading.files import load, load_evaluate_config
 from medlora.errors import InputError
-from medlora.evaluation import check_evaluation, load_evaluate_config
-from medlora.page import write_page
+from medlora.evaluation.plan import check_evaluation
 from medlora.records import McqRecord
-from medlora.report import build_report
+from medlora.reporting.page import write_page
+from medlora.reporting.report import build_report
+from medlora.runs.folders import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENT = "-".join(("850101", "1234566"))
@@ -115,25 +115,26 @@ def test_secrets_and_a_patient_s_number_are_found_nowhere(
 
 
 def test_an_adapter_that_is_a_pickle_is_refused_unread(finished: Path, tmp_path: Path) -> None:
-    from medlora.lineage import find_adapter
+    from medlora.artifacts.adapters import find_adapter
 
     folder, marker = tmp_path / "adapter", tmp_path / "ran"
-    shutil.copytree(runs.RunFolder(finished).phase("00").adapter, folder)
+    shutil.copytree(RunFolder(finished).phase("00").adapter, folder)
     (folder / "adapter_model.safetensors").unlink()
     write_pickle(folder / "adapter_model.bin", marker)
     with refused_at_once("adapter_model.bin is a pickle, which can run code on loading", marker):
         find_adapter(folder)
     # The same pickle under the right name is no safetensors file.
     (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
-    from medlora.adapter_files import read_tensors
+    from medlora.model.adapter_files import read_tensors
 
     with refused_at_once("adapter_model.safetensors: cannot be read", marker):
         read_tensors(folder)
 
 
 def test_a_base_that_is_a_pickle_or_brings_code_is_refused_unread(bases: dict[str, str], tmp_path: Path) -> None:
-    from medlora.config import BaseModelConfig
-    from medlora.models import load_base, load_tokenizer
+    from medlora.config.model import BaseModelConfig
+    from medlora.model.base import load_base
+    from medlora.model.tokenizer import load_tokenizer
 
     honest = BaseModelConfig(model=bases["gemma"])
     tokenizer = load_tokenizer(honest)
@@ -175,7 +176,7 @@ def test_a_poisoned_optimizer_is_never_opened(
 ) -> None:
     from tiny_run import configure, run_all, weights
 
-    from medlora.training import find_checkpoint
+    from medlora.training.trainer import find_checkpoint
 
     config = configure(bases["gemma"], data, p00={"log_every_steps": 1})
 
@@ -185,7 +186,7 @@ def test_a_poisoned_optimizer_is_never_opened(
 
     with pytest.raises(Killed):
         run_all(config, tmp_path / "run", ("00",), kill)
-    checkpoints = runs.RunFolder(tmp_path / "run").phase("00").checkpoints / "normal"
+    checkpoints = RunFolder(tmp_path / "run").phase("00").checkpoints / "normal"
     marker = tmp_path / "ran"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         write_pickle(checkpoints / "checkpoint-4" / name, marker)
@@ -226,7 +227,7 @@ def test_yaml_runs_nothing_and_does_not_explode(tmp_path: Path, text: str, said:
 
 def test_ordinary_aliases_are_read(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("a: &a {r: 4}\nb: {<<: *a, alpha: 8}\nc: [*a, *a]\n")
-    from medlora.config_file import load_raw
+    from medlora.config.loading.files import load_raw
 
     assert load_raw(tmp_path / "c.yaml") == {"a": {"r": 4}, "b": {"r": 4, "alpha": 8}, "c": [{"r": 4}, {"r": 4}]}
 
@@ -262,7 +263,7 @@ def test_hostile_names_are_refused_before_anything_is_written(tmp_path: Path, ki
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         with refused_at_once("name|stages"):
             if kind == "redo":
-                runs.RunFolder(tmp_path).phase(name)
+                RunFolder(tmp_path).phase(name)
             elif kind in ("evaluation", "stage", "stage of a run"):
                 check_evaluation(load_evaluate_config(path), force=False)
             else:

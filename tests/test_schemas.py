@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from medlora.config_sources import Columns
-from medlora.conversion import find_base, to_record
+from medlora.config.sources import Columns
+from medlora.data.rows.conversion import find_first_number, to_record
+from medlora.data.rows.schemas import explain_no_schema, find_schema, make_schema
 from medlora.records import McqRecord, Record, RecordError, TextRecord, TranslationRecord
-from medlora.schemas import explain_no_schema, find_schema, make_schema
 
 QUESTION = {"id": "q1", "question": "Q?", "A": "a", "B": "b", "C": "c", "answer": 2}
 
@@ -228,12 +228,16 @@ def places(*answers: Any, options: int = 4) -> list[tuple[str, Any, int]]:
 
 
 def test_the_data_says_whether_the_first_option_is_0_or_1() -> None:
-    assert find_base(places(1, 2, 4)) == 1 and find_base(places(3, 0, 2)) == 0 and find_base(places("4", "1")) == 1
-    assert find_base(places("A", "B", None)) is None and find_base([]) is None
+    assert (
+        find_first_number(places(1, 2, 4)) == 1
+        and find_first_number(places(3, 0, 2)) == 0
+        and find_first_number(places("4", "1")) == 1
+    )
+    assert find_first_number(places("A", "B", None)) is None and find_first_number([]) is None
     with pytest.raises(RecordError, match=r"both 0 \(f:2\) and as many as there are options \(f:3\)"):
-        find_base(places(1, 0, 4))
+        find_first_number(places(1, 0, 4))
     with pytest.raises(RecordError, match="none of them 0 or as many as there are options; say whether"):
-        find_base(places(1, 2, 3))
+        find_first_number(places(1, 2, 3))
 
 
 def test_a_rationale_is_taken_as_it_is_or_by_its_fields() -> None:

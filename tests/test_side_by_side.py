@@ -13,9 +13,10 @@ from test_jobs import QUESTION, run, write_run
 from test_on_ray import JOB, ROOT, finish, write_config
 from tiny_run import configure, question, weights
 
-from medlora import runs
-from medlora.config import RunConfig
-from medlora.display import Display, print_reports
+from medlora.config.run import RunConfig
+from medlora.reporting.progress import Display
+from medlora.reporting.tables import print_reports
+from medlora.runs.manifests import read_manifest
 
 
 def test_runs_side_by_side_end_as_each_would_alone_and_a_failing_one_fails_alone(
@@ -42,7 +43,7 @@ def test_runs_side_by_side_end_as_each_would_alone_and_a_failing_one_fails_alone
     for name in "ab":
         log = (tmp_path / "runs" / name / "run.log").read_text()
         assert "00  done in" in log and "evaluation  done in" in log
-        assert runs.read_manifest(tmp_path / "runs" / name / "evaluation")
+        assert read_manifest(tmp_path / "runs" / name / "evaluation")
 
 
 def test_one_bad_config_ends_all_before_anything_starts(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from test_sweep_on_ray import start as start_sweep
 from test_sweep_on_ray import write_sweep
 from tiny_run import run_all, weights
 
-from medlora import runs
-from medlora.evaluation import LEDGER, read_ledger
-from medlora.sweep_ledger import Ledger
+from medlora.evaluation.ledger import LEDGER, read_ledger
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
+from medlora.sweep.ledger import Ledger
 
 
 def find_checkpoints(run: Path) -> list[int]:
-    manifests = runs.RunFolder(run).phase("00").checkpoints.glob("normal/checkpoint-*/manifest.json")
+    manifests = RunFolder(run).phase("00").checkpoints.glob("normal/checkpoint-*/manifest.json")
     return sorted(int(path.parent.name.rpartition("-")[2]) for path in manifests)
 
 
@@ -84,7 +85,7 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
 
     out, err = finish(start(written, run, cluster))
     assert [int(step) for step in re.findall(r"goes on from step (\d+) of 600", out)] == [third] and err == ""
-    steps = [row["step"] for row in runs.read_json_lines(runs.RunFolder(run).phase("00").metrics)]
+    steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("00").metrics)]
     assert steps == list(range(1, 601))
     run_all(config, tmp_path / "undisturbed", ("00",))
     assert weights(run, "00") == weights(tmp_path / "undisturbed", "00")
@@ -97,10 +98,10 @@ def test_a_sweep_s_trials_make_checkpoints_and_resume(
     more = {"search": "grid", "trials": 2, "start": str(finished), "dev": {"every_steps": 300}, "best": 1}
     config = write_sweep(tmp_path, bases, data, {"lora.r": [2, 4]}, steps, **more)
     out = tmp_path / "sweep"
-    trial = runs.RunFolder(out / "trials" / "000").phase("02")
+    trial = RunFolder(out / "trials" / "000").phase("02")
 
     driver = start_sweep(config, out, cluster)
-    while len(runs.read_json_lines(trial.metrics)) < 20:
+    while len(read_json_lines(trial.metrics)) < 20:
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.1)
     err = end(driver, signal.SIGTERM, 25)

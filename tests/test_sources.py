@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from medlora.config_sources import SourceConfig, TestConfig
+from medlora.config.sources import SourceConfig, TestConfig
+from medlora.data.quarantine import write_quarantine
+from medlora.data.sources import Scan, cut_pieces, hash_records, pack_scan, read, remember, scan, stream, stream_piece
 from medlora.errors import InputError
-from medlora.quarantine import write_quarantine
 from medlora.records import McqRecord, TextRecord, TranslationRecord
-from medlora.sources import Scan, cut_pieces, hash_records, pack_scan, read, remember, scan, stream, stream_piece
 
 QUESTION = {"id": "q1", "question": "Q?", "A": "a", "B": "b", "C": "c", "answer": 2}
 
@@ -186,9 +186,9 @@ def test_a_source_is_cut_into_whole_rows_in_order() -> None:
 def test_a_scan_is_remembered_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceConfig(source=str(write_rows(tmp_path, QUESTION, {**QUESTION, "id": "q2", "answer": 9})))
     found, packed = scan(source), json.loads(json.dumps(pack_scan(source)))
-    monkeypatch.setattr("medlora.sources._SCANS", {})
+    monkeypatch.setattr("medlora.data.sources._SCANS", {})
     remember(packed)
-    monkeypatch.setattr("medlora.sources._scan", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr("medlora.data.sources._scan", lambda *_: pytest.fail("looked again"))
     assert scan(source) == Scan(**{**vars(found), "shown": []}) and len(list(stream(source))) == 1
 
 

@@ -18,12 +18,18 @@ import yaml
 from store_server import BUCKET, GoogleStore, Rule, Store, run_env
 from test_on_ray import two_phases, undisturbed  # noqa: F401
 
-from medlora import object_store, readers, run_lock, runs, storage
-from medlora.config import EvaluationConfig, RunConfig
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.run import RunConfig
+from medlora.data.reading import files as files_module
 from medlora.errors import InputError
-from medlora.evaluation import plan_batches, read_tests, sort_predictions
-from medlora.object_store import Objects
-from medlora.report import write_predictions
+from medlora.evaluation.ledger import plan_batches, sort_predictions
+from medlora.evaluation.predictions import write_predictions
+from medlora.evaluation.questions import read_tests
+from medlora.runs import locks, mirror, object_store
+from medlora.runs.files import write_bytes
+from medlora.runs.folders import RunFolder
+from medlora.runs.manifests import check_files, commit, read_manifest
+from medlora.runs.object_store import Objects
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,8 +67,8 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(object_store, "WAITS_S", (0.01, 0.01))
     monkeypatch.setattr(object_store, "GCS_RETRY_S", 0.2)
-    monkeypatch.setattr(run_lock, "SETTLE_S", 0.05)
-    monkeypatch.setattr(storage, "SEEN_WAIT_S", 0.05)
+    monkeypatch.setattr(locks, "SETTLE_S", 0.05)
+    monkeypatch.setattr(mirror, "SEEN_WAIT_S", 0.05)
     return server
 
 
@@ -77,12 +83,12 @@ def key(uri: str, name: str) -> str:
 
 def machine(tmp_path: Path, name: str, uri: str) -> Path:
     """The working copy of a URI on a machine of that name."""
-    return storage.find_copy(uri, str(tmp_path / name))
+    return mirror.find_copy(uri, str(tmp_path / name))
 
 
 def fill(folder: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
-        runs.write_bytes(folder / name, content.encode())
+        write_bytes(folder / name, content.encode())
 
 
 def test_data_is_read_where_it_lies(store: Store, uri: str) -> None:
@@ -93,26 +99,26 @@ def test_data_is_read_where_it_lies(store: Store, uri: str) -> None:
         lines = json.dumps(row).encode() + b"\n"
         with files.open_output_stream(f"{path}/{name}", compression=None) as stream:
             stream.write(gzip.compress(lines) if name.endswith(".gz") else lines)
-    assert readers.list_files(uri) == [f"{uri}/a.jsonl.gz", f"{uri}/deep/b.jsonl"]
-    assert [row for name in readers.list_files(uri) for _, row in readers.read_file(name)] == rows
+    assert files_module.list_files(uri) == [f"{uri}/a.jsonl.gz", f"{uri}/deep/b.jsonl"]
+    assert [row for name in files_module.list_files(uri) for _, row in files_module.read_file(name)] == rows
     with pytest.raises(InputError, match="there is no such file"):
-        readers.list_files(f"{uri}/nope.jsonl")
+        files_module.list_files(f"{uri}/nope.jsonl")
 
 
 def test_a_folder_of_no_store_is_left_alone(store: Store, tmp_path: Path) -> None:
     fill(tmp_path, {"a": "1"})
-    storage.push(tmp_path)
-    storage.pull(tmp_path)
-    with storage.hold(tmp_path):
+    mirror.push(tmp_path)
+    mirror.pull(tmp_path)
+    with mirror.hold_run(tmp_path):
         assert store.seen == [] and [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert storage.find_copy("runs/x", None) == Path("runs/x") and storage.find_uri(tmp_path) is None
+    assert mirror.find_copy("runs/x", None) == Path("runs/x") and mirror.find_uri(tmp_path) is None
 
 
 def test_the_path_of_a_working_copy_says_where_it_comes_from(tmp_path: Path) -> None:
-    folder = storage.find_copy("s3://lab/a/b.c/run-1", str(tmp_path))
-    assert storage.find_uri(folder / "phases" / "00") == "s3://lab/a/b.c/run-1/phases/00"
-    assert storage.find_copy("s3://lab/run/", str(tmp_path)) != folder and folder.name == "run-1"
-    assert storage.find_copy("s3://lab/a/b.c/run-1", str(tmp_path), "read") != folder
+    folder = mirror.find_copy("s3://lab/a/b.c/run-1", str(tmp_path))
+    assert mirror.find_uri(folder / "phases" / "00") == "s3://lab/a/b.c/run-1/phases/00"
+    assert mirror.find_copy("s3://lab/run/", str(tmp_path)) != folder and folder.name == "run-1"
+    assert mirror.find_copy("s3://lab/a/b.c/run-1", str(tmp_path), "read") != folder
 
 
 @pytest.mark.parametrize(
@@ -129,34 +135,34 @@ def test_the_path_of_a_working_copy_says_where_it_comes_from(tmp_path: Path) -> 
 )
 def test_a_uri_that_is_no_plain_path_is_refused(tmp_path: Path, where: str) -> None:
     with pytest.raises(InputError, match="s3://"):
-        storage.find_copy(where, str(tmp_path))
+        mirror.find_copy(where, str(tmp_path))
     assert not any(tmp_path.iterdir())
 
 
 def test_what_one_machine_pushes_another_pulls(store: Store, tmp_path: Path, uri: str) -> None:
     here, there = machine(tmp_path, "one", uri), machine(tmp_path, "two", uri)
     fill(here, {"manifest.json": "m", "a/manifest.json": "m", "a/w.bin": "1", "z.json": "z", "lock": "", ".ray/x": "1"})
-    storage.push(here)
+    mirror.push(here)
     order = [written.removeprefix(key(uri, "")) for written in store.list_written()]
     assert set(order) == {"a/w.bin", "z.json", "a/manifest.json", "manifest.json"}
     assert set(order[:2]) == {"a/w.bin", "z.json"}  # manifests last
-    storage.pull(there)
+    mirror.pull(there)
     assert {p.relative_to(there).as_posix() for p in there.rglob("*") if p.is_file()} == set(order)
     store.seen.clear()
-    storage.push(here)
-    storage.pull(there)
+    mirror.push(here)
+    mirror.pull(there)
     assert not [path for method, path in store.seen if method in ("PUT", "POST") or "w.bin" in path]  # nothing new
 
     # What changes and goes on one machine does so on the other; what the other made in the meantime is not ours to keep.
     fill(here, {"a/w.bin": "22"})
     (here / "z.json").unlink()
-    storage.push(here / "a")
+    mirror.push(here / "a")
     fill(there, {"mine": "x", "b/mine": "x"})
-    storage.pull(there, passing=("b",))
+    mirror.pull(there, passing=("b",))
     assert (there / "a" / "w.bin").read_text() == "22" and (there / "z.json").exists()
     assert not (there / "mine").exists() and (there / "b" / "mine").exists()
-    storage.push(here)
-    storage.pull(there)
+    mirror.push(here)
+    mirror.pull(there)
     assert not (there / "z.json").exists()
 
 
@@ -164,36 +170,36 @@ def test_one_driver_has_a_run_and_a_dead_one_does_not_keep_it(
     store: Store, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = machine(tmp_path, "one", uri), machine(tmp_path, "two", uri)
-    with storage.hold(here):
+    with mirror.hold_run(here):
         fill(here, {"run.json": "{}"})
         with (
             pytest.raises(InputError, match=rf"{uri} is in use by process \d+ on .*its lock falls in \d+ s"),
-            storage.hold(there),
+            mirror.hold_run(there),
         ):
             pass
     assert [name for name in store.list(key(uri, "")) if "lock" in name] == []
-    code = f"from medlora.run_lock import take_lock as t; from medlora.object_store import Objects; t(Objects.open({uri!r}))"
+    code = f"from medlora.runs.locks import take_lock as t; from medlora.runs.object_store import Objects; t(Objects.open({uri!r}))"
     subprocess.run([sys.executable, "-c", code], check=True)  # ends without giving the lock back
     left = store.read(key(uri, "lock.json"))
-    with storage.hold(there):
+    with mirror.hold_run(there):
         assert (there / "run.json").is_file()  # pulled
     # From another machine nobody sees that the process is dead: its lock falls with age, by the store's clock.
-    Objects.open(uri).write(run_lock.LOCK, left)
-    monkeypatch.setattr(run_lock, "_name_machine", lambda: "another")
-    with pytest.raises(InputError, match="is in use"), storage.hold(there):
+    Objects.open(uri).write(locks.LOCK, left)
+    monkeypatch.setattr(locks, "_name_machine", lambda: "another")
+    with pytest.raises(InputError, match="is in use"), mirror.hold_run(there):
         pass
-    monkeypatch.setattr(run_lock, "EXPIRY_S", 1.0)
+    monkeypatch.setattr(locks, "EXPIRY_S", 1.0)
     time.sleep(2)
-    with storage.hold(there):
+    with mirror.hold_run(there):
         pass
 
 
 def test_who_lost_the_lock_writes_nothing_more(store: Store, tmp_path: Path, uri: str) -> None:
     here = machine(tmp_path, "one", uri)
-    with pytest.raises(InputError, match="has taken this run over; nothing more is written"), storage.hold(here):
+    with pytest.raises(InputError, match="has taken this run over; nothing more is written"), mirror.hold_run(here):
         fill(here, {"run.json": "first"})
-        storage.push(here)
-        Objects.open(uri).write(run_lock.LOCK, run_lock.describe_me("other"))
+        mirror.push(here)
+        Objects.open(uri).write(locks.LOCK, locks.describe_me("other"))
         fill(here, {"run.json": "second"})
     assert store.read(key(uri, "run.json")) == b"first"
     assert json.loads(store.read(key(uri, "lock.json")))["token"] == "other"
@@ -202,11 +208,11 @@ def test_who_lost_the_lock_writes_nothing_more(store: Store, tmp_path: Path, uri
 def test_a_folder_of_others_in_the_store_is_no_run(store: Store, tmp_path: Path, uri: str) -> None:
     stranger = machine(tmp_path, "one", uri)
     fill(stranger, {"thesis.doc": "x"})
-    storage.push(stranger)
+    mirror.push(stranger)
     other = machine(tmp_path, "two", uri)
     with (
         pytest.raises(InputError, match=r"holds other files \(thesis.doc\) and is no medlora run"),
-        storage.hold(other),
+        mirror.hold_run(other),
     ):
         pass
     assert store.list(key(uri, "")) == [key(uri, "thesis.doc")]
@@ -217,22 +223,23 @@ def test_a_worker_that_does_not_see_the_driver_s_folder_says_so(store: Store, tm
         (machine(tmp_path, "one", uri), machine(tmp_path, "two", f"{uri}-other")),
         (tmp_path / "mount", tmp_path / "another mount"),
     ):
-        nonce = storage.leave_nonce(here)
-        storage.check_seen(here, nonce)
+        nonce = mirror.leave_nonce(here)
+        mirror.check_seen(here, nonce)
         for folder, told in ((elsewhere, nonce), (here, "of an earlier driver")):
             with pytest.raises(InputError, match="does not see there what the driver wrote.*must be a mount"):
-                storage.check_seen(folder, told)
+                mirror.check_seen(folder, told)
 
 
 def test_adapters_in_a_store_are_what_a_run_begins_from_and_what_is_scored(
     store: Store, finished: Path, tmp_path: Path, uri: str
 ) -> None:
-    from medlora.evaluation import EvaluateConfig, find_stages
-    from medlora.lineage import start_chain
+    from medlora.config.evaluation import EvaluateConfig
+    from medlora.curriculum.chains import start_chain
+    from medlora.evaluation.stages import find_stages
 
     there = machine(tmp_path, "owner", f"{uri}/mine")
-    shutil.copytree(runs.RunFolder(finished).phase("00").adapter, there / "adapter")
-    storage.push(there)
+    shutil.copytree(RunFolder(finished).phase("00").adapter, there / "adapter")
+    mirror.push(there)
     phase = {"name": "00", "chain": "stack", "sources": [{"source": "miniature:text"}]}
     cache = {"storage": {"cache": str(tmp_path / "cache")}}
     config = {"name": "x", "base": {"model": "miniature"}, "start": [f"{uri}/mine"], "phases": [phase], **cache}
@@ -241,7 +248,7 @@ def test_adapters_in_a_store_are_what_a_run_begins_from_and_what_is_scored(
     assert (Path(link.folder) / "adapter_model.safetensors").read_bytes() == whole
     # A worker elsewhere fetches it by the link's path alone.
     shutil.rmtree(tmp_path / "cache")
-    storage.pull(Path(link.folder))
+    mirror.pull(Path(link.folder))
     assert (Path(link.folder) / "adapter_model.safetensors").read_bytes() == whole
     tests = [{"name": "t", "source": "miniature:mcq/dev"}]
     scored = {"name": "x", "base": {"model": "miniature"}, "evaluation": {"tests": tests}, **cache}
@@ -273,7 +280,7 @@ def test_a_store_that_stumbles_is_asked_again(store: Store, tmp_path: Path, uri:
     here = machine(tmp_path, "one", uri)
     fill(here, {"w.bin": "w" * 100_000, "manifest.json": "m"})
     store.rule = fail(fault, "w.bin", 2 if store.scheme == "gs" else 4)  # S3's client itself tries three times
-    storage.push(here)
+    mirror.push(here)
     assert store.read(key(uri, "w.bin")) == b"w" * 100_000
 
 
@@ -284,23 +291,23 @@ def test_a_store_that_fails_for_good_keeps_what_was_whole(
     here, there = machine(tmp_path, "one", uri), machine(tmp_path, "two", uri)
     for step in (2, 4):
         fill(here, {f"checkpoint-{step}/w.bin": f"weights {step}", f"checkpoint-{step}/o.bin": "o" * step})
-        runs.commit(here / f"checkpoint-{step}", {"step": step})
+        commit(here / f"checkpoint-{step}", {"step": step})
         if step == 2:
-            storage.push(here)
+            mirror.push(here)
     store.rule = fail(fault, "checkpoint-4/w.bin", 10**6)
     with pytest.raises(InputError, match=said) as error:
-        storage.push(here)
+        mirror.push(here)
     assert f"{uri}/checkpoint-4/w.bin" in str(error.value) and "give the same command again" in str(error.value)
     assert not [name for name in store.list(key(uri, "")) if name.endswith("checkpoint-4/manifest.json")]
-    storage.pull(there)
-    manifest = runs.read_manifest(there / "checkpoint-2")
-    assert manifest and runs.check_files(there / "checkpoint-2", manifest) is None
-    assert runs.read_manifest(there / "checkpoint-4") is None
+    mirror.pull(there)
+    manifest = read_manifest(there / "checkpoint-2")
+    assert manifest and check_files(there / "checkpoint-2", manifest) is None
+    assert read_manifest(there / "checkpoint-4") is None
     store.rule = lambda method, path, count: None
-    storage.push(here)
-    storage.pull(there)
-    manifest = runs.read_manifest(there / "checkpoint-4")
-    assert manifest and runs.check_files(there / "checkpoint-4", manifest) is None
+    mirror.push(here)
+    mirror.pull(there)
+    manifest = read_manifest(there / "checkpoint-4")
+    assert manifest and check_files(there / "checkpoint-4", manifest) is None
 
 
 def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_bytes(
@@ -339,7 +346,7 @@ def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_b
     assert "normal goes on from step 2 of" in log and log.count("phase 00 (new) on") == 2
     # The next phase, on a third machine, finds its parent in the store.
     third = machine(tmp_path, "three", uri)
-    storage.pull(third, passing=("checkpoints",))
+    mirror.pull(third, passing=("checkpoints",))
     run_all(config, third, ("01",))
     assert weights(third, "01") == weights(finished, "01")
     kept = {
@@ -361,11 +368,11 @@ def run_job(job: str, env: dict[str, str], *arguments: str, code: int = 0) -> st
 
 def answer_in_one_pass(base: str, run: Path, evaluation: EvaluationConfig, folder: Path) -> bytes:
     """predictions.parquet of the base and the first two phases of a run, by one model that holds all their adapters."""
-    from medlora.config import BaseModelConfig
-    from medlora.lineage import Link
-    from medlora.stages import StageModel
+    from medlora.answering.stage_model import StageModel
+    from medlora.config.model import BaseModelConfig
+    from medlora.curriculum.chains import Link
 
-    links = {name: Link(name=name, folder=str(runs.RunFolder(run).phase(name).adapter)) for name in ("00", "01")}
+    links = {name: Link(name=name, folder=str(RunFolder(run).phase(name).adapter)) for name in ("00", "01")}
     stages = {"base": [], "00": [links["00"]], "01": [links["01"]]}
     tests = read_tests(evaluation)
     model = StageModel(BaseModelConfig(model=base), stages, evaluation)

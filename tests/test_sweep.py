@@ -17,16 +17,18 @@ from hostile import XSS
 from rich.console import Console
 from test_safety import Markup
 
-from medlora import runs
-from medlora.config import RunConfig
-from medlora.config_file import load
+from medlora.config.loading.files import load, load_sweep_config
+from medlora.config.run import RunConfig
+from medlora.config.sweep import Mlflow
 from medlora.errors import InputError
-from medlora.sweep import Mlflow, SweepPlan, load_sweep_config
-from medlora.sweep_checks import check_sweep, refuse_other
-from medlora.sweep_display import SweepDisplay
-from medlora.sweep_ledger import Ledger, Trial
-from medlora.sweep_population import WAIT, Population, Proposal, find_lineage
-from medlora.sweep_report import (
+from medlora.reporting.sweep_progress import SweepDisplay
+from medlora.runs.files import append_json, read_json, write_json
+from medlora.runs.folders import PhaseFolder
+from medlora.sweep.checks import check_sweep, refuse_other
+from medlora.sweep.ledger import Ledger, Trial
+from medlora.sweep.plan import SweepPlan
+from medlora.sweep.population import WAIT, Population, Proposal, find_lineage
+from medlora.sweep.results import (
     compare_with_start,
     describe_pair,
     describe_saturation,
@@ -34,8 +36,8 @@ from medlora.sweep_report import (
     find_winner,
     write_results,
 )
-from medlora.sweep_search import Suggester, measure_importance
-from medlora.sweep_space import Choice, Range, parse_domain, validate
+from medlora.sweep.space import Choice, Range, parse_domain, validate
+from medlora.sweep.suggest import Suggester, measure_importance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -252,9 +254,9 @@ def test_the_shipped_sweep_is_valid() -> None:
 
 
 def test_another_sweep_in_the_folder_is_refused_and_more_trials_are_not(tmp_path: Path, run: dict[str, Any]) -> None:
-    from medlora.sweep import describe_sweep
+    from medlora.sweep.plan import describe_sweep
 
-    runs.write_json(tmp_path / "fingerprint.json", describe_sweep(plan(tmp_path, run, {"lora.r": [4, 8]})))
+    write_json(tmp_path / "fingerprint.json", describe_sweep(plan(tmp_path, run, {"lora.r": [4, 8]})))
     refuse_other(tmp_path, plan(tmp_path, run, {"lora.r": [4, 8]}, trials=40, best=1, concurrency=2))
     with pytest.raises(InputError, match="holds another sweep:\n  sweep.seed: was 0, now 1"):
         refuse_other(tmp_path, plan(tmp_path, run, {"lora.r": [4, 8]}, seed=1))
@@ -264,11 +266,11 @@ def test_another_sweep_in_the_folder_is_refused_and_more_trials_are_not(tmp_path
 
 
 def test_when_a_stall_is_reported_makes_no_other_sweep(tmp_path: Path, run: dict[str, Any]) -> None:
-    from medlora.sweep import describe_sweep
+    from medlora.sweep.plan import describe_sweep
 
     run["phases"][2]["placement"] = {"cpus_per_worker": 1}
-    runs.write_json(tmp_path / "fingerprint.json", describe_sweep(plan(tmp_path, run, {"lora.r": [4, 8]})))
-    written = runs.read_json(tmp_path / "fingerprint.json")
+    write_json(tmp_path / "fingerprint.json", describe_sweep(plan(tmp_path, run, {"lora.r": [4, 8]})))
+    written = read_json(tmp_path / "fingerprint.json")
     assert "stall_s" not in written["run"]["phases"][2]["placement"]
     run["phases"][2]["placement"] |= {"stall_s": 60, "stall_kill_s": 120}
     refuse_other(tmp_path, plan(tmp_path, run, {"lora.r": [4, 8]}))
@@ -302,13 +304,13 @@ def test_a_ledger_knows_after_a_kill_what_it_knew_before(tmp_path: Path) -> None
 
 def test_scores_that_no_driver_heard_are_told_again(tmp_path: Path) -> None:
     """Of a trial with two segments, which count their steps from 0 each, on top of 10 steps of generations before."""
-    from medlora.on_ray.trial import _Clock, _Hook
+    from medlora.on_ray.tune_trial import _Clock, _Hook
 
-    folder = runs.PhaseFolder(tmp_path)
+    folder = PhaseFolder(tmp_path)
     for segment, step, accuracy in (("full", 5, 0.1), ("normal", 3, 0.2), ("normal", 6, 0.3)):
         row = {"segment": segment, "step": step, "accuracy": accuracy}
-        runs.append_json(folder.metrics, row)
-        runs.append_json(folder.validation, row)
+        append_json(folder.metrics, row)
+        append_json(folder.validation, row)
     for known, finished, steps in ((0, False, [15, 18, 21]), (15, True, [18, 21]), (21, True, [])):
         told: list[dict[str, Any]] = []
         hook = _Hook({"id": "001", "offset": 10, "known": known}, folder, told.append, None, _Clock())
@@ -545,7 +547,7 @@ def test_the_results_hold_what_happened_and_the_page_no_markup_of_the_data(
     swept, ledger, folder = done
     comparison = compare_with_start(make_report({"000": 0.5, "001": 0.6}))
     summary = write_results(folder, swept, ledger, comparison, None, 2)
-    assert runs.read_json(folder / "sweep.json") == summary and summary["winner"] == "001"
+    assert read_json(folder / "sweep.json") == summary and summary["winner"] == "001"
     assert summary["states"] == {"finished": 2, "stopped": 1, "failed": 1, "invalid": 0}
     table = pyarrow.parquet.read_table(folder / "trials.parquet").to_pylist()
     assert [row["state"] for row in table] == ["finished", "finished", "stopped", "failed"]
@@ -588,7 +590,7 @@ def test_trials_are_runs_of_mlflow_where_it_is_installed(
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
 
-    from medlora.sweep_logs import TrialLogs
+    from medlora.sweep.trackers import TrialLogs
 
     swept, ledger, folder = done
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")

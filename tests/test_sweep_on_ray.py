@@ -18,15 +18,19 @@ from conftest import submit
 from fake_trials import fake_trial
 from store_server import BUCKET, Store
 
-from medlora import runs, storage
-from medlora.config import Placement
-from medlora.config_file import load
+from medlora.config.loading.files import load
+from medlora.config.placement import Placement
+from medlora.curriculum.chains import find_chain
+from medlora.curriculum.jobs import make_job
 from medlora.errors import InputError
-from medlora.lineage import find_chain, make_job
-from medlora.sweep_ledger import Ledger, Trial
-from medlora.sweep_population import Proposal
-from medlora.sweep_search import Suggester
-from medlora.sweep_space import Range
+from medlora.runs import mirror
+from medlora.runs.files import read_json, read_json_lines
+from medlora.runs.folders import PhaseFolder, RunFolder
+from medlora.runs.manifests import check_files, hash_files, read_manifest
+from medlora.sweep.ledger import Ledger, Trial
+from medlora.sweep.population import Proposal
+from medlora.sweep.space import Range
+from medlora.sweep.suggest import Suggester
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = {"x": Range(0.0, 1.0)}
@@ -42,7 +46,7 @@ def search(
     concurrency: int = 2,
 ) -> Ledger:
     """A search over fake trials; `does` says by number what a trial does."""
-    from medlora.on_ray.search import Halving, Search, search_on_ray
+    from medlora.on_ray.tune_search import Halving, Search, search_on_ray
 
     folder.mkdir(exist_ok=True)
     ledger = Ledger(folder / "trials.jsonl")
@@ -82,7 +86,7 @@ def search(
 
 
 def read_lines(ledger: Ledger, event: str) -> list[dict[str, Any]]:
-    return [line for line in runs.read_json_lines(ledger.path) if line["event"] == event]
+    return [line for line in read_json_lines(ledger.path) if line["event"] == event]
 
 
 def count_tries(folder: Path) -> dict[str, int]:
@@ -105,7 +109,7 @@ def test_a_stopped_trial_s_slot_is_free_at_once_and_no_placement_group_is_left(
     states = Counter(trial.state for trial in ledger.trials.values())
     assert states["stopped"] >= 8 and states["stopped"] + states["finished"] == 20
     assert ledger.trials["000"].state == "finished"  # the worst of all, yet the config as it stands is never stopped
-    lines = runs.read_json_lines(ledger.path)
+    lines = read_json_lines(ledger.path)
     last_begin = max(i for i, line in enumerate(lines) if line["event"] == "running")
     for i, line in enumerate(lines[:last_begin]):
         if line.get("stop"):
@@ -179,7 +183,7 @@ def test_two_trials_share_a_gpu_and_a_third_waits(
     assert not (tmp_path / "out" / "start").exists() and not (tmp_path / "out" / "trials.jsonl").exists()
     assert [trial.state for trial in ledger.trials.values()] == ["finished"] * 3
     first, second, third = sorted(
-        (runs.read_json(path) for path in (tmp_path / "s").glob("*.ran")), key=lambda ran: ran["began"]
+        (read_json(path) for path in (tmp_path / "s").glob("*.ran")), key=lambda ran: ran["began"]
     )
     assert {ran["gpus"] for ran in (first, second, third)} == {"0"}
     assert second["began"] < first["ended"] and third["began"] >= min(first["ended"], second["ended"])
@@ -248,7 +252,7 @@ def wait_for(process: subprocess.Popen[str], what: Any) -> Any:
 def test_a_sweep_survives_its_trials_and_its_driver(
     cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    from medlora.phases import run_phase
+    from medlora.training.phase import run_phase
 
     space = {"phases.02.learning_rate": [1e-3, 5e-3, 1e30], "lora.r": [2, 8]}
     steps = {"max_steps": 40, "checkpoint_every_steps": 5, "log_every_steps": 1}
@@ -257,12 +261,12 @@ def test_a_sweep_survives_its_trials_and_its_driver(
     ledger = out / "trials.jsonl"
 
     def read(event: str, **wanted: Any) -> list[dict[str, Any]]:
-        lines = [line for line in runs.read_json_lines(ledger) if line["event"] == event]
+        lines = [line for line in read_json_lines(ledger) if line["event"] == event]
         return [line for line in lines if all(line.get(key) == value for key, value in wanted.items())]
 
     driver = start(config, out, cluster)
     wait_for(driver, lambda: read("score", trial="001"))
-    victim = runs.read_json(out / "trials" / "001" / "phases" / ".02.lock.json")["pid"]
+    victim = read_json(out / "trials" / "001" / "phases" / ".02.lock.json")["pid"]
     os.kill(victim, signal.SIGKILL)
     wait_for(driver, lambda: read("died", trial="001") and read("ended"))
     driver.kill()
@@ -283,7 +287,7 @@ def test_a_sweep_survives_its_trials_and_its_driver(
     assert diverged and all(trial.state == "failed" and trial.deaths == 0 for trial in diverged)
     assert all("lower phases.02.learning_rate" in trial.why for trial in diverged)
 
-    summary = runs.read_json(out / "sweep.json")
+    summary = read_json(out / "sweep.json")
     assert [row["trial"] for row in summary["dev"]["stages"]][0] == "000" and len(summary["dev"]["stages"]) <= 3
     assert summary["dev"]["stages"][0]["n"] == 6 and summary["test"]["trial"] == summary["winner"]
     assert "on all of dev (6 questions), the config as it stands (trial 000)" in said
@@ -296,10 +300,10 @@ def test_a_sweep_survives_its_trials_and_its_driver(
 
     # A trial in a process that had served others has the bytes of the same phase trained in this one.
     later = [trial.id for trial in known.values() if trial.state == "finished"][-1]
-    trial, again = runs.RunFolder(out / "trials" / later), runs.PhaseFolder(tmp_path / "again" / "02")
+    trial, again = RunFolder(out / "trials" / later), PhaseFolder(tmp_path / "again" / "02")
     trained = load(trial.config)
     run_phase(make_job(trained, trained.phases[-1], find_chain(trial, "02")[:-1]), again, lambda event: None)
-    assert later > "001" and runs.hash_files(again.adapter) == runs.hash_files(trial.phase("02").adapter)
+    assert later > "001" and hash_files(again.adapter) == hash_files(trial.phase("02").adapter)
 
     best = load(out / "best.yaml")
     assert best.evaluation is not None and [phase.name for phase in best.phases] == ["00", "01", "02"]
@@ -336,8 +340,8 @@ def test_two_sweeps_side_by_side_do_not_touch_each_other(
         assert "everything is done already" in said
         for name, value in store.env.items():
             monkeypatch.setenv(name, value)
-        stored = storage.find_copy(uri, str(tmp_path / "third"))
-        storage.pull(stored)
+        stored = mirror.find_copy(uri, str(tmp_path / "third"))
+        mirror.pull(stored)
     finally:
         store.close()
     ledgers = [Ledger(folder / "trials.jsonl").trials for folder in (out, stored)]
@@ -346,10 +350,10 @@ def test_two_sweeps_side_by_side_do_not_touch_each_other(
         for trial in trials.values():
             last = f"{phase}-2" if trial.about.get("generation") == 2 else phase
             trained = folder / "trials" / trial.id / "phases" / last
-            assert runs.check_files(trained, runs.read_manifest(trained) or {"files": {"-": ""}}) is None
-        assert len(runs.read_json(folder / "sweep.json")["trials"]) == len(trials)
+            assert check_files(trained, read_manifest(trained) or {"files": {"-": ""}}) is None
+        assert len(read_json(folder / "sweep.json")["trials"]) == len(trials)
     assert [len(trials) for trials in ledgers] == [2, 5]
-    assert runs.read_manifest(out / "start" / "phases" / "00") and not (stored / "start").exists()
+    assert read_manifest(out / "start" / "phases" / "00") and not (stored / "start").exists()
     assert (out / "trials" / "001" / "phases" / "00").resolve() == out / "start" / "phases" / "00"
 
     # The population ends as a schedule of phases that continue each other, every trial of it as a run that is whole.
@@ -357,12 +361,12 @@ def test_two_sweeps_side_by_side_do_not_touch_each_other(
     assert [trial.step for trial in trials.values()] == [8, 4, 4, 8, 8]
     for id in ("003", "004"):
         phases, parent = stored / "trials" / id / "phases", stored / "trials" / trials[id].about["parent"] / "phases"
-        assert runs.read_manifest(phases / "02") == (mother := runs.read_manifest(parent / "02"))
-        lineage = runs.read_manifest(phases / "02-2")
+        assert read_manifest(phases / "02") == (mother := read_manifest(parent / "02"))
+        lineage = read_manifest(phases / "02-2")
         assert lineage is not None and mother is not None
         assert mother["adapter_hash"] in lineage["fingerprint"]["parent"]
-        assert all(runs.read_manifest(phases / name) for name in ("00", "01"))
-    best, winner = load(stored / "best.yaml"), runs.read_json(stored / "sweep.json")["winner"]
+        assert all(read_manifest(phases / name) for name in ("00", "01"))
+    best, winner = load(stored / "best.yaml"), read_json(stored / "sweep.json")["winner"]
     parts = ["02"] if winner == "000" or winner < "003" else ["02", "02-2"]
     assert [phase.name for phase in best.phases] == ["00", "01", *parts]
     assert not [path for path in stored.rglob("*") if ".ray" in path.parts or "lock" in path.name]

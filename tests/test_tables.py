@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from medlora.config_sources import SourceConfig
-from medlora.encodings import recognise
+from medlora.cli.inspect import main
+from medlora.config.sources import SourceConfig
+from medlora.data.reading.encodings import recognise
+from medlora.data.reading.tables import find_separator
+from medlora.data.sources import read, scan
 from medlora.errors import InputError
-from medlora.inspection import main
 from medlora.records import McqRecord, Record
-from medlora.sources import read, scan
-from medlora.tables import find_separator
 
 HEADER = ["question", "A", "B", "C", "answer"]
 ROWS = [["열이 나면, 무엇을 보나; 먼저?", "체온", "맥박", "혈압", "1"], ["Q2?", "가", "나", "다", "3"]]

@@ -160,7 +160,7 @@ def test_a_cluster_of_one_machine_listens_on_loopback_alone(tmp_path: Path) -> N
 
 HERE = """
 import json, os, psutil, sys
-from medlora.on_ray.cluster import connect, ray
+from medlora.on_ray.cluster import connect; import ray
 with connect() as cluster:
     from test_token import list_addresses
     print(json.dumps([cluster.started_here, list_addresses([psutil.Process()]), ray.get_runtime_context().gcs_address]), flush=True)

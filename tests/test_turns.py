@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from tiny_run import configure
 
+from medlora.config.loading.files import load_evaluate_config
+from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
-from medlora.evaluation import check_evaluation, load_evaluate_config
-from medlora.lineage import check_inputs
+from medlora.evaluation.plan import check_evaluation
 from medlora.turns import _make_renderer, check_template, fix_date, learn, write_prompt
 
 WORDS = {"bos_token": "<s>", "eos_token": "</s>"}

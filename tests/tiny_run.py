@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medlora import runs
-from medlora.config import RunConfig
-from medlora.lineage import extend_chain, make_job
-from medlora.phases import run_phase
+from medlora.config.run import RunConfig
+from medlora.curriculum.chains import extend_chain
+from medlora.curriculum.jobs import make_job
+from medlora.runs.folders import RunFolder
+from medlora.training.phase import run_phase
 
 TERMS = ["아스피린", "인슐린", "aspirin", "insulin", "해열", "췌장"]
 
@@ -85,7 +86,7 @@ def configure(base: str, data: Path, **changes: Any) -> RunConfig:
 def run_all(
     config: RunConfig, folder: Path, names: tuple[str, ...] = ("00", "01", "02"), report: Any = None
 ) -> dict[str, Any]:
-    run, chain, manifests = runs.RunFolder(folder), (), {}
+    run, chain, manifests = RunFolder(folder), (), {}
     for phase in config.phases:
         if phase.name in names:
             manifests[phase.name] = run_phase(
@@ -96,4 +97,4 @@ def run_all(
 
 
 def weights(folder: Path, phase: str) -> bytes:
-    return (runs.RunFolder(folder).phase(phase).adapter / "adapter_model.safetensors").read_bytes()
+    return (RunFolder(folder).phase(phase).adapter / "adapter_model.safetensors").read_bytes()

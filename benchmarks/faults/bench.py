@@ -19,8 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from medlora import runs  # noqa: E402
 from medlora.errors import InputError  # noqa: E402
+from medlora.runs.environment import log_to  # noqa: E402
+from medlora.runs.files import is_temporary  # noqa: E402
+from medlora.runs.folders import RunFolder, find_finished, open_run  # noqa: E402
+from medlora.runs.locks import hold_file_lock  # noqa: E402
 
 
 @dataclass
@@ -82,12 +85,13 @@ def run_in_fork(act: Callable[[], Any], log: Path, timeout_s: float = 120) -> tu
 
 def drive(config: Any, folder: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> None:
     """What the curriculum job does, with the phases in this process instead of on Ray."""
-    from medlora.lineage import extend_chain, make_job
-    from medlora.on_ray.curriculum import begin
-    from medlora.phases import run_phase
+    from medlora.curriculum.chains import extend_chain
+    from medlora.curriculum.jobs import make_job
+    from medlora.drivers.curriculum import begin
+    from medlora.training.phase import run_phase
 
-    run = runs.open_run(folder)
-    with runs.hold(run.lock, f"run {run.root}"), runs.log_to((logging.getLogger("medlora.run"), run.log)):
+    run = open_run(folder)
+    with hold_file_lock(run.lock, f"run {run.root}"), log_to((logging.getLogger("medlora.run"), run.log)):
         begun = begin(config, run, None, on_event)
         chain = begun.chain
         for phase in begun.left:
@@ -113,17 +117,17 @@ def make_config(place: Path) -> Any:
 
 def hash_weights(folder: Path) -> str | None:
     """sha256 of the first phase's adapter weights; None when they are not there."""
-    path = runs.RunFolder(folder).phase("00").adapter / "adapter_model.safetensors"
+    path = RunFolder(folder).phase("00").adapter / "adapter_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def is_whole(folder: Path) -> bool:
     """Whether the first phase is finished, all its hashes right, and no temp file left in the run."""
     try:
-        manifest, _ = runs.find_finished(runs.RunFolder(folder).phase("00"))
+        manifest, _ = find_finished(RunFolder(folder).phase("00"))
     except InputError:
         return False
-    left = [path for path in folder.rglob("*") if runs.is_temporary(path.name)]
+    left = [path for path in folder.rglob("*") if is_temporary(path.name)]
     return manifest is not None and not left
 
 

@@ -27,8 +27,8 @@ ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT", "EMFILE")
 
 def drive_with_fault(config: Any, folder: Path, place: str, injector: Injector) -> None:
     """A run whose injector is armed at its start, at its last checkpoint, or where its adapter is written at the end."""
-    from medlora import phases, training
-    from medlora.on_ray import curriculum
+    from medlora.drivers import curriculum
+    from medlora.training import phase, trainer
 
     if place == "start":
         injector.arm()
@@ -41,23 +41,23 @@ def drive_with_fault(config: Any, folder: Path, place: str, injector: Injector) 
 
         curriculum.begin = end_after_start
     elif place == "save":
-        save = training._AdapterTrainer._save_checkpoint
+        save = trainer._AdapterTrainer._save_checkpoint
 
         def save_armed(self: Any, *arguments: Any, **options: Any) -> Any:
             if self.state.global_step == 8:
                 injector.arm()
             return save(self, *arguments, **options)
 
-        training._AdapterTrainer._save_checkpoint = save_armed  # type: ignore[method-assign]
-        _stop_before(phases, "save_adapter", injector)
+        trainer._AdapterTrainer._save_checkpoint = save_armed  # type: ignore[method-assign]
+        _stop_before(phase, "save_adapter", injector)
     else:
-        adapter = phases.save_adapter
+        adapter = phase.save_adapter
 
         def adapter_armed(*arguments: Any, **options: Any) -> Any:
             injector.arm()
             return adapter(*arguments, **options)
 
-        phases.save_adapter = adapter_armed
+        phase.save_adapter = adapter_armed
     drive(config, folder)
     if injector.fault == POWER and injector.at == 0:
         injector.cut_power()  # right after the command has ended well

@@ -19,12 +19,23 @@ from typing import Any
 
 from bench import Row
 
-from medlora import runs
-from medlora.data_card import read_card
+from medlora.data.card import read_card
 from medlora.errors import InputError
-from medlora.evaluation import FINGERPRINT, REPORT, find_report, name_answer, pack_prediction, read_ledger
-from medlora.records import Prediction
-from medlora.sweep_ledger import Ledger
+from medlora.evaluation.ledger import FINGERPRINT, REPORT, find_report, name_answer, pack_prediction, read_ledger
+from medlora.evaluation.predictions import Prediction
+from medlora.runs.environment import get_versions
+from medlora.runs.files import (
+    append_json,
+    read_json_lines,
+    read_mapping,
+    truncate_json_lines,
+    write_bytes,
+    write_json,
+    write_sealed,
+)
+from medlora.runs.folders import PhaseFolder, find_finished
+from medlora.runs.manifests import MANIFEST, commit
+from medlora.sweep.ledger import Ledger
 
 NOTHING: tuple[Any, ...] = (None, "refused")
 Read = Callable[[Path], Any]
@@ -91,18 +102,18 @@ def write_answers(path: Path) -> None:
             for stage in ("a", "b")
             for j in range(2)
         ]
-        runs.append_json(path, {"predictions": [pack_prediction(row) for row in rows]})
+        append_json(path, {"predictions": [pack_prediction(row) for row in rows]})
 
 
 def read_answers(path: Path) -> dict[Any, Any]:
     """What an evaluation that goes on knows."""
-    runs.truncate_json_lines(path, lambda line: True)
+    truncate_json_lines(path, lambda line: True)
     return {name_answer(answer): answer for answer in read_ledger(path, ["a", "b"])}
 
 
 def read_steps(path: Path) -> dict[int, Any]:
     """A phase's rows by their steps."""
-    return {row["step"]: row for row in runs.read_json_lines(path, keys=("segment", "step"))}
+    return {row["step"]: row for row in read_json_lines(path, keys=("segment", "step"))}
 
 
 def is_subset(found: Any, wanted: Any) -> bool:
@@ -117,23 +128,21 @@ def make_files(folder: Path) -> list[tuple[str, Path, Read, Callable[[Any, Any],
     write_answers(folder / "ledger.jsonl")
     for step in range(1, 9):
         row = {"segment": "normal", "step": step, "loss": 1 / step, "learning_rate": 1e-4, "grad_norm": 0.5}
-        runs.append_json(folder / "metrics.jsonl", row)
-    runs.write_sealed(folder / "run.json", {"name": "x", "seed": 3, "versions": runs.get_versions()})
+        append_json(folder / "metrics.jsonl", row)
+    write_sealed(folder / "run.json", {"name": "x", "seed": 3, "versions": get_versions()})
     parts = {"training": {"a": {"rows": 3}}, "held_out": {}, "overlap": {"records": 0}, "duplicates": {}}
-    runs.write_sealed(folder / "data.json", {**parts, "dropped": {}, "personal": {}, "made_from": "x" * 64})
-    phase = runs.PhaseFolder(folder / "phases" / "00")
-    runs.write_bytes(phase.adapter / "w.bin", b"weights")
-    runs.write_sealed(phase.fingerprint, {"seed": 1, "data": {"a": "y" * 64}})
-    runs.commit(
-        phase.root, {"seconds": {"all": 1.0, "base": 0.5}, "adapter_hash": "z" * 64, "fingerprint": {"seed": 1}}
-    )
+    write_sealed(folder / "data.json", {**parts, "dropped": {}, "personal": {}, "made_from": "x" * 64})
+    phase = PhaseFolder(folder / "phases" / "00")
+    write_bytes(phase.adapter / "w.bin", b"weights")
+    write_sealed(phase.fingerprint, {"seed": 1, "data": {"a": "y" * 64}})
+    commit(phase.root, {"seconds": {"all": 1.0, "base": 0.5}, "adapter_hash": "z" * 64, "fingerprint": {"seed": 1}})
     scored = folder / "evaluation"
-    runs.write_json(scored / REPORT, {"stages": [{"stage": "a", "accuracy": 0.5}], "n": 10})
-    runs.write_sealed(scored / FINGERPRINT, {"seed": 1})
-    runs.commit(scored, {"fingerprint": {"seed": 1}})
+    write_json(scored / REPORT, {"stages": [{"stage": "a", "accuracy": 0.5}], "n": 10})
+    write_sealed(scored / FINGERPRINT, {"seed": 1})
+    commit(scored, {"fingerprint": {"seed": 1}})
 
     def read_phase(_: Path) -> Any:
-        return runs.find_finished(phase)[0]
+        return find_finished(phase)[0]
 
     def read_report(_: Path) -> Any:
         return find_report(scored, {"seed": 1})
@@ -145,14 +154,14 @@ def make_files(folder: Path) -> list[tuple[str, Path, Read, Callable[[Any, Any],
         ("trials ledger", folder / "trials.jsonl", read_trials, are_fewer_trials),
         ("evaluation ledger", folder / "ledger.jsonl", read_answers, is_subset),
         ("metrics and validation lines", folder / "metrics.jsonl", read_steps, is_subset),
-        ("run.json", folder / "run.json", runs.read_mapping, same),
+        ("run.json", folder / "run.json", read_mapping, same),
         ("data.json", folder / "data.json", read_card, same),
-        ("fingerprint.json", phase.fingerprint, runs.read_mapping, same),
+        ("fingerprint.json", phase.fingerprint, read_mapping, same),
         ("fingerprint.json of a finished phase", phase.fingerprint, read_phase, same),
-        ("manifest.json of a phase", phase.root / runs.MANIFEST, read_phase, same),
+        ("manifest.json of a phase", phase.root / MANIFEST, read_phase, same),
         ("adapter of a phase", phase.adapter / "w.bin", read_phase, same),
         ("report.json", scored / REPORT, read_report, same),
-        ("manifest.json of an evaluation", scored / runs.MANIFEST, read_report, same),
+        ("manifest.json of an evaluation", scored / MANIFEST, read_report, same),
     ]
 
 

@@ -27,11 +27,14 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from tiny import build_bases
 
-from medlora.chains import activate, add_adapter, load_chain, save_adapter
-from medlora.config import BaseModelConfig, LoraSettings
+from medlora.artifacts.adapters import fetch_adapter
+from medlora.config.model import BaseModelConfig, LoraSettings
+from medlora.curriculum.chains import Link
+from medlora.curriculum.checks import check_adapters
 from medlora.errors import InputError
-from medlora.lineage import Link, check_adapters, fetch_adapter
-from medlora.models import load_base, load_tokenizer
+from medlora.model.base import load_base
+from medlora.model.chain import activate, add_adapter, load_chain, save_adapter
+from medlora.model.tokenizer import load_tokenizer
 
 LIMIT_S, MEMORY_BYTES, TIMEOUT_S = 2.0, 6 * 2**30, 60.0
 IDS = torch.arange(3, 19)[None]

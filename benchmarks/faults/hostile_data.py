@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from medlora import sources
-from medlora.config_sources import SourceConfig
+from medlora.config.sources import SourceConfig
+from medlora.data import sources
 from medlora.errors import InputError
 
 SECONDS, BYTES, CHARS = 60, 6 * 2**30, 3_000

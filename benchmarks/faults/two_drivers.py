@@ -18,7 +18,10 @@ from pathlib import Path
 
 from bench import Row, run_in_fork, start_over
 
-from medlora import runs
+from medlora.runs.environment import log_to
+from medlora.runs.files import write_sealed, write_yaml
+from medlora.runs.folders import open_run
+from medlora.runs.locks import hold_file_lock
 
 HOLDS_S = 2.0
 
@@ -26,10 +29,10 @@ HOLDS_S = 2.0
 def drive_briefly(folder: Path, start: float, holds_s: float) -> None:
     """Open, lock, mark and describe a run at the moment `start`, and hold it for a while."""
     time.sleep(max(0.0, start - time.time()))
-    run = runs.open_run(folder)
-    with runs.hold(run.lock, f"run {run.root}"), runs.log_to((logging.getLogger("medlora.run"), run.log)):
-        runs.write_sealed(run.about, {"name": "x"})
-        runs.write_yaml(run.config, {"name": "x"})
+    run = open_run(folder)
+    with hold_file_lock(run.lock, f"run {run.root}"), log_to((logging.getLogger("medlora.run"), run.log)):
+        write_sealed(run.about, {"name": "x"})
+        write_yaml(run.config, {"name": "x"})
         print(f"runs as {os.getpid()}", flush=True)
         time.sleep(holds_s)
 

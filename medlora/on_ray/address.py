@@ -11,8 +11,12 @@ from medlora.errors import InputError
 
 START_S = 60.0
 """How long a Ray of the job's own may take to start."""
+
+
 PROBE_S = 3.0
 """How long another one may take to answer."""
+
+
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """How an HTTP/2 connection begins, with empty settings; every gRPC server answers with its own settings."""
 

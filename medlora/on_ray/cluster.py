@@ -8,35 +8,24 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
-from medlora import endings, runs
+from medlora import endings
 from medlora.errors import InputError
 from medlora.on_ray.address import START_S, explain_slow_start, find_ray
-
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-# Sources are named relative to where the driver runs, not to Ray Train's own folder.
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-import ray  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
-
-from medlora.on_ray.inbox import Inbox  # noqa: E402
+from medlora.runs.files import read_json
 
 _ACCELERATOR = "accelerator_type:"
-_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
-OnEvent = Callable[[dict[str, Any]], None]
+
+_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 @dataclass(frozen=True)
@@ -214,7 +203,7 @@ def _look_around(started_here: bool) -> Cluster:
     if started_here:
         return Cluster(there, started_here=True)
     # `ray up` leaves on the head, where a submitted job's driver runs, what its autoscaler reads.
-    launched = runs.read_json(Path("~/ray_bootstrap_config.yaml").expanduser())
+    launched = read_json(Path("~/ray_bootstrap_config.yaml").expanduser())
     if launched is None:
         # KubeRay's autoscaler runs beside the head, with limits that no Ray process knows.
         return Cluster(there, grows_unseen="--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", ""))
@@ -234,43 +223,6 @@ def find_addable(launched: Mapping[str, Any], there: Sequence[Node]) -> tuple[tu
         if count > 0 and kind["resources"] and name != launched.get("head_node_type"):
             addable.append((node, count))
     return tuple(addable)
-
-
-def beside_driver() -> dict[str, Any]:
-    """Options of a helper actor that must not be lost with a worker's node: it lives and dies with the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "scheduling_strategy": here}
-
-
-@contextmanager
-def listen(on_event: OnEvent) -> Iterator[Inbox]:
-    """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
-    inbox = Inbox(beside_driver())
-    failures: list[Exception] = []
-
-    def deliver() -> None:
-        try:
-            while (event := ray.get(inbox.actor.get.remote())) is not None:
-                try:
-                    if not failures:
-                        on_event(event)
-                except Exception as error:  # raised where the driver listens, not as a traceback of this thread
-                    failures.append(error)
-        except ray.exceptions.RayError:
-            if not endings.is_ending():  # which takes the inbox away
-                raise
-
-    thread = threading.Thread(target=deliver, name="medlora-inbox", daemon=True)
-    thread.start()
-    try:
-        yield inbox
-    finally:
-        if not endings.is_ending():
-            ray.get(inbox.actor.put.remote(None))
-            thread.join(timeout=10)
-            ray.kill(inbox.actor)
-    if failures:
-        raise failures[0]
 
 
 def quiet_ray_data() -> None:

@@ -1,12 +1,55 @@
-"""What passes between a driver and its workers while they work."""
+"""Events from workers, delivered to the driver in order."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from medlora import endings
+from medlora.events import OnEvent
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of a helper actor that must not be lost with a worker's node: it lives and dies with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
+
+
+@contextmanager
+def listen(on_event: OnEvent) -> Iterator[Inbox]:
+    """An inbox that workers put plain dicts into; each is handed to `on_event` in a thread of the driver, in order."""
+    inbox = Inbox(beside_driver())
+    failures: list[Exception] = []
+
+    def deliver() -> None:
+        try:
+            while (event := ray.get(inbox.actor.get.remote())) is not None:
+                try:
+                    if not failures:
+                        on_event(event)
+                except Exception as error:  # raised where the driver listens, not as a traceback of this thread
+                    failures.append(error)
+        except ray.exceptions.RayError:
+            if not endings.is_ending():  # which takes the inbox away
+                raise
+
+    thread = threading.Thread(target=deliver, name="medlora-inbox", daemon=True)
+    thread.start()
+    try:
+        yield inbox
+    finally:
+        if not endings.is_ending():
+            ray.get(inbox.actor.put.remote(None))
+            thread.join(timeout=10)
+            ray.kill(inbox.actor)
+    if failures:
+        raise failures[0]
 
 
 class _Mailbox:

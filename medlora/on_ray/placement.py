@@ -8,9 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from medlora.config import Placement
+import ray
+
+from medlora import events
+from medlora.config.placement import Placement
 from medlora.errors import InputError
-from medlora.on_ray.cluster import Cluster, Node, OnEvent, ray
+from medlora.events import OnEvent
+from medlora.on_ray.cluster import Cluster, Node
 
 NOTE_EVERY_S = 60.0
 """How often a wait for room is spoken of."""
@@ -138,7 +142,7 @@ def say_while_waiting(
             counted = Counter(str(node) for node in free)
             have = "; ".join(f"{count} x {node}" for node, count in counted.items()) or "no node"
             text = f"waiting for {asked} ({waited_s:.0f} s); free now: {have}"
-            on_event({"event": "note", "phase": phase, "text": text})
+            on_event(events.note(phase, text))
 
     thread = threading.Thread(target=watch, name="medlora-waiting", daemon=True)
     thread.start()

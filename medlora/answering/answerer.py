@@ -1,0 +1,296 @@
+"""McqAnswerer: built once on a model, answers questions by log-likelihood, by generation, or by reasoning, then letter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from medlora.answering.generation import Generated, Stops, find_generation_budget, generate, get_pad_id, split_by_prefix
+from medlora.answering.option_likelihoods import score_continuations
+from medlora.answering.prefix_cache import (
+    Prefix,
+    can_reuse,
+    compute_last_logits,
+    compute_prefix,
+    identify_weights,
+    make_batch,
+    share_prefix,
+)
+from medlora.answering.token_budget import Batcher, find_token_budget
+from medlora.config.base import McqStyle, Scoring
+from medlora.config.evaluation import Normalisation
+from medlora.errors import InputError
+from medlora.evaluation.answers.letter import parse
+from medlora.kernels.modes import in_eval_mode
+from medlora.model.tokenizer import letter_token_ids
+from medlora.prompts import ANSWER_FIELD, KORMEDMCQA_FIELD, KORMEDMCQA_STOPS, render_mcq
+from medlora.records import McqRecord
+from medlora.seeds import derive_seed
+from medlora.tokens.encode import encode_prompts, encode_texts
+
+_ANSWER_MARK = ANSWER_FIELD.strip()
+
+
+_REASONING_STYLES = ("reasoning", "reasoning_full")
+
+
+# Two questions with nothing in common: what their prompts share, all prompts of a stage share.
+_UNLIKE = (McqRecord("-", "가", ("가", "나"), "A"), McqRecord("-", "1", ("x", "y"), "B"))
+
+
+_SHORTEST_PREFIX = 16
+"""Tokens from which on a KV cache is cheaper than computing them again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A choice, or None where no letter could be read, and what it rests on; plain numbers throughout.
+
+    `probabilities` are over the question's letters in order and sum to 1, `margin` is the best one minus the next, and
+    `log_likelihoods` are those of the letters (or of the options' whole texts); all empty or None for `generate`.
+    `text` is what the model itself wrote, `tokens` how many tokens that were. `samples` are the letters read from each
+    of several samples, whose majority the choice is.
+    """
+
+    choice: str | None
+    probabilities: tuple[float, ...] = ()
+    margin: float | None = None
+    text: str = ""
+    tokens: int = 0
+    log_likelihoods: tuple[float, ...] = ()
+    samples: tuple[str | None, ...] = ()
+
+
+class McqAnswerer:
+    """Answers questions with the stage that is active in its model, whatever the batches, always the same.
+
+    `worked` is the solved example of style `reasoning_full`, `shots` are solved examples before every question. What
+    all prompts begin with is computed once and kept as KV cache until another stage is active or a weight changes.
+    `token_budget` bounds the tokens of a forward pass; None finds it, on CUDA from free memory.
+    `normalisation` is how `option_text` compares options: by the `sum` of their tokens' log-likelihoods (`acc` of
+    lm-evaluation-harness), that per `token`, or per `character` (its `acc_norm`). `samples` answers of `generate` are
+    drawn at `temperature` and the majority wins; a tie goes to the letter that came first.
+    Raises InputError for a scoring that the style has no place for; `answer` raises it when the tokenizer cannot answer
+    with the letters.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        scoring: Scoring = "letter",
+        style: McqStyle = "reasoning",
+        worked: McqRecord | None = None,
+        shots: Sequence[McqRecord] = (),
+        max_tokens: int = 256,
+        token_budget: int | None = None,
+        normalisation: Normalisation = "character",
+        samples: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if scoring == "reason" and style not in _REASONING_STYLES:
+            raise InputError(
+                f"scoring `reason` needs a reasoning style; style `{style}` has no reasoning before its letter"
+            )
+        if samples > 1 and temperature <= 0:
+            raise InputError("samples above 1 need a temperature above 0; greedy samples are all the same")
+        self.model, self.tokenizer = model, tokenizer
+        self.scoring, self.style, self.worked, self.shots = scoring, style, worked, tuple(shots)
+        self.max_tokens, self.normalisation = max_tokens, normalisation
+        self.samples, self.temperature, self.seed = samples, temperature, seed
+        self._batchers: dict[str, Batcher] = {}
+        self._token_budget = token_budget
+        self._prefix: Prefix | None = None
+        self._weights: tuple[Any, ...] | None = None
+
+    def answer(self, records: Sequence[McqRecord]) -> list[Answer]:
+        """One Answer a question, in the order of the questions."""
+        if not records:
+            return []
+        with in_eval_mode(self.model):
+            prompts = self._encode(records)
+            prefix = self._reuse_prefix()
+            if self.scoring == "generate":
+                return self._generate(records, prompts, prefix)
+            if self.scoring == "option_text":
+                return self._score_options(records, prompts, prefix)
+            if self.style not in _REASONING_STYLES:
+                lead = _split_off_space(self.tokenizer, self.style)
+                return self._score_letters(records, [prompt + lead for prompt in prompts], prefix)
+            written = [Generated("", 0)] * len(records)
+            if self.scoring == "reason":
+                written = self._write(prompts, prefix, Stops((_ANSWER_MARK,), tokens_after=8))
+            contexts = self._lead_on(prompts, [made.text for made in written])
+            return [
+                replace(answer, text=made.text, tokens=made.tokens)
+                for answer, made in zip(self._score_letters(records, contexts, prefix), written, strict=True)
+            ]
+
+    def _encode(self, records: Sequence[McqRecord]) -> list[list[int]]:
+        return encode_prompts(
+            self.tokenizer, [render_mcq(record, self.style, self.worked, self.shots) for record in records]
+        )
+
+    def _reuse_prefix(self) -> Prefix | None:
+        weights = identify_weights(self.model)
+        if weights != self._weights:
+            ids = share_prefix(self._encode(_UNLIKE))
+            reusable = len(ids) >= _SHORTEST_PREFIX and can_reuse(self.model)
+            self._prefix = None  # free the old one first
+            self._prefix = compute_prefix(self.model, ids) if reusable else None
+            self._weights = weights
+        return self._prefix
+
+    def _batcher(self, what: str, budget: int) -> Batcher:
+        """The batcher of a kind of work, which remembers what fitted."""
+        return self._batchers.setdefault(what, Batcher(self._token_budget or budget))
+
+    def _lead_on(self, prompts: list[list[int]], texts: Sequence[str]) -> list[list[int]]:
+        """Prompts that go on with the reasoning and the answer field: where the letter stands next."""
+        leads = encode_texts(self.tokenizer, [_lead_to_answer(text) for text in texts])
+        return [prompt + lead for prompt, lead in zip(prompts, leads, strict=True)]
+
+    def _write(
+        self, prompts: list[list[int]], prefix: Prefix | None, stops: Stops, seeds: Sequence[int] = ()
+    ) -> list[Generated]:
+        longest = max(map(len, prompts))
+        batcher = self._batcher("generate", find_generation_budget(self.model, longest, longest + self.max_tokens))
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.max_tokens,
+            stops=stops,
+            prefix=prefix,
+            batcher=batcher,
+            temperature=self.temperature if seeds else 0.0,
+            seeds=seeds,
+        )
+
+    def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None) -> list[Answer]:
+        n = self.samples
+        places = [i for i in range(len(records)) for _ in range(n)]
+        seeds = [derive_seed(self.seed, "sample", records[i].id, str(k % n)) for k, i in enumerate(places)]
+        stops = Stops(KORMEDMCQA_STOPS if self.style == "kormedmcqa" else ())
+        made = self._write([prompts[i] for i in places], prefix, stops, seeds if self.temperature > 0 else ())
+        return [
+            _vote(made[start : start + n], record.letters)
+            for start, record in zip(range(0, len(made), n), records, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _score_letters(
+        self, records: Sequence[McqRecord], contexts: list[list[int]], prefix: Prefix | None
+    ) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        ids = {letters: self._letter_ids(letters) for letters in {record.letters for record in records}}
+        for shared, places in split_by_prefix(contexts, prefix):
+            skipped = len(shared.ids) if shared else 0
+            lengths = [len(contexts[i]) - skipped for i in places]
+            longest = max(lengths)
+            batcher = self._batcher("score", find_token_budget(self.model, longest, skipped + longest, 1))
+
+            def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
+                chosen = [places[i] for i in batch]
+                rows = [contexts[i] for i in chosen]
+                inputs = make_batch(self.model, rows, get_pad_id(self.tokenizer), shared, use_cache=shared is not None)
+                logits = compute_last_logits(self.model, **inputs).float()
+                normaliser = logits.logsumexp(-1)
+                for i, row, total in zip(chosen, logits, normaliser, strict=True):
+                    scores = (row[ids[records[i].letters]] - total).tolist()
+                    answers[i] = _choose(records[i].letters, scores, scores)
+
+            batcher.run(lengths, work)
+        return [answers[i] for i in range(len(records))]
+
+    def _score_options(
+        self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None
+    ) -> list[Answer]:
+        contexts = self._lead_on(prompts, [""] * len(prompts)) if self.style in _REASONING_STYLES else prompts
+        before, space = _locate_letter(self.style)
+        head = len(encode_texts(self.tokenizer, [before])[0]) if before else 0
+        options = [
+            [
+                ids[head:]
+                for ids in encode_texts(self.tokenizer, [f"{before}{space}{option}" for option in record.options])
+            ]
+            for record in records
+        ]
+        scored = score_continuations(
+            self.model, contexts, options, get_pad_id(self.tokenizer), prefix, lambda n: self._batcher("score", n)
+        )
+        answers = []
+        for record, sums, ids in zip(records, scored, options, strict=True):
+            lengths = {
+                "sum": [1] * len(sums),
+                "token": [len(option) for option in ids],
+                "character": [len(option) for option in record.options],
+            }[self.normalisation]
+            answers.append(_choose(record.letters, [s / n for s, n in zip(sums, lengths, strict=True)], sums))
+        return answers
+
+    def _letter_ids(self, letters: str) -> list[int]:
+        return find_letter_ids(self.tokenizer, self.style, letters)
+
+
+def find_letter_ids(tokenizer: Any, style: McqStyle, letters: str) -> list[int]:
+    """The token of each letter where a prompt of that style is answered; raises InputError when one has none."""
+    before, space = _locate_letter(style)
+    if _split_off_space(tokenizer, style):
+        before, space = before + space, ""
+    return letter_token_ids(tokenizer, [space + letter for letter in letters], before)
+
+
+def _locate_letter(style: McqStyle) -> tuple[str, str]:
+    """What the context ends with, as far as it can change the letter's token, and what stands before the letter."""
+    if style == "kormedmcqa":
+        return KORMEDMCQA_FIELD, " "
+    return (ANSWER_FIELD if style in _REASONING_STYLES else ""), ""
+
+
+def _split_off_space(tokenizer: Any, style: McqStyle) -> list[int]:
+    """The tokens of the space before a letter where the tokenizer keeps it apart; none where ` A` is one token."""
+    before, space = _locate_letter(style)
+    plain, spaced, whole = encode_texts(tokenizer, [before, before + space, f"{before}{space}A"])
+    return spaced[len(plain) :] if whole[:-1] == spaced else []
+
+
+def _choose(letters: str, scores: Sequence[float], log_likelihoods: Sequence[float]) -> Answer:
+    """The letter of the highest score (the first of equals), probabilities by softmax of the scores.
+
+    Raises FloatingPointError where the model overflowed: a choice among NaN would be a guess.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise FloatingPointError(
+            f"the model's log-likelihoods of {letters} are {[round(score, 3) for score in scores]}"
+        )
+    probabilities = torch.tensor(scores, dtype=torch.float64).softmax(-1).tolist()
+    best = max(range(len(letters)), key=scores.__getitem__)
+    first, second = sorted(probabilities, reverse=True)[:2]
+    return Answer(letters[best], tuple(probabilities), first - second, log_likelihoods=tuple(log_likelihoods))
+
+
+def _vote(made: Sequence[Generated], letters: str) -> Answer:
+    """The letter read from most of the samples, with the text of the first that gave it; unreadable ones do not vote."""
+    read = [parse(sample.text, letters) for sample in made]
+    votes = Counter(letter for letter in read if letter)
+    choice = max(votes, key=votes.__getitem__) if votes else None
+    return Answer(
+        choice,
+        text=made[read.index(choice)].text,
+        tokens=sum(sample.tokens for sample in made),
+        samples=tuple(read) if len(read) > 1 else (),
+    )
+
+
+def _lead_to_answer(text: str) -> str:
+    """What was reasoned, then the answer field: where the letter stands next. Cut-off reasoning gets the field too."""
+    reasoning = text.split(_ANSWER_MARK)[0].strip()
+    return f"{reasoning}\n{ANSWER_FIELD}" if reasoning else ANSWER_FIELD

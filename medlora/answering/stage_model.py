@@ -1,0 +1,80 @@
+"""A base with the adapters of several stages on it: built once, answers questions with each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import transformers
+
+from medlora.answering.answerer import McqAnswerer, find_letter_ids
+from medlora.answering.rotations import predict
+from medlora.artifacts.bases import read_extra_tokens
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.model import BaseModelConfig
+from medlora.curriculum.chains import Link
+from medlora.evaluation.predictions import Prediction
+from medlora.model.base import load_base
+from medlora.model.chain import activate, load_chain
+from medlora.model.tokenizer import load_stage_tokenizer, load_tokenizer
+from medlora.records import McqRecord
+
+
+class StageModel:
+    """One base holding every adapter of `stages` (name -> chain); a stage is switched to, not loaded.
+
+    Each stage answers with its own tokenizer, so that the plain base does not see words that a phase added. `shots` and
+    `worked` are solved questions that every prompt shows, see `medlora.evaluation.questions.read_asked`. Raises InputError, before
+    the model is loaded, when a tokenizer cannot answer with one of `letters`.
+    """
+
+    def __init__(
+        self,
+        base: BaseModelConfig,
+        stages: Mapping[str, Sequence[Link]],
+        config: EvaluationConfig,
+        device: str = "cpu",
+        seed: int = 0,
+        shots: Sequence[McqRecord] = (),
+        worked: McqRecord | None = None,
+        letters: str = "",
+    ) -> None:
+        transformers.logging.set_verbosity_error()
+        self.rotations = config.rotations
+        self.chains = {name: list(chain) for name, chain in stages.items()}
+        tokenizers = {name: load_stage_tokenizer(base, chain) for name, chain in self.chains.items()}
+        if config.scoring in ("letter", "reason"):
+            for tokenizer in tokenizers.values():
+                find_letter_ids(tokenizer, config.style, letters)
+        links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
+        # A head over as many words as the run has in the end, whichever stages are here: another width may round otherwise.
+        whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
+        model = load_base(base, max([*tokenizers.values(), *whole], key=len), device)
+        self.model = load_chain(model, list(links.items()))
+        self.answerers = {
+            name: McqAnswerer(
+                self.model,
+                tokenizer,
+                scoring=config.scoring,
+                style=config.style,
+                worked=worked,
+                shots=shots,
+                max_tokens=config.max_tokens,
+                token_budget=config.token_budget,
+                normalisation=config.normalisation,
+                samples=config.samples,
+                temperature=config.temperature,
+                seed=seed,
+            )
+            for name, tokenizer in tokenizers.items()
+        }
+
+    def answer(
+        self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str] | None = None
+    ) -> list[Prediction]:
+        """A prediction for each question and each of `stages` (unset = all); `tests` names the test of each question."""
+        predictions = []
+        for stage in self.chains if stages is None else stages:
+            activate(self.model, [link.name for link in self.chains[stage]])
+            predictions += predict(self.answerers[stage], tests, records, stage, self.rotations)
+        return predictions

@@ -1,0 +1,1 @@
+"""Everything that a YAML file may say, as frozen pydantic models."""

@@ -1,0 +1,1 @@
+"""A YAML file -> a config: overrides, places, errors in plain words."""

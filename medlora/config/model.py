@@ -1,0 +1,41 @@
+"""What a config may say of the base model and of its LoRA adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from medlora.config.base import Section
+
+
+class BaseModelConfig(Section):
+    """The base model that every adapter stands on."""
+
+    model: str
+    """Folder of a Hugging Face model, hub id (`google/medgemma-4b-it`), or `miniature` (built here in two minutes)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); pin a commit to reproduce a run."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """bitsandbytes: `int8` (LLM.int8), `nf4` (QLoRA, double quantization) or none."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on CUDA, float32 on CPU (bf16 products are many times slower there)."""
+    extra_tokens: tuple[str, ...] = ()
+    """Words added to the vocabulary; their rows start as the mean of their old pieces. A text file, one a line, is
+    named as `file:PATH` in a list of one."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; off unless you trust its author."""
+
+
+class LoraSettings(Section):
+    """The shape of a LoRA adapter."""
+
+    r: int = Field(16, ge=1, le=4096)
+    alpha: float = Field(32, gt=0)
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353); on an int8 base on a GPU alone."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["attention", "all-linear"] | tuple[str, ...] = "all-linear"
+    """`attention` (q, k, v, o), `all-linear`, or names of linear layers; always in the language model alone."""

@@ -1,0 +1,1 @@
+"""What a phase is made from, as plain values: base, chain of adapters, sources, fingerprint."""

@@ -1,0 +1,1 @@
+"""Files of rows -> records, with what is wrong with each row."""

@@ -1,0 +1,1 @@
+"""Files, archives, stores and the hub -> rows with their place."""

@@ -1,0 +1,1 @@
+"""A row -> a record: which columns mean what, options, the right answer."""

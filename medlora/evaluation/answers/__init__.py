@@ -1,0 +1,1 @@
+"""A model's text -> the letter that it answers, or none."""

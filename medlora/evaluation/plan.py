@@ -1,0 +1,120 @@
+"""An evaluation's plan and fingerprint, made before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medlora import prompts
+from medlora.artifacts.bases import check_base_files, check_base_template, identify_base
+from medlora.config.evaluation import EvaluateConfig, EvaluationConfig
+from medlora.config.model import BaseModelConfig
+from medlora.curriculum.chains import Link
+from medlora.curriculum.checks import check_adapters
+from medlora.data.quarantine import describe_quarantine
+from medlora.data.sources import hash_records
+from medlora.errors import InputError
+from medlora.evaluation.ledger import FINGERPRINT, LEDGER, read_ledger
+from medlora.evaluation.questions import Asked, read_asked
+from medlora.evaluation.stages import Stages, _find_trained_styles, find_doubts, find_notes, find_stages
+from medlora.runs.files import read_mapping
+from medlora.runs.manifests import as_json, find_differences, hash_files, hash_json, read_manifest
+
+
+def describe_other_task(stages: Stages, evaluation: EvaluationConfig) -> list[str]:
+    """A sentence where stages that were trained to reason first are scored without their reasoning."""
+    if evaluation.scoring not in ("letter", "option_text"):
+        return []
+    reasoning = [name for name, chain in stages.items() if chain and _was_trained_to_reason(Path(chain[-1].folder))]
+    if not reasoning:
+        return []
+    asks = "the letter at once" if evaluation.scoring == "letter" else "the options' texts without reasoning"
+    return [
+        f"{', '.join(reasoning)}: trained to reason before the answer, and scored by `{evaluation.scoring}`, which asks for "
+        f"{asks}; that is another task than the trained one (`scoring: reason` scores the trained one)"
+    ]
+
+
+def _was_trained_to_reason(adapter: Path) -> bool:
+    """Whether one of our phases made the adapter from questions with rationales, in a style that shows them."""
+    manifest = read_manifest(adapter.parent) or {}
+    return bool(manifest.get("rationale")) and bool(_find_trained_styles(adapter) & {"reasoning", "reasoning_full"})
+
+
+def describe_evaluation(
+    base: BaseModelConfig,
+    seed: int,
+    evaluation: EvaluationConfig,
+    stages: Stages,
+    asked: Asked,
+) -> dict[str, Any]:
+    """What the answers depend on, as nested plain values: the evaluation's fingerprint."""
+    folders = {link.folder for chain in stages.values() for link in chain}
+    hashes = {folder: hash_json(hash_files(Path(folder))) for folder in folders}
+    described = {
+        "evaluation": evaluation.model_dump(mode="json", exclude={"placement", "tests", "beside_training"}),
+        "tests": {name: hash_records(records) for name, records in asked.tests.items()},
+        "base": base.model_dump(mode="json", exclude={"extra_tokens"}),
+        "base_files": identify_base(base),
+        "stages": {name: [hashes[link.folder] for link in chain] for name, chain in stages.items()},
+        "prompts": prompts.version(),
+        "seed": seed,
+    }
+    if shown := [*asked.shots, *([asked.worked] if asked.worked else [])]:
+        described["shown"] = hash_records(shown)
+    plain: dict[str, Any] = as_json(described)
+    return plain
+
+
+def describe_progress(folder: Path, stages: Sequence[str]) -> str:
+    """How many answers are saved, for whoever ended the evaluation."""
+    return f"{len(read_ledger(folder / LEDGER, stages)):,} answers are saved; the same command asks the rest"
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation whose every part was found: what `jobs/evaluate_mcq.py` hands on."""
+
+    stages: dict[str, tuple[Link, ...]]
+    asked: Asked
+    fingerprint: dict[str, Any]
+    notes: list[str]
+    """Doubts that the user overruled with --force, and what the runs' data cards say; the report says them."""
+
+
+def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
+    """Find stages and tests and look for doubts; raises InputError for all that can be wrong before a model is loaded."""
+    check_base_files(config.base)
+    stages = find_stages(config)
+    check_adapters(config.base, stages)
+    asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
+    if config.evaluation.style != "kormedmcqa":
+        check_base_template(config.base)
+    doubts = find_doubts(config.base, stages, config.evaluation, config.seed)
+    if doubts and not force:
+        shown = "\n  ".join(doubts)
+        raise InputError(
+            f"these numbers would mislead:\n  {shown}\nmend the config, or say --force; the report will say it too"
+        )
+    fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, asked)
+    return EvaluationPlan(
+        stages,
+        asked,
+        fingerprint,
+        [
+            *doubts,
+            *describe_other_task(stages, config.evaluation),
+            *find_notes(config),
+            *describe_quarantine(config.evaluation),
+        ],
+    )
+
+
+def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raise InputError when the folder holds another evaluation, finished or not."""
+    was = read_mapping(folder / FINGERPRINT)
+    if was is not None and (differences := find_differences(was, fingerprint)):
+        shown = "\n  ".join(differences[:5])
+        raise InputError(f"{folder}: holds another evaluation:\n  {shown}\nchoose another folder with --out")

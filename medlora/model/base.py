@@ -1,0 +1,121 @@
+"""The base model as every phase and evaluation sees it: its tokenizer, its quantized weights, its extended vocabulary.
+
+`medlora.chains` puts adapters on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from medlora.config.model import BaseModelConfig
+from medlora.errors import InputError
+from medlora.kernels.elementwise_cpu import lighten_elementwise
+from medlora.model.files import explain_load_errors, find_local_folder, load_quietly
+from medlora.model.tokenizer import load_base_tokenizer
+
+
+def locate_base(base: BaseModelConfig, cache: str, seed: int, report: Any = None) -> BaseModelConfig:
+    """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet."""
+    if base.model != "miniature":
+        return base
+    from medlora.model.miniature_base.build import ensure
+
+    return base.model_copy(update={"model": str(ensure(Path(cache), seed, report))})
+
+
+log = logging.getLogger(__name__)
+
+
+def load_base(
+    base: BaseModelConfig, tokenizer: PreTrainedTokenizerBase, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The base model on `device`, quantized as configured, every parameter frozen, in eval mode.
+
+    A token of `tokenizer` that the base's own tokenizer lacks gets the mean of the rows of its old pieces, in the input
+    and the output embeddings; the embeddings grow only when the model has too few rows (Gemma has spare ones).
+    Raises InputError when there is no such model, its weights are incomplete or no safetensors.
+    """
+    folder, device = find_local_folder(base, weights=True), torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        # Trainer takes a model on `cuda` instead of `cuda:0` for one that is spread over devices.
+        device = torch.device("cuda", torch.cuda.current_device())
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = auto if base.compute_dtype == "auto" else getattr(torch, base.compute_dtype)
+    quantization = {
+        "none": None,
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        ),
+    }[base.quantization]
+    with explain_load_errors(f"base.model: {folder}"), load_quietly():
+        model, info = _load_weights(
+            folder,
+            trust_remote_code=base.trust_remote_code,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"base.model: {base.model} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}; "
+            "download it again"
+        )
+    model.requires_grad_(False)
+    if base.quantization == "nf4":
+        _keep_four_bit_weights(model)
+    _extend_vocabulary(model, tokenizer, load_base_tokenizer(base))
+    lighten_elementwise(model)
+    return model.eval()
+
+
+def _load_weights(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with sdpa, which flat batches need, else with the attention that its family supports."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        # Gemma 2 caps its scores, gpt-oss has sinks, Bloom has biases: transformers computes them without sdpa alone.
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    log.info("%s: its family has no sdpa attention, eager is used; training batches are padded", folder)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+
+
+def _keep_four_bit_weights(model: PreTrainedModel) -> None:
+    """Let no forward pass repack the weights, as bitsandbytes 0.50 does in eval mode on CPUs with AVX512-BF16.
+
+    The repacking is in place and rounds the scales to bfloat16, so that a model would train on other numbers than it is
+    validated on, and it dies where a layer's inputs are no multiple of the block of 64.
+    """
+    from bitsandbytes.nn import Linear4bit  # slow to import, and only this needs it
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def _extend_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizerBase
+) -> None:
+    """Give every token that `original` lacks a row: the mean of its pieces (Hewitt 2021, mean initialisation)."""
+    old = original.get_vocab()
+    new = {token: i for token, i in tokenizer.get_vocab().items() if token not in old}
+    if not new:
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(new.values()) >= rows:
+        model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
+        model.requires_grad_(False)
+    embeddings = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for token, i in new.items():
+        pieces = original.encode(token.replace("▁", " "), add_special_tokens=False)
+        for weight in embeddings.values():
+            weight[i] = weight[pieces].float().mean(0).to(weight.dtype)

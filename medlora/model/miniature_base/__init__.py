@@ -1,0 +1,1 @@
+"""The miniature base model: its tokenizer, network, lessons and pre-training."""

@@ -1,0 +1,348 @@
+"""Batches of questions sharded by Ray Data over actors that each hold one base and the adapters of every stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from medlora import endings, events, pulse
+from medlora.artifacts.bases import read_extra_tokens
+from medlora.config.evaluation import EvaluationConfig
+from medlora.config.model import BaseModelConfig
+from medlora.config.placement import ActorPlacement
+from medlora.curriculum.chains import Link
+from medlora.errors import InputError, RunError
+from medlora.evaluation.ledger import Batch, name_batch, pack_prediction, unpack_prediction
+from medlora.evaluation.predictions import Prediction
+from medlora.evaluation.questions import Asked, Question
+from medlora.evaluation.stages import Stages
+from medlora.events import OnEvent
+from medlora.on_ray.cluster import Cluster, quiet_ray_data
+from medlora.on_ray.inbox import beside_driver, listen
+from medlora.on_ray.placement import count_gpus, say_while_waiting
+from medlora.on_ray.workers.failures import describe_exception, tell_failure
+from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
+from medlora.records import McqRecord
+from medlora.runs.disk_errors import explaining
+
+log = logging.getLogger("medlora.run")
+
+
+_WHOLE_TRIES = 2
+
+
+class AnswersQuestions(Protocol):
+    """What an actor holds: `medlora.answering.stage_model.StageModel`, or a fake of it."""
+
+    def answer(self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str]) -> list[Prediction]:
+        """A prediction for each question and each of the stages."""
+
+
+def build_stages(
+    base: dict[str, Any],
+    cache: str,
+    seed: int,
+    stages: dict[str, list[dict[str, str]]],
+    config: dict[str, Any],
+    shots: Sequence[McqRecord],
+    worked: McqRecord | None,
+    letters: str,
+    threads: int,
+    device: str,
+    cwd: str,
+) -> AnswersQuestions:
+    """The model of an actor, from what can travel to it."""
+    if Path(cwd).is_dir():
+        os.chdir(cwd)
+    import torch
+
+    from medlora.answering.stage_model import StageModel
+    from medlora.kernels.memory import keep_freed_memory
+    from medlora.model.base import locate_base
+    from medlora.runs import mirror
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
+    for folder in {Path(link.folder) for chain in chains.values() for link in chain}:
+        mirror.pull(folder)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder}: the actor on {socket.gethostname()} does not see this adapter; runs must be on a mount that "
+                "every node sees, or in s3:// or gs://"
+            )
+    located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
+    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed, shots, worked, letters)
+
+
+def make_builder(
+    base: BaseModelConfig,
+    cache: str,
+    seed: int,
+    stages: Stages,
+    config: EvaluationConfig,
+    asked: Asked,
+    placement: ActorPlacement,
+    cluster: Cluster,
+) -> Callable[[], AnswersQuestions]:
+    """`build_stages` with its arguments, ready to travel into an actor."""
+    return partial(
+        build_stages,
+        base=base.model_copy(update={"extra_tokens": read_extra_tokens(base)}).model_dump(mode="json"),
+        cache=cache,
+        seed=seed,
+        stages={name: [link.model_dump() for link in chain] for name, chain in stages.items()},
+        config=config.model_dump(mode="json", include=set(EvaluationConfig.model_fields)),
+        shots=asked.shots,
+        worked=asked.worked,
+        letters=asked.letters,
+        threads=placement.cpus_per_worker,
+        device="cuda" if count_gpus(placement, cluster) else "cpu",
+        cwd=os.getcwd(),
+    )
+
+
+def answer_on_ray(
+    batches: Sequence[Batch],
+    build: Callable[[], AnswersQuestions],
+    placement: ActorPlacement,
+    cluster: Cluster,
+    on_event: OnEvent,
+    log_file: Path,
+) -> Iterator[list[Prediction]]:
+    """The predictions of each batch as it comes back, in no particular order, every batch exactly once.
+
+    A batch whose actor dies is asked again as a whole, then question by question; a question that raises, or kills its
+    actor `placement.retries` times over, is reported as failed (Prediction.error) while all others are answered.
+    Raises InputError for what only the user can mend, RunError where the model cannot be loaded.
+    """
+    if not batches:
+        return
+    import ray.data
+    from ray.data import ActorPoolStrategy
+
+    quiet_ray_data()
+    gpus = count_gpus(placement, cluster)
+    most = min(placement.workers, len(batches))
+    least = min(placement.least_workers, most)
+    refusals: list[str] = []
+    failed: list[dict[str, Any]] = []
+    begun = threading.Event()
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "refused":
+            refusals.append(event["text"])
+        elif event["event"] == "failed":
+            failed.append(event)
+        elif event["event"] == "beat":
+            watch.hear(event)
+        elif event["event"] == "loading":
+            begun.set()
+        elif event["event"] == "ready":
+            if cluster.nodes > 1:
+                text = f"an actor is ready on {event['host']}"
+                on_event(events.note("evaluation", text))
+        else:
+            on_event(event)
+
+    attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
+    rows = [
+        {"batch": json.dumps([[test, asdict(record)] for test, record in batch.questions]), "stages": batch.stages}
+        for batch in batches
+    ]
+    failure: Exception | None = None
+    waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
+    watch = StallWatch(placement, "evaluation", on_event, log)
+    with listen(hear) as inbox, waiting, watch.watching(), _stderr_to(log_file), warnings.catch_warnings():
+        # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        asked = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            BatchAnswerer,
+            fn_constructor_kwargs={
+                "build": build,
+                "attempts": attempts,
+                "retries": placement.retries,
+                "inbox": inbox,
+                "beat_s": find_beat_s(placement),
+            },
+            batch_size=1,
+            compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+            num_cpus=placement.cpus_per_worker,
+            num_gpus=gpus or None,
+            accelerator_type=placement.accelerator_type,
+            label_selector=placement.label_selector or None,
+            # Without a bound here, since every death is counted by Attempts, which bounds them by question.
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        try:
+            for row in asked.iter_rows():
+                yield [unpack_prediction(prediction) for prediction in json.loads(row["predictions"])]
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            failure = error
+        finally:
+            ray.kill(attempts)
+    if refusals:
+        raise InputError(refusals[0])
+    if failure is not None:
+        first = failed[0] if failed else describe_exception(getattr(failure, "cause", None) or failure)
+        log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
+        raise RunError(
+            f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "
+            "cause is mended, the same command asks only what is not answered yet"
+        )
+
+
+class Attempts:
+    """Counts what was begun and not ended, outside of the actors that may die at it: how often each key killed one.
+
+    A model loaded whole gives its load back: a pool that grows, or an actor that comes back after a death at a question
+    (which counts there), may load as often as it has to; a model that never loads is tried so often and no more.
+    """
+
+    def __init__(self, actors: int, retries: int) -> None:
+        self.unended: Counter[str] = Counter()
+        self.loads_left = actors + retries
+
+    def begin(self, key: str) -> int:
+        """How many actors have died at `key` so far."""
+        self.unended[key] += 1
+        return self.unended[key] - 1
+
+    def end(self, key: str) -> None:
+        """What was begun has ended, well or with an exception."""
+        self.unended[key] -= 1
+
+    def begin_load(self) -> bool:
+        """Whether one more actor may load the model."""
+        self.loads_left -= 1
+        return self.loads_left >= 0
+
+    def end_load(self) -> None:
+        """The model is loaded."""
+        self.loads_left += 1
+
+
+class BatchAnswerer:
+    """The Ray Data actor: loads the model once, answers batch after batch, and isolates a question that breaks it."""
+
+    def __init__(
+        self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any, beat_s: float = 5.0
+    ) -> None:
+        self.attempts, self.retries, self.inbox = attempts, retries, inbox
+        inbox.put(events.loading())
+        # For as long as the process lives: nothing tells an actor of Ray Data that it is no longer needed.
+        self.beating = beating(inbox, "the actor", beat_s)
+        self.beating.__enter__()
+        pulse.begin("loads the model", slow=True)
+        try:
+            if not ray.get(attempts.begin_load.remote()):
+                raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
+            with explaining(Path.cwd()):
+                self.model = build()
+        except InputError as error:
+            inbox.put(events.refused(str(error)))
+            raise
+        except Exception as error:
+            tell_failure(inbox, error)
+            raise
+        ray.get(attempts.end_load.remote())
+        pulse.begin("")
+        inbox.put(events.ready(socket.gethostname()))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
+        """One batch as JSON -> its predictions as JSON."""
+        batch: list[Question] = []
+        for test, record in json.loads(row["batch"][0]):
+            batch.append((test, McqRecord(**{**record, "options": tuple(record["options"])})))
+        stages = [str(stage) for stage in row["stages"][0]]
+        started = time.monotonic()
+        pulse.begin(f"answers {len(batch)} questions of {', '.join(dict.fromkeys(test for test, _ in batch))}")
+        predictions = self._answer_whole(batch, stages)
+        predictions = predictions or [p for question in batch for p in self._answer_one(question, stages)]
+        pulse.begin("")
+        event = events.answered(len(batch), time.monotonic() - started)
+        self.inbox.put(event)
+        return {"predictions": [json.dumps([pack_prediction(p) for p in predictions])]}
+
+    def _answer_whole(self, batch: list[Question], stages: list[str]) -> list[Prediction] | None:
+        """The batch's predictions, or None when it has to be taken apart."""
+        key = name_batch(batch)
+        deaths = ray.get(self.attempts.begin.remote(key))
+        try:
+            if deaths >= _WHOLE_TRIES:
+                return None
+            return self.model.answer([test for test, _ in batch], [record for _, record in batch], stages)
+        except InputError as error:
+            self.inbox.put(events.refused(str(error)))
+            raise
+        except Exception as error:  # whatever a question makes the model raise is its answer
+            self._note(f"a batch is asked one by one after {error!r}")
+            return None
+        finally:
+            ray.get(self.attempts.end.remote(key))
+
+    def _answer_one(self, question: Question, stages: list[str]) -> list[Prediction]:
+        test, record = question
+        pulse.begin(f"answers question {record.id} of {test}")
+        key, reason = f"{test}/{record.id}", "its process died"
+        deaths = ray.get(self.attempts.begin.remote(key))
+        try:
+            if deaths < max(1, self.retries):
+                return self.model.answer([test], [record], stages)
+        except Exception as error:  # it would come again
+            reason = repr(error)
+        finally:
+            ray.get(self.attempts.end.remote(key))
+        self._note(f"question {record.id} of {test} is reported as failed: {reason}")
+        known = {"subject": record.subject, "options": len(record.options), "error": reason}
+        return [Prediction(record.id, test, stage, record.answer, None, **known) for stage in stages]
+
+    def _note(self, text: str) -> None:
+        self.inbox.put(events.note("evaluation", text))
+
+
+_REDIRECTED = threading.Lock()
+
+
+_redirections: list[int] = []
+
+
+@contextmanager
+def _stderr_to(log_file: Path) -> Iterator[None]:
+    """Send what Ray's C++ core writes to this process's stderr into a file: advice about actors no user can act on.
+
+    Of evaluations side by side the first one's file gets it all, until the last one has ended.
+    """
+    with _REDIRECTED:
+        if not _redirections:
+            sys.stderr.flush()
+            _redirections.append(os.dup(2))
+            with log_file.open("ab") as file:
+                os.dup2(file.fileno(), 2)
+        _redirections.append(0)
+    try:
+        yield
+    finally:
+        with _REDIRECTED:
+            _redirections.pop()
+            if len(_redirections) == 1:
+                kept = _redirections.pop()
+                if not endings.is_ending():  # which needs no more of Ray's words on the terminal
+                    os.dup2(kept, 2)
+                os.close(kept)

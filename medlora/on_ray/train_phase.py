@@ -1,0 +1,266 @@
+"""A phase as a Ray Train run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medlora import endings, events
+from medlora.config.placement import Placement
+from medlora.curriculum.jobs import PhaseJob
+from medlora.errors import InputError, RunError
+from medlora.events import OnEvent
+from medlora.on_ray.cluster import Cluster
+from medlora.on_ray.inbox import listen
+from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
+from medlora.on_ray.tokenise import prepare_on_ray
+from medlora.on_ray.workers.failures import (
+    WorkerFailed,
+    describe_exception,
+    describe_lost,
+    is_death,
+    is_lost_peer,
+    split_failures,
+    tell_failure,
+)
+from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
+from medlora.runs import mirror
+from medlora.runs.disk_errors import explaining
+from medlora.runs.files import remove
+from medlora.runs.folders import PhaseFolder, RunFolder
+from medlora.runs.manifests import read_manifest
+
+if TYPE_CHECKING:
+    from medlora.drivers.early_scoring import EarlyScoring
+
+
+def train_on_ray(
+    job: PhaseJob,
+    run: RunFolder,
+    placement: Placement,
+    cluster: Cluster,
+    on_event: OnEvent,
+    early: EarlyScoring | None = None,
+) -> dict[str, Any]:
+    """Train one phase on the workers its placement asks for and return its manifest.
+
+    A worker or node that dies costs one of `placement.retries`: the phase goes on from its last whole checkpoint, which
+    is ours (hashed, sealed by a manifest) rather than Ray's. A node that is drained (preempted) costs none: the phase
+    makes a checkpoint and goes on elsewhere. An exception in the phase ends it at once, since it would
+    come again. `early` is told when the phase asks for its workers and when it has them. Raises InputError for what only
+    the user can mend, RunError for an exception of a worker and for deaths beyond the retries.
+    """
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+    from medlora.on_ray.workers.leaving import LeavingTorchConfig
+
+    class _Trainer(TorchTrainer):
+        """Leaves SIGINT to `endings`: Ray Train's handler says nothing and exits with 1, whatever happens."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            pass
+
+    prepare_on_ray(job, cluster, on_event)
+    gpus = count_gpus(placement, cluster)
+    folder = run.phase(job.phase.name)
+    refusals: list[str] = []
+    failed: list[dict[str, Any]] = []
+    begun, leaving = threading.Event(), threading.Event()
+    reasons: list[str] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if early is not None and not begun.is_set():
+            early.phase_has()
+        begun.set()
+        if event["event"] == "beat":
+            watch.hear(event)
+        elif event["event"] == "refused":
+            refusals.append(event["text"])
+        elif event["event"] == "failed":
+            failed.append(event)
+        elif event["event"] == "leaving":
+            if event["why"]:
+                reasons.append(event["why"])
+            if event["rank"] == 0:  # which seals the checkpoint
+                saved.set()
+                leaving.set()
+        else:
+            if event["event"] == "training":
+                saved.clear()
+            on_event(event)
+
+    def tell(text: str) -> None:
+        on_event(events.note(job.phase.name, text))
+
+    count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
+    text = f"starting {count} with {describe_worker(placement, gpus)} each"
+    on_event(events.note(job.phase.name, text))
+    nonce = mirror.leave_nonce(run.root)
+    watch = StallWatch(placement, job.phase.name, on_event, logging.getLogger(f"medlora.run.{run.name}"))
+    attempts = 0
+    failure: Exception | None = None
+    with (
+        listen(hear) as inbox,
+        watch.watching(),
+        endings.saving(inbox.ask_to_leave, placement.grace_s) as saved,
+    ):
+        while True:
+            endings.check()
+            # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
+            trainer = _Trainer(
+                _train_loop,
+                train_loop_config={
+                    "job": job.model_dump(mode="json"),
+                    "folder": str(folder.root),
+                    "run": str(run.root),
+                    "nonce": nonce,
+                    "inbox": inbox,
+                    "cwd": os.getcwd(),
+                    "gpu": gpus > 0,
+                    "say_host": cluster.nodes > 1,
+                    "beat_s": find_beat_s(placement),
+                },
+                scaling_config=ScalingConfig(
+                    num_workers=placement.workers,
+                    use_gpu=gpus > 0,
+                    resources_per_worker={"CPU": placement.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+                    accelerator_type=placement.accelerator_type,
+                    label_selector=placement.label_selector or None,
+                ),
+                torch_config=LeavingTorchConfig(backend="nccl" if gpus else "gloo"),
+                run_config=RayRunConfig(
+                    name=f"{job.phase.name}-{uuid.uuid4().hex[:8]}",
+                    storage_path=str(run.ray),
+                    # Retries are ours: Ray's would take a worker that has left for one that has finished.
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                ),
+            )
+            begun.clear()
+            watch.forget()
+            saved.set()
+            if early is not None:
+                early.phase_asks(placement, gpus)
+            try:
+                with say_while_waiting(
+                    placement, gpus, placement.workers, job.phase.name, begun.is_set, on_event, as_group=True
+                ):
+                    trainer.fit()
+                if not leaving.is_set():
+                    break
+                endings.check()
+                tell(f"{reasons.pop()}: goes on from the checkpoint just made, on another")
+            except PreemptionError:
+                endings.check()
+                tell("its node was taken away before a step had ended: goes on from the last checkpoint")
+            except (WorkerGroupError, ControllerError) as error:
+                endings.check()
+                died = _find_deaths(error)
+                if not died or refusals or attempts == placement.retries:
+                    failure = error
+                    break
+                attempts += 1
+                failed.clear()  # of a worker that lost another one; the next attempt reports for itself
+                tell(f"{died}; attempt {attempts} of {placement.retries} to go on from the last checkpoint")
+            finally:
+                remove(run.ray)
+            leaving.clear()
+    if refusals:
+        raise InputError(refusals[0])
+    if failure is not None:
+        raise _explain(failure, failed, job.phase.name, run, placement)
+    mirror.pull(folder.root)
+    manifest = read_manifest(folder.root)
+    if manifest is None:
+        raise InputError(
+            f"phase {job.phase.name} ended without a manifest in {folder.root}: its worker writes elsewhere; "
+            "storage.folder must be a mount that every node sees, or s3:// or gs://"
+        )
+    return manifest
+
+
+def _find_deaths(error: Any) -> str:
+    """Which workers died (were killed, lost their node), as text; empty where any of them raised an exception of ours."""
+    failures = getattr(error, "worker_failures", None)
+    if failures is None:
+        return "its workers could not be started" if is_death(getattr(error, "controller_failure", None)) else ""
+    lost, own = split_failures(failures)
+    return describe_lost(failures, lost) if lost and not own else ""
+
+
+def _explain(error: Any, failed: list[dict[str, Any]], phase: str, run: RunFolder, placement: Placement) -> RunError:
+    """The one message for a phase that cannot be resumed by itself; tracebacks go to the run's log."""
+    log = logging.getLogger(f"medlora.run.{run.name}")
+    resume = "the same command resumes from the last checkpoint"
+    if died := _find_deaths(error):
+        log.error("phase %s: %s", phase, error)
+        return RunError(
+            f"phase {phase}: {died}, after {placement.retries} retries (placement.retries); look for a full memory or "
+            f"a lost node in {run.log} and in Ray's logs; {resume}"
+        )
+    if not failed:  # no worker could report it
+        failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+        _, own = split_failures(failures)
+        failed = [{"rank": rank, **describe_exception(cause)} for rank, cause in (own or failures).items()]
+        log.error("phase %s: %s", phase, error)
+    for event in failed:
+        log.error("phase %s, worker %d on %s:\n%s", phase, event["rank"], event["host"], event["traceback"])
+    first = failed[0]
+    return RunError(
+        f"phase {phase}: {first['text']} (worker {first['rank']} on {first['host']}, {first['at']}); it would come again, so "
+        f"it is not retried. The traceback is in {run.log}; once the cause is mended, {resume}"
+    )
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: rebuild the job from plain values and hand it to `run_phase`."""
+    import ray.train
+    import torch.distributed as dist
+
+    alone = dist.get_world_size() == 1
+    if Path(config["cwd"]).is_dir():
+        os.chdir(config["cwd"])
+    if alone:
+        # One worker has nobody to talk to: without this Trainer would wrap the model for distributed training.
+        dist.destroy_process_group()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    from medlora.on_ray.workers.leaving import explain_leaving, is_leaving, watch_inbox
+    from medlora.training.callbacks import Leaving
+    from medlora.training.phase import run_phase
+
+    inbox = config["inbox"]
+    watch_inbox(inbox)
+    if config["say_host"]:
+        text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
+        inbox.put(events.note(config["job"]["phase"]["name"], text))
+    try:
+        with explaining(Path(config["run"])):
+            mirror.check_seen(Path(config["run"]), config["nonce"])
+        with beating(inbox, f"worker {ray.train.get_context().get_world_rank()}", config["beat_s"]):
+            run_phase(
+                PhaseJob.model_validate(config["job"]),
+                PhaseFolder(Path(config["folder"])),
+                inbox.put,
+                "cuda" if config["gpu"] else "cpu",
+                is_leaving=is_leaving,
+            )
+    except Leaving:
+        rank = ray.train.get_context().get_world_rank()
+        inbox.put(events.leaving(explain_leaving(), rank))
+    except InputError as error:
+        inbox.put(events.refused(str(error)))
+        if not alone:
+            raise  # so that Ray ends the workers that wait for this one
+    except Exception as error:
+        lost_peer = not alone and is_lost_peer(error)
+        if not lost_peer:
+            tell_failure(inbox, error, ray.train.get_context().get_world_rank())
+        raise WorkerFailed(describe_exception(error)["text"], lost_peer) from None

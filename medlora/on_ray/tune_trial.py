@@ -1,0 +1,214 @@
+"""One trial of a sweep, as a function that Ray Tune runs in an actor: the phases of its config, scored as they train."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from medlora import events
+from medlora.config.run import RunConfig
+from medlora.curriculum.chains import extend_chain, start_chain
+from medlora.curriculum.jobs import find_obstacle, make_job
+from medlora.errors import InputError
+from medlora.on_ray.workers.stalls import beating
+from medlora.runs import mirror
+from medlora.runs.disk_errors import explain, explaining
+from medlora.runs.environment import get_versions
+from medlora.runs.files import read_json_lines, set_aside, write_sealed, write_yaml
+from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
+
+_TOLD = ("goes on from", "out of memory")
+"""How notes begin that are about this trial; what is in the data every trial would say again."""
+
+
+_UNWIND_S = 60
+"""How long a stopped trial may take to let go of its files and its model before its process is given up."""
+
+
+def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
+    """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
+
+    `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
+    offset (steps of generations before), known (the last step whose score was heard). `common` is what all trials share:
+    folder, scans, dropped, card, inbox, beat_s, cwd, gpu. Every dev score of the judged phase is reported to Tune, which may end
+    the trial there. What the config itself is to blame for (a loss that is no number) is reported as the trial's end, so
+    that it is not tried again.
+    """
+    from ray import tune
+
+    clock = _Clock()
+    if Path(common["cwd"]).is_dir():
+        os.chdir(common["cwd"])
+    # Tune gives a function 2 s to end before the actor may serve the next trial; a Trainer's way out may take longer.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_UNWIND_S)
+    from medlora.data.sources import remember
+    from medlora.on_ray.workers.leaving import watch_inbox
+    from medlora.training.callbacks import Leaving
+    from medlora.training.phase import run_phase
+
+    clock.turn_to("load")
+    for packed in common["scans"]:
+        remember(packed)
+    folder = Path(common["folder"]) / "trials" / trial["id"]
+    try:
+        with explaining(folder):
+            mirror.check_seen(Path(common["folder"]), common["nonce"])
+        run = partial(run_phase, is_leaving=watch_inbox(common["inbox"]).is_set)
+        with beating(common["inbox"], f"trial {trial['id']}", common["beat_s"]):
+            _train(trial, folder, common, tune.report, run, clock)
+    except Leaving:  # its driver ends: what it has to say is in its checkpoint
+        clock.turn_to("wait")
+    except (InputError, FloatingPointError) as error:
+        clock.turn_to("wait")
+        tune.report({"ended": "refused" if _concerns_all(error, folder) else "failed", "why": str(error)})
+    else:
+        clock.turn_to("wait")
+        tune.report({"ended": "finished", "why": ""})
+    finally:  # a trial that is stopped leaves by SystemExit
+        clock.turn_to("")
+        common["inbox"].put(events.trial_seconds(trial["id"], clock.seconds))
+
+
+def _concerns_all(error: Exception, folder: Path) -> bool:
+    """Whether what went wrong is none of this trial's values, and would meet the others, too: a full disk, a store."""
+    cause = error.__cause__
+    unseen = not RunFolder(folder).config.is_file()
+    return unseen or isinstance(cause, OSError) or (cause is not None and explain(cause, folder) is not None)
+
+
+class _Clock:
+    """What a trial's seconds go into, one thing after another."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("import", "load", "train", "score", "wait", "save"), 0.0)
+        self.doing, self.since = "import", time.monotonic()
+
+    def turn_to(self, what: str) -> None:
+        """What is done from now on."""
+        now = time.monotonic()
+        self.seconds[self.doing] += now - self.since
+        self.doing, self.since = what, now
+
+    def move(self, seconds: float, was: str, to: str) -> None:
+        """So much of what was done was something else."""
+        self.seconds[was] -= seconds
+        self.seconds[to] += seconds
+
+
+def _train(
+    trial: dict[str, Any],
+    folder: Path,
+    common: dict[str, Any],
+    report: Callable[[dict[str, Any]], None],
+    run_phase: Callable[..., Any],
+    clock: _Clock,
+) -> None:
+    config, run = RunConfig.model_validate(trial["config"]), RunFolder(folder)
+    _prepare(config, run, trial["links"], common["card"])
+    chain = start_chain(config)
+    for phase in config.phases:
+        there = run.phase(phase.name)
+        if phase.name in trial["train"]:
+            clock.turn_to("load")
+            job = make_job(config, phase, chain, common["dropped"])
+            if find_obstacle(job, there):
+                set_aside(there.root)
+            judged = phase.name == trial["train"][-1]
+            hear = _Hook(trial, there, report if judged else None, common["inbox"], clock)
+            try:
+                finished = find_finished(there)[0] is not None
+            except InputError as error:  # torn, without a checkpoint to resume from: trained again, nothing is lost
+                aside = set_aside(there.root)
+                text = f"{error}; it was set aside to {aside} and is trained again"
+                common["inbox"].put(events.trial_note(trial["id"], text))
+                finished = False
+            hear.tell_again(finished)
+            if not finished:
+                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", kept=_keep())
+            clock.turn_to("save")
+        chain = extend_chain(chain, phase, there.adapter)
+
+
+@cache
+def _keep() -> Any:
+    """What this process keeps from one trial to the next."""
+    from medlora.training.reuse import Kept
+
+    # The garbage collector would look through all modules, twice a trial and a third of a second each, to free nothing.
+    gc.collect()
+    gc.freeze()
+    return Kept()
+
+
+def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: dict[str, Any]) -> None:
+    """An ordinary run folder; phases that several trials share are links to where they stand, in a store copies of them."""
+    mirror.pull(run.root)
+    (run.root / "phases").mkdir(parents=True, exist_ok=True)
+    write_yaml(run.config, config.model_dump(mode="json"))
+    about = {"name": config.name, "seed": config.seed, "versions": get_versions()}
+    write_sealed(run.about, about)
+    write_sealed(run.data, card)
+    for name, target in links.items():
+        link = run.phase(name).root
+        mirror.pull(Path(target))
+        if mirror.find_uri(link):
+            shutil.copytree(target, link, dirs_exist_ok=True)
+        elif not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    mirror.push(run.root)
+
+
+class _Hook:
+    """Takes what a phase says: its steps go to the driver's display, its dev scores to Tune."""
+
+    def __init__(
+        self,
+        trial: dict[str, Any],
+        folder: PhaseFolder,
+        report: Callable[[dict[str, Any]], None] | None,
+        inbox: Any,
+        clock: _Clock,
+    ) -> None:
+        self.id, self.offset, self.known = trial["id"], trial["offset"], trial["known"]
+        self.folder, self.report, self.inbox, self.clock = folder, report, inbox, clock
+        self.steps = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "training":
+            self.clock.turn_to("train")
+        elif kind == "step":
+            self.steps = event["steps"]
+            self.inbox.put(events.trial_step(self.id, event))
+        elif kind == "note" and event["text"].startswith(_TOLD):
+            self.inbox.put(events.trial_note(self.id, event["text"]))
+        elif kind == "validation":
+            self.clock.turn_to("wait")
+            self.clock.move(event["seconds"], "train", "score")
+            last = event["segment"] == "normal" and event["step"] == self.steps
+            self._tell(event, last)
+            self.clock.turn_to("save" if last else "train")
+
+    def tell_again(self, finished: bool) -> None:
+        """Report the scores of an earlier process that nobody heard, since the driver died before."""
+        rows = read_json_lines(self.folder.validation, keys=("segment", "step", "accuracy"))
+        for i, row in enumerate(rows):
+            self._tell(row, finished and i + 1 == len(rows))
+
+    def _tell(self, row: dict[str, Any], last: bool) -> None:
+        # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
+        before = [
+            each["step"]
+            for each in read_json_lines(self.folder.metrics, keys=("segment", "step"))
+            if each["segment"] == "full"
+        ]
+        step = self.offset + row["step"] + (max(before, default=0) if row["segment"] == "normal" else 0)
+        if self.report and step > self.known:
+            self.report({"step": step, "score": float(row["accuracy"]), "last": last})

@@ -1,0 +1,166 @@
+"""Predictions -> everything that is known of an evaluation, as plain JSON values, and the file of single answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from medlora.evaluation import statistics
+from medlora.evaluation.answers.letter import find_written_letter, score_total
+from medlora.evaluation.predictions import Prediction
+from medlora.records import LETTERS
+from medlora.runs.manifests import as_json
+
+RESAMPLES = 10_000
+"""Of the paired bootstrap."""
+
+
+def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What `report.json` holds and the page shows: the same predictions, `about` and `seed` give the same values.
+
+    Computed here:
+    `stages` (see `summarise`); `overall`, one row a stage over all its tests: `micro` weighted by size, `macro` the mean
+    of the tests; `comparisons`, every two stages on every test they share, and with several tests (`test` null) on all
+    of them together, with the ids gained and lost as [test, id]; `forgetting`, the stage x test matrix. Holm's
+    correction runs over all comparisons on single tests, and apart from them over those on all tests together.
+    `remarks`, sentences about the figures themselves, such as a test that all stages pass.
+
+    `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
+    `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
+    `questions_asked`, `questions_per_s`, `phase_seconds`, `stage_seconds`, `config`, `versions` and `hashes` (of any depth).
+    Raises ValueError when `about` names something computed here, when there is nothing to score, or when two stages were asked different questions of one test.
+    """
+    stages = list(dict.fromkeys(p.stage for p in predictions))
+    rows = summarise(predictions)
+    computed: dict[str, Any] = {
+        "seed": seed,
+        "resamples": RESAMPLES,
+        "stages": rows,
+        "overall": [_summarise_tests([p for p in predictions if p.stage == stage], stage) for stage in stages],
+        "comparisons": _compare(predictions, seed),
+        "remarks": describe_saturation(rows),
+        "forgetting": asdict(statistics.forgetting_matrix(predictions)),
+    }
+    if taken := sorted(set(computed) & set(about)):
+        raise ValueError(f"`about` may not name {', '.join(taken)}: computed from the predictions")
+    report: dict[str, Any] = as_json({**about, **computed})
+    return report
+
+
+def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """One row a stage and test: accuracy with its Wilson 95 % interval, n, what failed, accuracy by subject.
+
+    `macro` is the mean over subjects; `calibration` is None where the scoring gives no probabilities,
+    `format_score` and `total` (a third format, two thirds right, as the replaced scripts had it) where no format was
+    asked for, `rotations` where only one order of the options was, `by_likelihood` (see `count_by_likelihood`) where
+    no letter was taken by likelihood behind a text that the model wrote.
+    """
+    rows = []
+    groups: dict[tuple[str, str], list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault((prediction.stage, prediction.test), []).append(prediction)
+    for (stage, test), group in groups.items():
+        subjects = statistics.breakdown(group, by="subject")
+        calibration, rotations = statistics.calibration(group), statistics.rotations(group)
+        rows.append(
+            {
+                "stage": stage,
+                "test": test,
+                **_describe(subjects.micro),
+                "chance": subjects.chance,
+                "macro": subjects.macro,
+                "subjects": {name: asdict(part) for name, part in subjects.groups.items()},
+                "letters": asdict(statistics.letter_bias(group)),
+                "calibration": calibration and asdict(calibration),
+                "rotations": rotations and asdict(rotations),
+                **_score_formats(group),
+                "by_likelihood": count_by_likelihood(group),
+            }
+        )
+    return rows
+
+
+def is_by_likelihood(prediction: Prediction) -> bool:
+    """Whether the letter was taken by likelihood behind a text of the model's own that does not give this letter."""
+    if not prediction.probabilities or prediction.format_score is None or prediction.choice is None:
+        return False
+    letters = LETTERS[: prediction.options or len(prediction.probabilities)]
+    return find_written_letter(prediction.text, letters) != prediction.choice
+
+
+def count_by_likelihood(group: Sequence[Prediction]) -> dict[str, Any] | None:
+    """How often scoring `reason` took a letter that the text does not give, and accuracy where the format was kept.
+
+    `answers` were all taken by likelihood; the text of `unwritten` of them does not give the letter, and
+    `unwritten_correct` of these are right. `kept` answers have every field of the format, and `kept_accuracy` is the
+    share of right ones among them (None where there are none). None for other scorings.
+    """
+    reasoned = [p for p in group if p.probabilities and p.format_score is not None]
+    if not reasoned:
+        return None
+    unwritten = [p for p in reasoned if is_by_likelihood(p)]
+    kept = [p for p in reasoned if p.format_score == 1]
+    return {
+        "answers": len(reasoned),
+        "unwritten": len(unwritten),
+        "unwritten_correct": sum(p.correct for p in unwritten),
+        "kept": len(kept),
+        "kept_accuracy": fmean(p.correct for p in kept) if kept else None,
+    }
+
+
+def describe_saturation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each test of which all stages answer nearly every question."""
+    said = []
+    for test in dict.fromkeys(row["test"] for row in rows):
+        of_test = [row for row in rows if row["test"] == test]
+        if statistics.is_saturated([row["accuracy"] for row in of_test]):
+            said.append(
+                f"test {test} is saturated: all {len(of_test)} stages answer {statistics.SATURATED:.0%} or more of its "
+                f"{of_test[0]['n']:,} questions right, so it hardly tells them apart"
+            )
+    return said
+
+
+def _score_formats(group: Sequence[Prediction]) -> dict[str, float | None]:
+    if all(p.format_score is None for p in group):
+        return {"format_score": None, "total": None}
+    # A failed question has written nothing, so it has kept nothing of the format.
+    formats = [p.format_score or 0.0 for p in group]
+    totals = [score_total(kept, p.correct) for kept, p in zip(formats, group, strict=True)]
+    return {"format_score": fmean(formats), "total": fmean(totals)}
+
+
+def _summarise_tests(predictions: Sequence[Prediction], stage: str) -> dict[str, Any]:
+    tests = statistics.breakdown(predictions, by="test")
+    micro = {"micro": tests.micro.value, **_describe(tests.micro)}
+    del micro["accuracy"]
+    return {"stage": stage, "tests": list(tests.groups), **micro, "macro": tests.macro, "chance": tests.chance}
+
+
+def _describe(accuracy: statistics.Accuracy) -> dict[str, Any]:
+    return {
+        "accuracy": accuracy.value,
+        "interval": [accuracy.low, accuracy.high],
+        "n": accuracy.total,
+        "correct": accuracy.correct,
+        "unparsed": accuracy.unparsed,
+        "failed": accuracy.failed,
+    }
+
+
+def _compare(predictions: Sequence[Prediction], seed: int) -> list[dict[str, Any]]:
+    tests = list(dict.fromkeys(p.test for p in predictions))
+    pairs = [
+        {"test": test, **asdict(pair)}
+        for test in tests
+        for pair in statistics.compare_all([p for p in predictions if p.test == test], seed, RESAMPLES)
+    ]
+    for pair, p_holm in zip(pairs, statistics.holm([pair["p_value"] for pair in pairs]), strict=True):
+        pair["p_holm"] = p_holm
+    asked = {(p.stage, p.test) for p in predictions}
+    if len(tests) > 1 and len(asked) == len(tests) * len({stage for stage, _ in asked}):
+        pairs += [{"test": None, **asdict(pair)} for pair in statistics.compare_all(predictions, seed, RESAMPLES)]
+    return pairs

@@ -1,0 +1,67 @@
+"""The jinja environment of the pages, and how numbers are written in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medlora.reporting.report import is_by_likelihood
+
+
+def make_environment() -> Any:
+    """The templates of the pages, everything escaped, with the filters that write numbers."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["by_likelihood"] = is_by_likelihood
+    environment.filters |= {
+        "percent": format_percent,
+        "points": format_points,
+        "p": format_p,
+        "number": format_number,
+        "yaml": lambda value: yaml.safe_dump(value, allow_unicode=True, sort_keys=False, width=100),
+        "lang": lambda text: "ko" if any("가" <= letter <= "힣" for letter in text) else "en",
+        "clean": _clean,
+    }
+    return environment
+
+
+def format_percent(share: float | None, digits: int = 1) -> str:
+    """0.4523 -> "45.2"; None -> a dash."""
+    return "\N{EN DASH}" if share is None else f"{100 * share:.{digits}f}"
+
+
+def format_points(difference: float | None) -> str:
+    """A difference of shares in percentage points, with its sign: 0.093 -> "+9.3"."""
+    if difference is None:
+        return "\N{EN DASH}"
+    return f"{100 * difference:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0").replace("-", "\N{MINUS SIGN}")
+
+
+def format_p(p_value: float, named: str = "p") -> str:
+    """A p-value as journals print it: "p < 0.001", "p = 0.012", "p = 0.41"; with `named` empty, without the sign "="."""
+    sign, number = ("<", "0.001") if p_value < 0.001 else ("=", f"{p_value:.{3 if p_value < 0.095 else 2}f}")
+    words = [named, sign, number] if named else [number] if sign == "=" else [sign, number]
+    return "\N{NO-BREAK SPACE}".join(words)
+
+
+def format_number(value: Any) -> str:
+    """An int with separators, a float with up to two decimals, anything else as it is written."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}".rstrip("0").rstrip(".")
+
+
+def _clean(text: str) -> str:
+    """Text without control characters, which HTML cannot hold."""
+    return "".join(
+        c if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

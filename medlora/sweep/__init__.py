@@ -1,0 +1,1 @@
+"""A search over hyperparameters, without Ray: space, ledger, suggestions, results."""

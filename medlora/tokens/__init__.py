@@ -1,0 +1,1 @@
+"""Records -> token ids -> training rows, on arrays and Arrow files."""

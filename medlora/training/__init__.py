@@ -1,0 +1,1 @@
+"""One phase from rows to an adapter, with transformers.Trainer."""

@@ -1,0 +1,249 @@
+"""What watches a segment of a phase while it trains: its losses, its scores on dev, its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from medlora import events, pulse
+from medlora.config.phase import PhaseConfig
+from medlora.events import OnEvent
+from medlora.model.chain import save_adapter
+from medlora.runs import mirror
+from medlora.runs.files import append_json, read_json_lines, sync_files, write_bytes
+from medlora.runs.folders import PhaseFolder
+from medlora.runs.manifests import commit
+from medlora.training.divergence import StepWatch
+from medlora.training.segment import Segment
+
+log = logging.getLogger("medlora.training")
+
+
+validation_log = logging.getLogger("medlora.validation")
+
+
+class LossLoggingCallback(TrainerCallback):
+    """Writes loss, learning rate, gradient norm, tokens/s and peak memory every few steps; stops the run on a NaN."""
+
+    def __init__(self, watch: StepWatch, report: OnEvent) -> None:
+        self.watch, self.report = watch, report
+        self.folder, self.segment, self.phase, self.batch = watch.folder, watch.segment, watch.phase.name, watch.batch
+        self.since = time.monotonic()
+        self.last_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock where the run starts or goes on."""
+        self.since, self.last_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            self.report(events.training(self.phase, self.segment.name))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """One line in metrics.jsonl, one in the log, one report."""
+        if "loss" not in (logs or {}):
+            return
+        if not math.isfinite(logs["loss"]):
+            step, rate = state.global_step, logs["learning_rate"]
+            raise self.watch.fail(step, f"the loss is {logs['loss']}", self.last_step - 1, rate)
+        if not state.is_world_process_zero:
+            return
+        seen = self.segment.rows[self.last_step * self.batch : state.global_step * self.batch]
+        elapsed_s, norm = time.monotonic() - self.since, float(logs["grad_norm"])
+        row = {
+            "segment": self.segment.name,
+            "step": state.global_step,
+            "steps": self.segment.steps,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            # Infinite only where float16's scaler skipped the step; JSON has no word for it.
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens_per_s": round(sum(len(row.input_ids) for row in seen) / max(elapsed_s, 1e-9), 1),
+            "peak_memory_mib": _read_peak_memory_mib(),
+        }
+        self.since, self.last_step = time.monotonic(), state.global_step
+        append_json(self.folder.metrics, row)
+        self.report(events.step(self.phase, row))
+        log.info(
+            "%(segment)s step %(step)d/%(steps)d  loss %(loss).4f  lr %(learning_rate).2e  grad %(norm).3f  "
+            "%(tokens_per_s).0f tokens/s  peak %(peak_memory_mib).0f MiB",
+            row | {"norm": norm},
+        )
+
+
+class PulseCallback(TrainerCallback):
+    """Says after each forward pass and step that training moves, for whoever watches for stalls."""
+
+    def __init__(self, compiled: bool) -> None:
+        self.compiled = compiled
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The first step compiles the model where that is asked for."""
+        what = "compiles the model in" if self.compiled else "is in"
+        pulse.begin(f"{what} step {state.global_step + 1} of {state.max_steps}", slow=self.compiled)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One forward pass of several."""
+        pulse.beat()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What follows a step: others note what they do."""
+        pulse.begin(f"is in step {min(state.global_step + 1, state.max_steps)} of {state.max_steps}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is there."""
+        self.on_step_end(args, state, control)
+
+
+def _read_peak_memory_mib() -> float:
+    """Most memory this process has held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+
+
+class MCQValidationCallback(TrainerCallback):
+    """Scores the dev sample every N steps, at each epoch's end and at the last step; keeps the best adapter if asked."""
+
+    def __init__(
+        self,
+        folder: PhaseFolder,
+        segment: Segment,
+        phase: PhaseConfig,
+        adapter: str,
+        logging_callback: LossLoggingCallback,
+        report: OnEvent,
+    ) -> None:
+        self.folder, self.segment, self.phase, self.adapter, self.report = folder, segment, phase, adapter, report
+        self.logging_callback = logging_callback
+        self.stopped_early = False
+        self.seconds = 0.0
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """Validate where it is due; every worker takes rank 0's word on stopping."""
+        config, step = self.phase.validation, state.global_step
+        assert config is not None
+        every = config.every_steps
+        due = step == self.segment.steps or step % self.segment.epoch_steps == 0 or (every and step % every == 0)
+        if not due:
+            return
+        started = time.monotonic()
+        pulse.begin(f"scores dev after step {step}")
+        try:
+            score = self._validate(model, step) if state.is_world_process_zero else 0.0
+        except FloatingPointError as error:  # a validation may see it before the loss is logged
+            rate = lr_scheduler.get_last_lr()[0]
+            raise self.logging_callback.watch.fail(step, str(error), step - 1, rate) from error
+        if self.segment.stop_at_format_score is not None:
+            decision = [score >= self.segment.stop_at_format_score]
+            if args.world_size > 1:
+                dist.broadcast_object_list(decision, src=0)
+            if decision[0]:
+                self.stopped_early = True
+                control.should_training_stop = control.should_save = True
+        pulse.begin(f"has scored dev after step {step}")
+        self.seconds += time.monotonic() - started
+        self.logging_callback.since += time.monotonic() - started
+
+    def _validate(self, model: Any, step: int) -> float:
+        assert self.segment.validate is not None and self.phase.validation is not None
+        model = getattr(model, "module", model)  # DistributedDataParallel wraps it
+        began = time.monotonic()
+        scores = self.segment.validate(model)
+        best = max(
+            (
+                row["score"]
+                for row in read_json_lines(self.folder.validation, keys=("segment", "score"))
+                if row["segment"] == self.segment.name
+            ),
+            default=-math.inf,
+        )
+        row = {"segment": self.segment.name, "step": step, **scores}
+        if self.phase.validation.keep_best and scores["score"] > best:
+            row["best"] = True
+            save_adapter(model, self.adapter, self.folder.best)
+        append_json(self.folder.validation, row)
+        self.report(events.validation(self.phase.name, row, round(time.monotonic() - began, 3)))
+        validation_log.info(
+            "%s step %d  %s",
+            self.segment.name,
+            step,
+            "  ".join(f"{name} {value:.4f}" for name, value in scores.items()),
+        )
+        return scores.get("format_score", 0.0)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Seals each checkpoint with a manifest once every worker has written its part, and takes it to the run's store."""
+
+    def __init__(self, folder: PhaseFolder) -> None:
+        self.folder = folder
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if args.world_size > 1:
+            _gather_random_states(checkpoint, args)
+        if state.is_world_process_zero:
+            # A checkpoint stands for its lines and the best adapter up to its step, too: they are not written again.
+            sync_files(self.folder.metrics, self.folder.validation, self.folder.best)
+            commit(checkpoint, {"step": state.global_step})
+            mirror.push(self.folder.root)
+
+
+class Leaving(Exception):
+    """The node is about to be taken away and a checkpoint has been made: the phase goes on from it elsewhere."""
+
+
+class LeaveCallback(TrainerCallback):
+    """Where `is_leaving` says that the node is about to be taken away: a checkpoint after this step, then Leaving.
+
+    Where several workers train, one whose node or process is about to end is enough.
+    """
+
+    def __init__(self, is_leaving: Callable[[], bool], steps: int) -> None:
+        self.is_leaving, self.steps = is_leaving, steps
+        self.noticed = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint, unless the last step is done and nothing is left to lose."""
+        if state.global_step == self.steps:
+            return
+        decisions = [self.is_leaving()] * args.world_size
+        if args.world_size > 1:
+            dist.all_gather_object(decisions, decisions[0])
+        if any(decisions):
+            self.noticed = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After CheckpointCallback, which has sealed the checkpoint."""
+        if self.noticed:
+            log.warning("leaves its node after step %d, with a checkpoint", state.global_step)
+            raise Leaving
+
+
+def _gather_random_states(checkpoint: Path, args: TrainingArguments) -> None:
+    """Bring what each worker wrote on its own machine to rank 0; also a barrier."""
+    own = checkpoint / f"rng_state_{args.process_index}.pth"
+    written: list[Any] = [None] * args.world_size
+    dist.all_gather_object(written, (own.name, own.read_bytes()))
+    for name, content in written if args.process_index == 0 else ():
+        if not (checkpoint / name).is_file():
+            write_bytes(checkpoint / name, content)

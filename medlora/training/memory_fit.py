@@ -1,0 +1,160 @@
+"""A segment of a phase in the memory that there is: tried before the first step, halved where it runs out all the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from medlora import events
+from medlora.config.phase import PhaseConfig
+from medlora.errors import InputError
+from medlora.events import OnEvent
+from medlora.kernels.memory import clear_memory, describe_device
+from medlora.kernels.modes import keeping_modes
+from medlora.kernels.supervised_head import SupervisedHead
+from medlora.runs.folders import PhaseFolder
+from medlora.tokens.rows import Row
+from medlora.training.segment import Segment
+from medlora.training.trainer import recompute_activations, train
+
+log = logging.getLogger("medlora.phase")
+
+
+_SHARE = 0.85
+"""Of the free memory that a step may take: the dry run does not see everything."""
+
+
+def train_in_memory(
+    model: Any,
+    segment: Segment,
+    phase: PhaseConfig,
+    collator: Any,
+    folder: PhaseFolder,
+    seed: int,
+    report: OnEvent,
+    is_leaving: Callable[[], bool] | None = None,
+) -> tuple[dict[str, Any], PhaseConfig]:
+    """Train a segment; where memory runs out, go on from the last checkpoint with smaller forward passes.
+
+    The global batch stays what it was, so the result does, within float error. Returns the segment's figures and the phase as it then
+    was trained; raises InputError when not even one sequence fits, or several workers would have to agree.
+    """
+
+    def say(text: str, level: int = logging.WARNING) -> None:
+        log.log(level, text)
+        report(events.note(phase.name, text))
+
+    if segment.longest and not dist.is_initialized():
+        phase = fit_batch(model, segment.longest, phase, collator, say)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    while True:
+        try:
+            return train(model, phase.name, segment, phase, collator, folder, seed, report, is_leaving), phase
+        except torch.OutOfMemoryError as error:
+            smaller = shrink(phase)
+            if smaller is None or dist.is_initialized():
+                raise InputError(
+                    f"phases.{phase.name}: out of memory with batch_size {phase.batch_size}; lower batch_size (and raise "
+                    "accumulation) or max_tokens, set gradient_checkpointing: true, or take base.quantization: nf4"
+                ) from error
+        # Outside of `except`: the traceback holds the tensors that did not fit.
+        say(f"out of memory: {_describe_change(phase, smaller)}")
+        phase = smaller
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in start:
+                    parameter.copy_(start[name])
+        clear_memory()
+
+
+def _describe_change(phase: PhaseConfig, smaller: PhaseConfig) -> str:
+    if smaller.batch_size == phase.batch_size:
+        return "activations are computed again in the backward pass (gradient_checkpointing), a third more time"
+    return (
+        f"batch_size {phase.batch_size} becomes {smaller.batch_size}, accumulation {phase.accumulation} becomes "
+        f"{smaller.accumulation}; the global batch stays"
+    )
+
+
+def shrink(phase: PhaseConfig) -> PhaseConfig | None:
+    """The phase with at most half the sequences a forward pass and the same global batch; where it has one, with recomputed
+    activations if the config leaves that to us; None when nothing is left to save."""
+    total = phase.batch_size * phase.accumulation
+    sizes = [size for size in range(1, phase.batch_size // 2 + 1) if total % size == 0]
+    if sizes:
+        return phase.model_copy(update={"batch_size": sizes[-1], "accumulation": total // sizes[-1]})
+    if phase.gradient_checkpointing == "auto":
+        return phase.model_copy(update={"gradient_checkpointing": True})
+    return None
+
+
+def fit_batch(
+    model: Any, longest: Sequence[Row], phase: PhaseConfig, collator: Any, say: Callable[..., None]
+) -> PhaseConfig:
+    """The phase as it fits, by a dry run of its longest rows, one and then two at a time, before the first step.
+
+    A forward pass takes a fixed part and one that grows with its rows. Where `batch_size` does not fit, it is lowered; where
+    more would, that is said, since fewer and larger passes use a GPU better. The global batch stays.
+    """
+    try:
+        one = measure_step(model, longest[:1], phase, collator)
+        two = measure_step(model, longest[:2], phase, collator) if len(longest) > 1 else 2 * one
+    except torch.OutOfMemoryError:
+        one = 0
+    if not one:
+        model.zero_grad(set_to_none=True)
+        clear_memory()
+        return phase  # what training does then is what it does whenever memory runs out
+    free = describe_device(model.device).free_bytes
+    row = max(two - one, 1)
+    fixed = max(one - row, 0)
+    most = max(int((_SHARE * free - fixed) / row), 1)
+    total = phase.batch_size * phase.accumulation
+    fits = max(size for size in range(1, min(most, total) + 1) if total % size == 0)
+    bytes_needed = fixed + row * phase.batch_size
+    amount = f"{bytes_needed / 2**30:.1f} GiB" if bytes_needed >= 2**30 else f"{bytes_needed / 2**20:.0f} MiB"
+    needs = f"{amount} of {free / 2**30:.1f} GiB free"
+    if fits < phase.batch_size:
+        smaller = phase.model_copy(update={"batch_size": fits, "accumulation": total // fits})
+        say(f"a forward pass of {phase.batch_size} rows would take {needs}: {_describe_change(phase, smaller)}")
+        return smaller
+    more = f"; batch_size {fits}, accumulation {total // fits} would fit, too" if fits > phase.batch_size else ""
+    say(f"a forward pass of {phase.batch_size} of the longest rows takes {needs}{more}", logging.INFO)
+    return phase
+
+
+def measure_step(model: Any, rows: Sequence[Row], phase: PhaseConfig, collator: Any) -> int:
+    """Bytes that a forward and backward pass over `rows` takes beside the model: at its peak on CUDA, of all that is saved
+    for the backward pass on CPU. Leaves weights, gradients and random numbers as they were."""
+    device, head = torch.device(model.device), SupervisedHead(model)
+    cuda = device.type == "cuda"
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
+    labels, supervised = batch.pop("labels"), batch.pop("supervised")
+    saved: dict[int, int] = {}
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with keeping_modes(model), torch.random.fork_rng(devices=[device] if cuda else []):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        with (
+            recompute_activations(model.train(), phase.gradient_checkpointing is True),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast(device.type, model.dtype, enabled=cuda and model.dtype != torch.float32),
+            head.at(supervised),
+        ):
+            loss = head.compute_loss(model(**batch, use_cache=False), labels)
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated(device) - before if cuda else sum(saved.values())

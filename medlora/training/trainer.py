@@ -1,0 +1,283 @@
+"""One segment of a phase's optimisation on one worker: transformers.Trainer and our callbacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from medlora import events, pulse
+from medlora.config.phase import PhaseConfig
+from medlora.events import OnEvent
+from medlora.kernels.supervised_head import SupervisedHead
+from medlora.model.adapter_files import find_non_finite
+from medlora.model.chain import load_adapter_weights, save_adapter
+from medlora.runs.files import read_json_lines, truncate_json_lines
+from medlora.runs.folders import PhaseFolder
+from medlora.runs.manifests import check_files, read_manifest
+from medlora.training.batches import Collator, FlatCollator
+from medlora.training.callbacks import (
+    CheckpointCallback,
+    LeaveCallback,
+    LossLoggingCallback,
+    MCQValidationCallback,
+    PulseCallback,
+)
+from medlora.training.divergence import StepWatch, check_checkpoint, forget_divergence, read_divergence
+from medlora.training.segment import Segment
+
+log = logging.getLogger("medlora.training")
+
+
+_SCHEDULES: dict[str, SchedulerType] = {
+    "constant": SchedulerType.CONSTANT_WITH_WARMUP,
+    "linear": SchedulerType.LINEAR,
+    "cosine": SchedulerType.COSINE,
+    "wsd": SchedulerType.WARMUP_STABLE_DECAY,
+}
+
+
+class _AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints hold the trained adapter alone instead of every adapter of the chain."""
+
+    def __init__(self, adapter: str, model: Any, watch: StepWatch, **arguments: Any) -> None:
+        self.adapter, self.watch, self.head = adapter, watch, SupervisedHead(model)
+        super().__init__(model=model, compute_loss_func=self.head.compute_loss, **arguments)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        """As Trainer's, with the head at supervised positions alone."""
+        with self.head.at(inputs.pop("supervised")):
+            return super().compute_loss(model, inputs, *arguments, **options)
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """As Trainer's; the loss is kept for the check of the step."""
+        loss = super().training_step(*arguments, **options)
+        self.watch.add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As Trainer's, which asks for it right before the optimizer's step; raises Diverged."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None
+        self.watch.check(self.state.global_step + 1, grad_norm, self._get_learning_rate(), scaled)
+        return grad_norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, rate = self.state.global_step, self._get_learning_rate()
+        pulse.begin(f"writes the checkpoint of step {step}")
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        # Every worker looks, so that none waits for one that has stopped; rank 0's writing looks once more.
+        if self.args.world_size > 1 and (bad := find_non_finite(trained)):
+            raise self.watch.fail(step, f"{bad[0]} is not finite behind the step", step - 1, rate)
+        try:
+            super()._save_checkpoint(model, trial)
+        except FloatingPointError as error:
+            raise self.watch.fail(step, f"behind the step {error}", step - 1, rate) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            save_adapter(
+                self.accelerator.unwrap_model(self.model), self.adapter, Path(output_dir or str(self.args.output_dir))
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_weights(
+            self.accelerator.unwrap_model(model or self.model), self.adapter, Path(resume_from_checkpoint)
+        )
+
+
+def find_checkpoint(folder: Path, newest: int | None = None, warn: Callable[[str], None] = log.warning) -> Path | None:
+    """The newest checkpoint, of step `newest` at most, that may be resumed from; None when there is no such one.
+
+    Its manifest is there, every hash is right, and no weight or logged loss in it is NaN or infinite.
+    """
+    for checkpoint in sorted(
+        folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
+    ):
+        if newest is not None and int(checkpoint.name.rpartition("-")[2]) > newest:
+            continue
+        manifest = read_manifest(checkpoint)
+        wrong = check_files(checkpoint, manifest) if manifest else "no manifest"
+        if wrong:
+            warn(f"checkpoint {checkpoint.name} is not whole ({wrong}); an earlier one is used")
+        elif poison := check_checkpoint(checkpoint):
+            warn(f"checkpoint {checkpoint.name} is not used, since {poison}; an earlier one is used")
+        else:
+            return checkpoint
+    return None
+
+
+def train(
+    model: Any,
+    adapter: str,
+    segment: Segment,
+    phase: PhaseConfig,
+    collator: Collator | FlatCollator,
+    folder: PhaseFolder,
+    seed: int,
+    report: OnEvent,
+    is_leaving: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Train the adapter through a segment, from its last whole checkpoint where there is one.
+
+    Returns plain figures: steps done, mean loss, seconds, whether it stopped early. The weights are left in the model.
+    Raises Leaving, after a checkpoint, where `is_leaving` says so; Diverged where a loss or gradient is not finite.
+    """
+
+    def warn(text: str) -> None:
+        log.warning(text)
+        report(events.note(phase.name, text))
+
+    output = folder.checkpoints / segment.name
+    diverged = read_divergence(folder, segment.name)
+    if diverged:
+        warn(
+            f"step {diverged['step']} diverged before ({diverged['what']}): no checkpoint of a step after "
+            f"{diverged['usable']} is resumed from"
+        )
+    checkpoint = find_checkpoint(output, diverged["usable"] if diverged else None, warn)
+    resumed_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    ended_early = _stopped_early(checkpoint)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > 1:
+        dist.barrier()  # nobody tidies up before everybody has found the same checkpoint
+    main = world == 1 or dist.get_rank() == 0
+    if main:
+        _forget_after(folder, segment.name, output, resumed_step)
+        forget_divergence(folder)
+    if checkpoint:
+        report(events.note(phase.name, f"goes on from step {resumed_step} of {segment.steps}"))
+        log.info("%s goes on from step %d of %d", segment.name, resumed_step, segment.steps)
+
+    cuda = model.device.type == "cuda"
+    optimizer = phase.optimizer if phase.optimizer != "auto" else "paged_adamw_8bit" if cuda else "adamw_torch"
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=segment.steps,
+        per_device_train_batch_size=phase.batch_size,
+        gradient_accumulation_steps=phase.accumulation,
+        learning_rate=phase.learning_rate,
+        lr_scheduler_type=_SCHEDULES[phase.schedule],
+        lr_scheduler_kwargs=_get_schedule_options(phase, segment.steps),
+        warmup_steps=round(phase.warmup_ratio * segment.steps),
+        weight_decay=phase.weight_decay,
+        max_grad_norm=phase.max_grad_norm,
+        optim=optimizer,
+        bf16=cuda and model.dtype == torch.bfloat16,
+        fp16=cuda and model.dtype == torch.float16,
+        logging_steps=phase.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=phase.checkpoint_every_steps,
+        save_total_limit=2,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        use_cpu=not cuda,
+        ddp_backend="gloo" if world > 1 and not cuda else None,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        torch_compile=phase.compile,
+        disable_tqdm=True,
+        log_level="error",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; Ray gives each worker its own
+    batch = phase.batch_size * phase.accumulation * world
+    watch = StepWatch(phase, segment, folder, batch, model.dtype)
+    logging_callback = LossLoggingCallback(watch, report)
+    callbacks: list[TrainerCallback] = [PulseCallback(phase.compile), logging_callback, CheckpointCallback(folder)]
+    validation_callback = None
+    if segment.validate is not None and phase.validation is not None:
+        validation_callback = MCQValidationCallback(folder, segment, phase, adapter, logging_callback, report)
+        callbacks.append(validation_callback)
+    if is_leaving is not None:
+        callbacks.append(LeaveCallback(is_leaving, segment.steps))
+    trainer = _AdapterTrainer(
+        adapter,
+        model=model,
+        watch=watch,
+        args=arguments,
+        train_dataset=segment.rows,
+        data_collator=collator,
+        callbacks=callbacks,
+    )
+    # The default printer writes dicts to stdout; our callback has said it better.
+    trainer.callback_handler.callbacks = [
+        c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
+    ]
+    started = time.monotonic()
+    if checkpoint and (ended_early or resumed_step >= segment.steps):
+        load_adapter_weights(model, adapter, checkpoint)
+    else:
+        with recompute_activations(model, phase.gradient_checkpointing is True):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    logged = [
+        row for row in read_json_lines(folder.metrics, keys=("segment", "loss")) if row["segment"] == segment.name
+    ]
+    return {
+        "segment": segment.name,
+        "steps": max(trainer.state.global_step, resumed_step),
+        "planned_steps": segment.steps,
+        "stopped_early": ended_early or bool(validation_callback and validation_callback.stopped_early),
+        "last_loss": logged[-1]["loss"] if logged else None,
+        "train_s": round(time.monotonic() - started, 2),
+        "validation_s": round(validation_callback.seconds, 2) if validation_callback else 0.0,
+        "resumed_from_step": resumed_step or None,
+        "optimizer": optimizer,
+    }
+
+
+@contextmanager
+def recompute_activations(model: Any, wanted: bool) -> Iterator[None]:
+    """While inside, activations are computed again in the backward pass instead of kept, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    # transformers 5.23 renamed both and warns of the old names, which 5.17 alone has.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        disable()
+
+
+def _get_schedule_options(phase: PhaseConfig, steps: int) -> dict[str, Any]:
+    if phase.schedule != "wsd":
+        return {}
+    return {"num_decay_steps": round(phase.decay_ratio * steps), "decay_type": "linear"}
+
+
+def _stopped_early(checkpoint: Path | None) -> bool:
+    """Whether the checkpoint is the last of a segment that ended before its step budget."""
+    if checkpoint is None:
+        return False
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    control = state["stateful_callbacks"].get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
+def _forget_after(folder: PhaseFolder, segment: str, output: Path, step: int) -> None:
+    """Drop what was written after the step from which the segment goes on: it will be written again."""
+    for path in (folder.metrics, folder.validation):
+        truncate_json_lines(
+            path, lambda row: row["segment"] != segment or row["step"] <= step, keys=("segment", "step")
+        )
+    for checkpoint in output.glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
