@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         log_to((logging.getLogger("medlora.run"), out.log)),
         Display() as display,
     ):
-        refuse_other(out.root, plan.fingerprint)
-        report = find_report(out.root, plan.fingerprint)
+        refuse_other(out.root, plan.task.fingerprint)
+        report = find_report(out.root, plan.task.fingerprint)
         worked = report is None
         if report is None:
-            endings.describe_progress(lambda: describe_progress(out.root, list(plan.stages)), out.log)
+            endings.describe_progress(lambda: describe_progress(out.root, list(plan.task.stages)), out.log)
             from medlora.drivers.evaluation import run_evaluation
 
             report = run_evaluation(config, plan, out, display.show)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from medlora.config.loading.files import explain
 from medlora.config.model import BaseModelConfig
+from medlora.config.placement import find_cache_folder
 from medlora.config.sources import Columns, TrainSource
 from medlora.data.rows.schemas import EXAMS, SCHEMAS
 from medlora.data.sources import Scan, scan, stream
@@ -91,7 +92,7 @@ def _load_tokenizer(model: str) -> Any:
 
     base = BaseModelConfig(model=model)
     find_base(base)
-    return load_tokenizer(locate_base(base, str(Path("~/.cache/medlora").expanduser()), 0))
+    return load_tokenizer(locate_base(base, str(find_cache_folder()), 0))
 
 
 def _print_schemas(console: Console) -> None:

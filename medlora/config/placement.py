@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -78,3 +79,13 @@ class Storage(Section):
     Endpoint and credentials of a store come from the environment."""
     cache: str | None = None
     """Where a miniature base, tokens and working copies of runs in a store are kept; unset = `~/.cache/medlora`."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder that `cache` names, or the default one."""
+        return find_cache_folder(self.cache)
+
+
+def find_cache_folder(cache: str | None = None) -> Path:
+    """Where a miniature base, tokens and working copies are cached: the folder that a config names, or the default."""
+    return Path(cache or "~/.cache/medlora").expanduser().absolute()

@@ -67,7 +67,7 @@ def make_job(
     job = PhaseJob(
         run=config.name,
         base=config.base.model_copy(update={"extra_tokens": read_extra_tokens(config.base)}),
-        cache=str(Path(config.storage.cache or "~/.cache/medlora").expanduser()),
+        cache=str(config.storage.cache_folder),
         lora=lora,
         phase=phase,
         replayed=replayed,

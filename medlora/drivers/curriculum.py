@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medlora import events
 from medlora.config.phase import PhaseConfig
@@ -14,19 +14,23 @@ from medlora.config.placement import ActorPlacement
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link, extend_chain, start_chain
 from medlora.curriculum.jobs import find_obstacle, make_job, refuse
-from medlora.data.card import check_data, describe_findings, describe_overlap, read_card
-from medlora.data.quarantine import check_rows, describe_quarantine
+from medlora.data.card import describe_overlap, read_card
+from medlora.data.quarantine import describe_quarantine
+from medlora.drivers.steps import connect_and_report, look_through_data, train_and_report
 from medlora.errors import InputError
-from medlora.evaluation.ledger import FINGERPRINT, find_report
-from medlora.evaluation.plan import describe_evaluation, describe_other_task
-from medlora.evaluation.questions import Asked, read_asked
-from medlora.evaluation.stages import Stages
+from medlora.evaluation.ledger import find_report
+from medlora.evaluation.plan import EvaluationTask
+from medlora.evaluation.questions import read_asked
+from medlora.evaluation.stages import Stages, describe_other_task
 from medlora.events import OnEvent
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
 from medlora.runs.files import read_mapping, remove, set_aside, sweep_temporary, write_sealed, write_yaml
 from medlora.runs.folders import RunFolder, find_finished
-from medlora.runs.manifests import MANIFEST, find_differences
+
+if TYPE_CHECKING:
+    from medlora.drivers.early_scoring import EarlyScoring
+    from medlora.on_ray.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -88,22 +92,12 @@ def run_curriculum(config: RunConfig, run: RunFolder, redo: str | None, on_event
 def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent) -> Begun:
     """Look at everything that can be wrong with a run before Ray is touched; raises InputError."""
     _mark_run(config, run)
-    check_rows(config, run.quarantine)
     check_run(config, run, redo)
-    known = read_card(run.data)
-
-    def tell(text: str) -> None:
-        on_event(events.note("data", text))
-
-    card = check_data(config, known, tell)
+    card = look_through_data(config, run, on_event)
     _describe_run(config, run)
     write_sealed(run.data, card)
-    for text in describe_findings(card) if card != known else ():
-        tell(text)
-    if redo is not None:
-        run_phase_folder = run.phase(redo).root
-        if (moved := set_aside(run_phase_folder)) is not None:
-            on_event(events.note(redo, f"the old phase is kept in {mirror.name_place(moved)}"))
+    if redo is not None and (moved := set_aside(run.phase(redo).root)) is not None:
+        on_event(events.note(redo, f"the old phase is kept in {mirror.name_place(moved)}"))
     mirror.push(run.root)
     done: dict[str, dict[str, Any]] = {}
     chain = start_chain(config)
@@ -119,17 +113,11 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
 
 
 @contextmanager
-def connect_for(begun: Sequence[Begun]) -> Iterator[Any]:
+def connect_for(begun: Sequence[Begun]) -> Iterator[Cluster]:
     """The cluster, when it can hold all that the runs have left; raises InputError for what it never can."""
-    from medlora.on_ray.cluster import connect
     from medlora.on_ray.placement import check_placement, count_gpus
 
-    started = time.monotonic()
-    with connect() as cluster:
-        seconds = time.monotonic() - started
-        event = events.cluster_found(str(cluster), cluster.started_here, seconds)
-        for each in begun:
-            each.on_event(event)
+    with connect_and_report([each.on_event for each in begun]) as cluster:
         for each in begun:
             for phase in each.left:
                 key = f"phases.{phase.name}.placement" if phase.placement else "placement"
@@ -155,60 +143,54 @@ def find_evaluation_placement(config: RunConfig) -> tuple[ActorPlacement, str]:
     return placement, "evaluation.placement" if own else "placement"
 
 
-def go_on(begun: Begun, cluster: Any) -> Outcome:
+def go_on(begun: Begun, cluster: Cluster) -> Outcome:
     """Train the phases that are left and score every stage."""
-    from medlora.on_ray.train_phase import train_on_ray
-
     config, run, on_event = begun.config, begun.run, begun.on_event
     done, chain, stages = begun.done, begun.chain, begun.stages
     with _scoring_early(begun, cluster) as early:
         for stage, links in stages.items() if early else ():
             early.add(stage, links)
         for phase in begun.left:
-            began = time.monotonic()
             if manifest := _find_finished(config, run, phase, chain, done, begun.redo):
                 on_event(events.reused(phase.name))
             else:
                 placement = phase.placement or config.placement
-                manifest = train_on_ray(make_job(config, phase, chain), run, placement, cluster, on_event, early)
-                seconds = manifest["seconds"]["all"]
-                around_s = time.monotonic() - began - seconds
-                on_event(events.finished(phase.name, seconds, around_s))
+                manifest = train_and_report(make_job(config, phase, chain), run, placement, cluster, on_event, early)
             done[phase.name] = manifest
             chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
             if early and phase != begun.left[-1]:
                 early.add(phase.name, chain)
-    report = _find_report(config, run, stages) or _evaluate(config, run, stages, done, cluster, on_event)
+    report = _find_report(config, run, stages) or _evaluate(begun, cluster)
     remove(run.scoring)
     return Outcome(done, report, worked=True)
 
 
 @contextmanager
-def _scoring_early(begun: Begun, cluster: Any) -> Iterator[Any]:
+def _scoring_early(begun: Begun, cluster: Cluster) -> Iterator[EarlyScoring | None]:
     """What scores stages while phases train, where the config and the cluster are for it; None elsewhere."""
     from medlora.on_ray.placement import count_gpus
 
-    config, run, evaluation = begun.config, begun.run, begun.config.evaluation
+    config, evaluation = begun.config, begun.config.evaluation
     placement, _ = find_evaluation_placement(config)
     wanted = evaluation is not None and evaluation.beside_training
-    if evaluation is None or not wanted or not begun.left or (wanted == "auto" and not count_gpus(placement, cluster)):
+    task = _make_task(config, {}) if wanted and begun.left else None
+    if task is None or (wanted == "auto" and not count_gpus(placement, cluster)):
         yield None
         return
     from medlora.drivers.early_scoring import EarlyScoring
-    from medlora.on_ray.answer_questions import make_builder
+    from medlora.on_ray.answer_questions import Actors
 
-    asked = read_asked(evaluation, config.seed, config.data.max_bad_fraction)
-    job = make_job(config, config.phases[-1], ())
-
-    def describe(stage: str, chain: Sequence[Link]) -> dict[str, Any]:
-        return describe_evaluation(config.base, config.seed, evaluation, {stage: chain}, asked)
-
-    def build(stage: str, chain: Sequence[Link], there: ActorPlacement) -> Any:
-        return make_builder(config.base, job.cache, job.seed, {stage: chain}, evaluation, asked, there, cluster)
-
-    early = EarlyScoring(run.scoring, evaluation, asked, describe, build, placement, cluster, begun.on_event, run.log)
-    with early.going_on():
+    early = EarlyScoring(begun.run.scoring, task, Actors(placement, cluster, begun.on_event, begun.run.log))
+    with early.running():
         yield early
+
+
+def _make_task(config: RunConfig, stages: Stages) -> EvaluationTask | None:
+    """What is scored of these stages; None where the config has no evaluation."""
+    if config.evaluation is None:
+        return None
+    asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
+    return EvaluationTask(config.base, config.seed, str(config.storage.cache_folder), stages, config.evaluation, asked)
 
 
 def _find_finished(
@@ -241,7 +223,7 @@ def _comes_after(config: RunConfig, phase: PhaseConfig, name: str) -> bool:
 
 
 def _mark_run(config: RunConfig, run: RunFolder) -> None:
-    """The mark comes before every other file: a folder whose driver was killed at once is known as ours."""
+    """Write the mark before every other file: a folder whose driver was killed at once is known as ours."""
     if read_mapping(run.about) is None:
         write_sealed(run.about, {"name": config.name, "created": time.strftime("%Y-%m-%d %H:%M:%S%z")})
     sweep_temporary(run.root, deep=False)
@@ -253,75 +235,37 @@ def _describe_run(config: RunConfig, run: RunFolder) -> None:
     write_sealed(run.about, {**about, "seed": config.seed, "versions": get_versions(), "git_commit": get_git_commit()})
 
 
-def _describe_evaluation(config: RunConfig, stages: Stages) -> tuple[dict[str, Any], Asked] | tuple[None, None]:
-    if config.evaluation is None:
-        return None, None
-    asked = read_asked(config.evaluation, config.seed, config.data.max_bad_fraction)
-    return describe_evaluation(config.base, config.seed, config.evaluation, stages, asked), asked
-
-
 def _find_report(config: RunConfig, run: RunFolder, stages: Stages) -> dict[str, Any] | None:
-    """The report that still stands; an outdated one is set aside by the next evaluation."""
-    fingerprint, _ = _describe_evaluation(config, stages)
-    return find_report(run.evaluation, fingerprint) if fingerprint else None
+    """The report that is still valid; an outdated one is set aside by the next evaluation."""
+    task = _make_task(config, stages)
+    return find_report(run.evaluation, task.fingerprint) if task else None
 
 
-def _evaluate(
-    config: RunConfig,
-    run: RunFolder,
-    stages: Stages,
-    done: Mapping[str, dict[str, Any]],
-    cluster: Any,
-    on_event: OnEvent,
-) -> dict[str, Any] | None:
+def _evaluate(begun: Begun, cluster: Cluster) -> dict[str, Any] | None:
+    """Score all stages in one pass, but for what was answered early; None where the config has no evaluation."""
     from medlora.drivers.early_scoring import take_over
-    from medlora.drivers.evaluation import score_stages
-    from medlora.on_ray.answer_questions import make_builder
+    from medlora.drivers.evaluation import score_afresh
+    from medlora.on_ray.answer_questions import Actors
 
-    fingerprint, asked = _describe_evaluation(config, stages)
-    if config.evaluation is None or fingerprint is None or asked is None:
+    config, run, stages = begun.config, begun.run, begun.stages
+    task = _make_task(config, stages)
+    if task is None:
         return None
-    placement, _ = find_evaluation_placement(config)
-    if (
-        find_differences(read_mapping(run.evaluation / FINGERPRINT), fingerprint)
-        or (run.evaluation / MANIFEST).exists()
-    ):
-        set_aside(run.evaluation)
-    questions = sum(map(len, asked.tests.values()))
-    alone = {
-        name: describe_evaluation(config.base, config.seed, config.evaluation, {name: chain}, asked)
-        for name, chain in stages.items()
-    }
+    alone = {name: task.select(name, chain).fingerprint for name, chain in stages.items()}
     known = take_over(run.scoring, alone)
-    device = f"{len(stages)} stages x {questions} questions" + (f", {len(known)} answers are there" if known else "")
-    on_event(events.phase_started("evaluation", device))
-    job = make_job(config, config.phases[-1], ())
-    build = make_builder(config.base, job.cache, job.seed, stages, config.evaluation, asked, placement, cluster)
+    label = f"{len(stages)} stages x {task.asked.count} questions" + (
+        f", {len(known)} answers are there" if known else ""
+    )
     about = {
         "name": config.name,
         "config": config.model_dump(mode="json"),
         "notes": [
-            *describe_other_task(stages, config.evaluation),
+            *describe_other_task(stages, task.config),
             *describe_overlap(read_card(run.data) or {}),
-            *describe_quarantine(config.evaluation),
+            *describe_quarantine(task.config),
         ],
-        "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in done.items()},
+        "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in begun.done.items()},
     }
-    began = time.monotonic()
-    report = score_stages(
-        run.evaluation,
-        fingerprint,
-        stages,
-        asked.tests,
-        config.evaluation,
-        build,
-        placement,
-        cluster,
-        on_event,
-        run.log,
-        about,
-        config.seed,
-        known,
-    )
-    on_event(events.finished("evaluation", time.monotonic() - began))
-    return report
+    placement, _ = find_evaluation_placement(config)
+    actors = Actors(placement, cluster, begun.on_event, run.log)
+    return score_afresh(task, run.evaluation, actors, about, label, known)

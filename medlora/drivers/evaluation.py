@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medlora import events, prompts
-from medlora.config.evaluation import EvaluateConfig, EvaluationConfig
-from medlora.config.placement import ActorPlacement
+from medlora.config.evaluation import EvaluateConfig
 from medlora.data.quarantine import write_quarantine
 from medlora.evaluation.ledger import (
     FINGERPRINT,
@@ -25,48 +24,58 @@ from medlora.evaluation.ledger import (
     read_ledger,
     sort_predictions,
 )
-from medlora.evaluation.plan import EvaluationPlan
+from medlora.evaluation.plan import EvaluationPlan, EvaluationTask
 from medlora.evaluation.predictions import Prediction, sum_seconds, write_predictions, write_seconds
-from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
-from medlora.on_ray.answer_questions import AnswersQuestions, answer_on_ray, make_builder
-from medlora.on_ray.cluster import Cluster, connect
+from medlora.on_ray.answer_questions import Actors, Build, answer_on_ray, make_builder
+from medlora.on_ray.cluster import connect
 from medlora.on_ray.placement import check_placement
-from medlora.records import McqRecord
 from medlora.reporting.page import write_page
 from medlora.reporting.report import build_report
 from medlora.runs import mirror
 from medlora.runs.environment import get_versions
-from medlora.runs.files import append_json, truncate_json_lines, write_json, write_sealed
+from medlora.runs.files import append_json, read_mapping, set_aside, truncate_json_lines, write_json, write_sealed
 from medlora.runs.folders import RunFolder
-from medlora.runs.manifests import commit
+from medlora.runs.manifests import MANIFEST, commit, find_differences
 
-_PUSH_EVERY_S = 10.0
-"""How often the ledger goes to a run's store: what a driver lost since then is asked again."""
+
+def score_afresh(
+    task: EvaluationTask,
+    folder: Path,
+    actors: Actors,
+    about: Mapping[str, Any],
+    label: str,
+    known: Sequence[Prediction] = (),
+) -> dict[str, Any]:
+    """Score a task into a folder of a run or a sweep, and report its begin and end as those of a phase.
+
+    What another task, or an earlier finished one, left in the folder is set aside.
+    """
+    was = read_mapping(folder / FINGERPRINT)
+    if find_differences(was, task.fingerprint) or (folder / MANIFEST).exists():
+        set_aside(folder)
+    actors.on_event(events.phase_started("evaluation", label))
+    began = time.monotonic()
+    report = score_stages(task, folder, make_builder(task, actors), actors, about, known)
+    actors.on_event(events.finished("evaluation", time.monotonic() - began))
+    return report
 
 
 def score_stages(
+    task: EvaluationTask,
     folder: Path,
-    fingerprint: Mapping[str, Any],
-    stages: Stages,
-    tests: Mapping[str, Sequence[McqRecord]],
-    config: EvaluationConfig,
-    build: Callable[[], AnswersQuestions],
-    placement: ActorPlacement,
-    cluster: Cluster,
-    on_event: OnEvent,
-    log_file: Path,
+    build: Build,
+    actors: Actors,
     about: Mapping[str, Any],
-    seed: int,
     known: Sequence[Prediction] = (),
 ) -> dict[str, Any]:
     """Ask what is not known yet (see `ask_stages`), and write predictions, report and manifest; returns the report."""
-    answered = ask_stages(
-        folder, fingerprint, stages, tests, config, build, placement, cluster, on_event, log_file, known
-    )
-    ordered = sort_predictions(answered.predictions, list(stages), tests)
-    left, seconds, first_s = answered.questions, answered.seconds, answered.first_s
+    answers = ask_stages(task, folder, build, actors, known)
+    ordered = sort_predictions(answers.predictions, list(task.stages), task.asked.tests)
+    seconds, first_s = answers.seconds, answers.first_s
     running_s = seconds - (first_s or 0)
+    measured = answers.batches > 1 and running_s > 0
+    fingerprint = task.fingerprint
     report = build_report(
         ordered,
         {
@@ -74,19 +83,19 @@ def score_stages(
             "created": time.strftime("%Y-%m-%d %H:%M:%S%z"),
             "seconds": round(seconds, 2),
             "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
-            "questions_asked": left,
+            "questions_asked": answers.questions,
             "stage_seconds": sum_seconds(ordered),
-            "questions_per_s": round(left / running_s, 2) if answered.batches > 1 and running_s > 0 else None,
+            "questions_per_s": round(answers.questions / running_s, 2) if measured else None,
             "versions": get_versions(),
             "prompts": prompts.version(),
-            "hashes": {key: fingerprint[key] for key in ("base_files", "stages", "tests") if key in fingerprint},
+            "hashes": {key: fingerprint[key] for key in ("base_files", "stages", "tests")},
         },
-        seed,
+        task.seed,
     )
     write_predictions(folder / PREDICTIONS, ordered)
     write_seconds(folder / SECONDS, ordered)
     write_json(folder / REPORT, report)
-    write_page(folder / PAGE, report, ordered, tests)
+    write_page(folder / PAGE, report, ordered, task.asked.tests)
     ledger = folder / LEDGER
     commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, passing=(ledger,))
     ledger.unlink(missing_ok=True)
@@ -95,7 +104,7 @@ def score_stages(
 
 
 @dataclass(frozen=True)
-class Asking:
+class Answers:
     """The answers of every stage to every question, and what it took to ask what was not known before."""
 
     predictions: list[Prediction]
@@ -107,43 +116,32 @@ class Asking:
 
 
 def ask_stages(
-    folder: Path,
-    fingerprint: Mapping[str, Any],
-    stages: Stages,
-    tests: Mapping[str, Sequence[McqRecord]],
-    config: EvaluationConfig,
-    build: Callable[[], AnswersQuestions],
-    placement: ActorPlacement,
-    cluster: Cluster,
-    on_event: OnEvent,
-    log_file: Path,
-    known: Sequence[Prediction] = (),
-) -> Asking:
+    task: EvaluationTask, folder: Path, build: Build, actors: Actors, known: Sequence[Prediction] = ()
+) -> Answers:
     """Ask every stage what neither the folder's ledger nor `known` has its answer to.
 
     Each batch goes into the ledger as it comes back, so that a driver that was killed asks the rest alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_sealed(folder / FINGERPRINT, fingerprint)
+    write_sealed(folder / FINGERPRINT, task.fingerprint)
     ledger = folder / LEDGER
     truncate_json_lines(ledger, lambda line: True)  # drops a torn last line and damaged ones, each named in the log
-    answers = {name_answer(p): p for p in [*known, *read_ledger(ledger, list(stages))]}
-    batches = plan_batches(tests, config.batch_size, list(stages), set(answers))
-    total, left = sum(map(len, tests.values())), sum(len(batch.questions) for batch in batches)
-    on_event(events.evaluating(total, total - left))
-    started = pushed = time.monotonic()
+    answers = {name_answer(p): p for p in [*known, *read_ledger(ledger, list(task.stages))]}
+    batches = plan_batches(task.asked.tests, task.config.batch_size, list(task.stages), set(answers))
+    left = sum(len(batch.questions) for batch in batches)
+    actors.on_event(events.evaluating(task.asked.count, task.asked.count - left))
+    started = time.monotonic()
     first_s: float | None = None
-    for answered in answer_on_ray(batches, build, placement, cluster, on_event, log_file):
+    pusher = mirror.Pusher(folder)
+    for answered in answer_on_ray(batches, build, actors):
         first_s = first_s if first_s is not None else time.monotonic() - started
         append_json(ledger, {"predictions": [pack_prediction(p) for p in answered]})
         for prediction in answered:
             if name_answer(prediction) in answers:
                 raise RuntimeError(f"{name_answer(prediction)} was answered twice")
             answers[name_answer(prediction)] = prediction
-        if time.monotonic() - pushed > _PUSH_EVERY_S:
-            mirror.push(folder)
-            pushed = time.monotonic()
-    return Asking(list(answers.values()), left, len(batches), time.monotonic() - started, first_s)
+        pusher.push()
+    return Answers(list(answers.values()), left, len(batches), time.monotonic() - started, first_s)
 
 
 def run_evaluation(config: EvaluateConfig, plan: EvaluationPlan, out: RunFolder, on_event: OnEvent) -> dict[str, Any]:
@@ -151,25 +149,8 @@ def run_evaluation(config: EvaluateConfig, plan: EvaluationPlan, out: RunFolder,
     began = time.monotonic()
     write_quarantine(out.quarantine, {test.name: test for test in config.evaluation.tests})
     with connect() as cluster:
-        seconds = time.monotonic() - began
-        on_event(events.cluster_found(str(cluster), cluster.started_here, seconds))
+        on_event(events.cluster_found(str(cluster), cluster.started_here, time.monotonic() - began))
         check_placement(config.placement, cluster, "placement")
-        cache = str(Path(config.storage.cache or "~/.cache/medlora").expanduser())
-        build = make_builder(
-            config.base, cache, config.seed, plan.stages, config.evaluation, plan.asked, config.placement, cluster
-        )
+        actors = Actors(config.placement, cluster, on_event, out.log)
         about = {"name": config.name, "config": config.model_dump(mode="json"), "notes": plan.notes}
-        return score_stages(
-            out.root,
-            plan.fingerprint,
-            plan.stages,
-            plan.asked.tests,
-            config.evaluation,
-            build,
-            config.placement,
-            cluster,
-            on_event,
-            out.log,
-            about,
-            config.seed,
-        )
+        return score_stages(plan.task, out.root, make_builder(plan.task, actors), actors, about)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from medlora import endings, events
 from medlora.drivers.curriculum import Begun, Outcome, connect_for, go_on
+
+if TYPE_CHECKING:
+    from medlora.on_ray.cluster import Cluster
 
 
 def run_side_by_side(begun: Sequence[Begun]) -> list[Outcome | Exception]:
@@ -17,7 +20,7 @@ def run_side_by_side(begun: Sequence[Begun]) -> list[Outcome | Exception]:
     """
     ends: list[Outcome | Exception | None] = [each.outcome for each in begun]
 
-    def follow(i: int, cluster: Any) -> None:
+    def follow(i: int, cluster: Cluster) -> None:
         try:
             ends[i] = go_on(begun[i], cluster)
         except KeyboardInterrupt:  # a signal ends the job, whose main thread says so

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medlora import events
 from medlora.config.evaluation import EvaluationConfig
-from medlora.config.loading.files import load
+from medlora.config.files import load
 from medlora.config.placement import ActorPlacement
 from medlora.curriculum.chains import Link, find_chain
-from medlora.drivers.evaluation import score_stages
+from medlora.drivers.evaluation import score_afresh
 from medlora.errors import InputError
-from medlora.evaluation.ledger import FINGERPRINT, find_report
-from medlora.evaluation.plan import describe_evaluation
+from medlora.evaluation.ledger import find_report
+from medlora.evaluation.plan import EvaluationTask
 from medlora.evaluation.questions import read_asked
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
-from medlora.on_ray.answer_questions import make_builder
+from medlora.on_ray.answer_questions import Actors
 from medlora.on_ray.cluster import Cluster
 from medlora.runs import mirror
-from medlora.runs.files import read_mapping, set_aside
 from medlora.runs.folders import RunFolder
-from medlora.runs.manifests import MANIFEST, find_differences
 from medlora.sweep.ledger import START, Ledger, Trial
 from medlora.sweep.plan import SweepPlan
 from medlora.sweep.results import compare_with_start, read_record
@@ -51,16 +49,21 @@ def _make_stages(folder: RunFolder, trials: Sequence[Trial]) -> Stages:
     return stages
 
 
-def score_best(
-    plan: SweepPlan,
-    folder: RunFolder,
-    ledger: Ledger,
-    concurrency: int,
-    cluster: Cluster,
-    notes: Sequence[str],
-    on_event: OnEvent,
-) -> dict[str, Any]:
-    """The config as it stands and the best trials on all of dev, each compared with the first question by question."""
+@dataclass(frozen=True)
+class Finals:
+    """A sweep whose trials have ended: what its best trials are scored with."""
+
+    plan: SweepPlan
+    folder: RunFolder
+    ledger: Ledger
+    concurrency: int
+    cluster: Cluster
+    on_event: OnEvent
+
+
+def score_best(finals: Finals, notes: Sequence[str]) -> dict[str, Any]:
+    """The config as it is and the best trials on all of dev, each compared with the first question by question."""
+    ledger, plan = finals.ledger, finals.plan
     first = ledger.trials[START]
     if first.state != "finished":
         raise InputError(
@@ -68,33 +71,16 @@ def score_best(
             f"compare with. What the trials did stands in {ledger.path}"
         )
     best = [trial for trial in ledger.rank() if trial is not first][: plan.config.best]
-    stages = _make_stages(folder, [first, *best])
-    report = _score(
-        plan,
-        folder,
-        folder.root / "dev",
-        stages,
-        plan.describe_dev(),
-        concurrency,
-        cluster,
-        on_event,
-        notes,
-    )
+    stages = _make_stages(finals.folder, [first, *best])
+    report = _score(finals, "dev", stages, plan.describe_dev(), notes)
     return compare_with_start(report)
 
 
-def score_once(
-    plan: SweepPlan,
-    folder: RunFolder,
-    ledger: Ledger,
-    winner: str,
-    concurrency: int,
-    cluster: Cluster,
-    on_event: OnEvent,
-) -> dict[str, Any]:
+def score_once(finals: Finals, winner: str) -> dict[str, Any]:
     """The winner on the tests of the run config, once: a second look would make them a dev split."""
+    plan, root = finals.plan, finals.folder.root
     assert plan.run.evaluation is not None
-    if (record := read_record(folder.root)) is not None:
+    if (record := read_record(root)) is not None:
         if record["trial"] != winner:
             raise InputError(
                 f"--final-test: trial {record['trial']} was scored on the tests ({record['created']}); trial {winner} has won "
@@ -102,58 +88,25 @@ def score_once(
             )
         return record
     if plan.judged != plan.run.phases[-1].name:
-        on_event(
-            events.note("evaluation", f"the tests are asked of the stage {plan.judged}, the last that was trained")
-        )
-    stages = _make_stages(folder, [ledger.trials[winner]])
-    _score(plan, folder, folder.root / "test", stages, plan.run.evaluation, concurrency, cluster, on_event, [])
-    return read_record(folder.root) or {}
+        text = f"the tests are asked of the stage {plan.judged}, the last that was trained"
+        finals.on_event(events.note("evaluation", text))
+    stages = _make_stages(finals.folder, [finals.ledger.trials[winner]])
+    _score(finals, "test", stages, plan.run.evaluation, [])
+    return read_record(root) or {}
 
 
-def _score(
-    plan: SweepPlan,
-    folder: RunFolder,
-    into: Path,
-    stages: Stages,
-    config: EvaluationConfig,
-    concurrency: int,
-    cluster: Cluster,
-    on_event: OnEvent,
-    notes: Sequence[str],
-) -> dict[str, Any]:
+def _score(finals: Finals, name: str, stages: Stages, config: EvaluationConfig, notes: Sequence[str]) -> dict[str, Any]:
+    """The report of trials on dev or on the tests, in the sweep's folder `name`; reused where it is still valid."""
+    plan, into = finals.plan, finals.folder.root / name
     asked = read_asked(config, plan.run.seed, plan.run.data.max_bad_fraction)
-    fingerprint = describe_evaluation(plan.run.base, plan.run.seed, config, stages, asked)
-    if report := find_report(into, fingerprint):
+    cache = str(plan.run.storage.cache_folder)
+    task = EvaluationTask(plan.run.base, plan.run.seed, cache, stages, config, asked)
+    if report := find_report(into, task.fingerprint):
         return report
-    if find_differences(read_mapping(into / FINGERPRINT), fingerprint) or (into / MANIFEST).exists():
-        set_aside(into)
-    questions = sum(map(len, asked.tests.values()))
     many = f"{len(stages)} trial{'s' * (len(stages) != 1)}"
-    on_event(events.phase_started("evaluation", f"{many} x {questions} questions of {into.name}"))
     fields = plan.config.placement.model_dump(exclude={"workers"})
-    batches = -(-questions // config.batch_size)
-    placement = ActorPlacement.model_validate({**fields, "workers": max(1, min(concurrency, batches))})
-    cache = str(Path(plan.run.storage.cache or "~/.cache/medlora").expanduser())
-    build = make_builder(plan.run.base, cache, plan.run.seed, stages, config, asked, placement, cluster)
-    about = {
-        "name": f"{plan.config.name}: {into.name}",
-        "notes": list(notes),
-        "trial": next(iter(stages)),
-    }
-    began = time.monotonic()
-    report = score_stages(
-        into,
-        fingerprint,
-        stages,
-        asked.tests,
-        config,
-        build,
-        placement,
-        cluster,
-        on_event,
-        folder.log,
-        about,
-        plan.run.seed,
-    )
-    on_event(events.finished("evaluation", time.monotonic() - began))
-    return report
+    batches = -(-asked.count // config.batch_size)
+    placement = ActorPlacement.model_validate({**fields, "workers": max(1, min(finals.concurrency, batches))})
+    actors = Actors(placement, finals.cluster, finals.on_event, finals.folder.log)
+    about = {"name": f"{plan.config.name}: {name}", "notes": list(notes), "trial": next(iter(stages))}
+    return score_afresh(task, into, actors, about, f"{many} x {asked.count} questions of {name}")

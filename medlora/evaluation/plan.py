@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,32 @@ def describe_progress(folder: Path, stages: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
-    """An evaluation whose every part was found: what `jobs/evaluate_mcq.py` hands on."""
+class EvaluationTask:
+    """What is scored: stages of one base on the questions of one config."""
 
-    stages: dict[str, tuple[Link, ...]]
+    base: BaseModelConfig
+    seed: int
+    cache: str
+    """Where a miniature base is kept."""
+    stages: Stages
+    config: EvaluationConfig
     asked: Asked
-    fingerprint: dict[str, Any]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the answers depend on; see `describe_evaluation`."""
+        return describe_evaluation(self.base, self.seed, self.config, self.stages, self.asked)
+
+    def select(self, stage: str, chain: Sequence[Link]) -> EvaluationTask:
+        """The same questions for one stage alone."""
+        return replace(self, stages={stage: chain})
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation whose every part was found: what `medlora evaluate` hands on."""
+
+    task: EvaluationTask
     notes: list[str]
     """Doubts that the user overruled with --force, and what the runs' data cards say; the report says them."""
 
@@ -98,18 +119,9 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
         raise InputError(
             f"these numbers would mislead:\n  {shown}\nmend the config, or say --force; the report will say it too"
         )
-    fingerprint = describe_evaluation(config.base, config.seed, config.evaluation, stages, asked)
-    return EvaluationPlan(
-        stages,
-        asked,
-        fingerprint,
-        [
-            *doubts,
-            *describe_other_task(stages, config.evaluation),
-            *find_notes(config),
-            *describe_quarantine(config.evaluation),
-        ],
-    )
+    task = EvaluationTask(config.base, config.seed, str(config.storage.cache_folder), stages, config.evaluation, asked)
+    notes = [*doubts, *describe_other_task(stages, config.evaluation), *find_notes(config)]
+    return EvaluationPlan(task, [*notes, *describe_quarantine(config.evaluation)])
 
 
 def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:

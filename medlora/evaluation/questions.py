@@ -26,6 +26,11 @@ class Asked:
     worked: McqRecord | None = None
 
     @property
+    def count(self) -> int:
+        """How many questions there are."""
+        return sum(map(len, self.tests.values()))
+
+    @property
     def letters(self) -> str:
         """Every letter that a question can be answered with."""
         return max((record.letters for records in self.tests.values() for record in records), key=len, default="")

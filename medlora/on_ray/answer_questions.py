@@ -11,28 +11,28 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+import ray.data
+from ray.data import ActorPoolStrategy
 
 from medlora import endings, events, pulse
 from medlora.artifacts.bases import read_extra_tokens
 from medlora.config.evaluation import EvaluationConfig
-from medlora.config.model import BaseModelConfig
 from medlora.config.placement import ActorPlacement
-from medlora.curriculum.chains import Link
 from medlora.errors import InputError, RunError
 from medlora.evaluation.ledger import Batch, name_batch, pack_prediction, unpack_prediction
+from medlora.evaluation.plan import EvaluationTask
 from medlora.evaluation.predictions import Prediction
-from medlora.evaluation.questions import Asked, Question
-from medlora.evaluation.stages import Stages
-from medlora.events import OnEvent
-from medlora.on_ray.cluster import Cluster, quiet_ray_data
+from medlora.evaluation.questions import Question
+from medlora.events import Event, Failed, OnEvent
+from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
 from medlora.on_ray.inbox import beside_driver, listen
 from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.on_ray.workers.failures import describe_exception, tell_failure
@@ -53,22 +53,23 @@ class AnswersQuestions(Protocol):
         """A prediction for each question and each of the stages."""
 
 
-def build_stages(
-    base: dict[str, Any],
-    cache: str,
-    seed: int,
-    stages: dict[str, list[dict[str, str]]],
-    config: dict[str, Any],
-    shots: Sequence[McqRecord],
-    worked: McqRecord | None,
-    letters: str,
-    threads: int,
-    device: str,
-    cwd: str,
-) -> AnswersQuestions:
-    """The model of an actor, from what can travel to it."""
-    if Path(cwd).is_dir():
-        os.chdir(cwd)
+Build = Callable[[], AnswersQuestions]
+"""Makes the model of an actor, in the actor."""
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Where the actors of an evaluation run, and where what they report goes."""
+
+    placement: ActorPlacement
+    cluster: Cluster
+    on_event: OnEvent
+    log_file: Path
+
+
+def build_stages(task: EvaluationTask, letters: str, threads: int, device: str, cwd: str) -> AnswersQuestions:
+    """The model of an actor, from what can travel to it; the tests of `task` have stayed behind."""
+    enter_folder(cwd)
     import torch
 
     from medlora.answering.stage_model import StageModel
@@ -78,53 +79,40 @@ def build_stages(
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    chains = {name: [Link(**link) for link in chain] for name, chain in stages.items()}
-    for folder in {Path(link.folder) for chain in chains.values() for link in chain}:
+    for folder in {Path(link.folder) for chain in task.stages.values() for link in chain}:
         mirror.pull(folder)
         if not folder.is_dir():
             raise InputError(
                 f"{folder}: the actor on {socket.gethostname()} does not see this adapter; runs must be on a mount that "
                 "every node sees, or in s3:// or gs://"
             )
-    located = locate_base(BaseModelConfig.model_validate(base), cache, seed)
-    return StageModel(located, chains, EvaluationConfig.model_validate(config), device, seed, shots, worked, letters)
+    located = locate_base(task.base, task.cache, task.seed)
+    asked = task.asked
+    return StageModel(located, task.stages, task.config, device, task.seed, asked.shots, asked.worked, letters)
 
 
-def make_builder(
-    base: BaseModelConfig,
-    cache: str,
-    seed: int,
-    stages: Stages,
-    config: EvaluationConfig,
-    asked: Asked,
-    placement: ActorPlacement,
-    cluster: Cluster,
-) -> Callable[[], AnswersQuestions]:
+def make_builder(task: EvaluationTask, actors: Actors) -> Build:
     """`build_stages` with its arguments, ready to travel into an actor."""
+    # Of an evaluation's config its own fields cross alone, and of the questions only those that prompts show.
+    fields = task.config.model_dump(include=set(EvaluationConfig.model_fields))
+    words = read_extra_tokens(task.base)
+    light = replace(
+        task,
+        base=task.base.model_copy(update={"extra_tokens": words}),
+        config=EvaluationConfig.model_validate(fields),
+        asked=replace(task.asked, tests={}),
+    )
     return partial(
         build_stages,
-        base=base.model_copy(update={"extra_tokens": read_extra_tokens(base)}).model_dump(mode="json"),
-        cache=cache,
-        seed=seed,
-        stages={name: [link.model_dump() for link in chain] for name, chain in stages.items()},
-        config=config.model_dump(mode="json", include=set(EvaluationConfig.model_fields)),
-        shots=asked.shots,
-        worked=asked.worked,
-        letters=asked.letters,
-        threads=placement.cpus_per_worker,
-        device="cuda" if count_gpus(placement, cluster) else "cpu",
+        light,
+        letters=task.asked.letters,
+        threads=actors.placement.cpus_per_worker,
+        device="cuda" if count_gpus(actors.placement, actors.cluster) else "cpu",
         cwd=os.getcwd(),
     )
 
 
-def answer_on_ray(
-    batches: Sequence[Batch],
-    build: Callable[[], AnswersQuestions],
-    placement: ActorPlacement,
-    cluster: Cluster,
-    on_event: OnEvent,
-    log_file: Path,
-) -> Iterator[list[Prediction]]:
+def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Iterator[list[Prediction]]:
     """The predictions of each batch as it comes back, in no particular order, every batch exactly once.
 
     A batch whose actor dies is asked again as a whole, then question by question; a question that raises, or kills its
@@ -133,65 +121,41 @@ def answer_on_ray(
     """
     if not batches:
         return
-    import ray.data
-    from ray.data import ActorPoolStrategy
-
     quiet_ray_data()
-    gpus = count_gpus(placement, cluster)
+    placement, on_event = actors.placement, actors.on_event
+    gpus = count_gpus(placement, actors.cluster)
     most = min(placement.workers, len(batches))
-    least = min(placement.least_workers, most)
     refusals: list[str] = []
-    failed: list[dict[str, Any]] = []
+    failed: list[Failed] = []
     begun = threading.Event()
 
-    def hear(event: dict[str, Any]) -> None:
+    def hear(event: Event) -> None:
         if event["event"] == "refused":
             refusals.append(event["text"])
         elif event["event"] == "failed":
             failed.append(event)
         elif event["event"] == "beat":
-            watch.hear(event)
+            stalls.hear(event)
         elif event["event"] == "loading":
             begun.set()
         elif event["event"] == "ready":
-            if cluster.nodes > 1:
-                text = f"an actor is ready on {event['host']}"
-                on_event(events.note("evaluation", text))
+            if actors.cluster.nodes > 1:
+                on_event(events.note("evaluation", f"an actor is ready on {event['host']}", kind="actor"))
         else:
             on_event(event)
 
     attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
-    rows = [
-        {"batch": json.dumps([[test, asdict(record)] for test, record in batch.questions]), "stages": batch.stages}
-        for batch in batches
-    ]
     failure: Exception | None = None
     waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
-    watch = StallWatch(placement, "evaluation", on_event, log)
-    with listen(hear) as inbox, waiting, watch.watching(), _stderr_to(log_file), warnings.catch_warnings():
+    stalls = StallWatch(placement, "evaluation", on_event, log)
+    with listen(hear) as inbox, waiting, stalls.watching(), _stderr_to(actors.log_file), warnings.catch_warnings():
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        asked = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            BatchAnswerer,
-            fn_constructor_kwargs={
-                "build": build,
-                "attempts": attempts,
-                "retries": placement.retries,
-                "inbox": inbox,
-                "beat_s": find_beat_s(placement),
-            },
-            batch_size=1,
-            compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
-            num_cpus=placement.cpus_per_worker,
-            num_gpus=gpus or None,
-            accelerator_type=placement.accelerator_type,
-            label_selector=placement.label_selector or None,
-            # Without a bound here, since every death is counted by Attempts, which bounds them by question.
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
+        constructor = {"build": build, "attempts": attempts, "retries": placement.retries, "inbox": inbox}
+        constructor["beat_s"] = find_beat_s(placement)
+        answered = _map_batches(batches, placement, gpus, constructor)
         try:
-            for row in asked.iter_rows():
+            for row in answered.iter_rows():
                 yield [unpack_prediction(prediction) for prediction in json.loads(row["predictions"])]
         except (ray.exceptions.RayError, RuntimeError) as error:
             failure = error
@@ -200,12 +164,43 @@ def answer_on_ray(
     if refusals:
         raise InputError(refusals[0])
     if failure is not None:
-        first = failed[0] if failed else describe_exception(getattr(failure, "cause", None) or failure)
-        log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
-        raise RunError(
-            f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "
-            "cause is mended, the same command asks only what is not answered yet"
-        )
+        raise _explain(failure, failed, actors.log_file)
+
+
+def _explain(failure: Exception, failed: Sequence[Failed], log_file: Path) -> RunError:
+    """The one message for an evaluation whose model cannot be loaded; the traceback goes to the log."""
+    first: Mapping[str, Any] = failed[0] if failed else describe_exception(getattr(failure, "cause", None) or failure)
+    log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
+    return RunError(
+        f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "
+        "cause is mended, the same command asks only what is not answered yet"
+    )
+
+
+def _map_batches(
+    batches: Sequence[Batch], placement: ActorPlacement, gpus: float, constructor: dict[str, Any]
+) -> ray.data.Dataset:
+    """The batches as a Ray Data set whose rows are answered by an actor pool."""
+    most = min(placement.workers, len(batches))
+    rows = [
+        {"batch": json.dumps([[test, asdict(record)] for test, record in batch.questions]), "stages": batch.stages}
+        for batch in batches
+    ]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        BatchAnswerer,
+        fn_constructor_kwargs=constructor,
+        batch_size=1,
+        compute=ActorPoolStrategy(
+            min_size=min(placement.least_workers, most), max_size=most, max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=placement.cpus_per_worker,
+        num_gpus=gpus or None,
+        accelerator_type=placement.accelerator_type,
+        label_selector=placement.label_selector or None,
+        # Without a bound here, since every death is counted by Attempts, which bounds them by question.
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
 
 
 class Attempts:

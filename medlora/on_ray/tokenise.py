@@ -12,7 +12,7 @@ from medlora.config.sources import TrainSource
 from medlora.curriculum.jobs import PhaseJob
 from medlora.data.sources import cut_pieces, scan
 from medlora.events import OnEvent
-from medlora.on_ray.cluster import Cluster, quiet_ray_data
+from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
 from medlora.tokens.cache import Preparation, finish, new_folder
 
 LEAST_RECORDS = 5_000
@@ -87,8 +87,7 @@ def _write_piece(row: dict[str, Any]) -> dict[str, int]:
     from medlora.data.sources import remember, stream_piece
     from medlora.tokens.cache import write_part
 
-    if Path(row["cwd"]).is_dir():
-        os.chdir(row["cwd"])
+    enter_folder(row["cwd"])
     if row["job"] not in _TOKENIZERS:
         job = PhaseJob.model_validate_json(row["job"])
         for packed in job.scans:

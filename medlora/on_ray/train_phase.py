@@ -7,16 +7,22 @@ import os
 import socket
 import threading
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from medlora import endings, events
 from medlora.config.placement import Placement
 from medlora.curriculum.jobs import PhaseJob
 from medlora.errors import InputError, RunError
-from medlora.events import OnEvent
-from medlora.on_ray.cluster import Cluster
-from medlora.on_ray.inbox import listen
+from medlora.events import Event, Failed, OnEvent
+from medlora.on_ray.cluster import Cluster, enter_folder
+from medlora.on_ray.inbox import Inbox, listen
 from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
 from medlora.on_ray.tokenise import prepare_on_ray
 from medlora.on_ray.workers.failures import (
@@ -28,6 +34,7 @@ from medlora.on_ray.workers.failures import (
     split_failures,
     tell_failure,
 )
+from medlora.on_ray.workers.leaving import LeavingTorchConfig
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
@@ -35,8 +42,22 @@ from medlora.runs.files import remove
 from medlora.runs.folders import PhaseFolder, RunFolder
 from medlora.runs.manifests import read_manifest
 
-if TYPE_CHECKING:
-    from medlora.drivers.early_scoring import EarlyScoring
+
+class PlaceWatcher(Protocol):
+    """What wants to know when a phase waits for its workers: `drivers.early_scoring.EarlyScoring`."""
+
+    def phase_asks(self, placement: Placement, gpus: float) -> None:
+        """The phase asks for its workers, each with so many GPUs."""
+
+    def phase_has(self) -> None:
+        """The phase has its workers."""
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Leaves SIGINT to `endings`: Ray Train's handler says nothing and exits with 1, whatever happens."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def train_on_ray(
@@ -45,142 +66,162 @@ def train_on_ray(
     placement: Placement,
     cluster: Cluster,
     on_event: OnEvent,
-    early: EarlyScoring | None = None,
+    watcher: PlaceWatcher | None = None,
 ) -> dict[str, Any]:
     """Train one phase on the workers its placement asks for and return its manifest.
 
-    A worker or node that dies costs one of `placement.retries`: the phase goes on from its last whole checkpoint, which
+    A worker or node that dies costs one of `placement.retries`: the phase resumes from its last whole checkpoint, which
     is ours (hashed, sealed by a manifest) rather than Ray's. A node that is drained (preempted) costs none: the phase
-    makes a checkpoint and goes on elsewhere. An exception in the phase ends it at once, since it would
-    come again. `early` is told when the phase asks for its workers and when it has them. Raises InputError for what only
-    the user can mend, RunError for an exception of a worker and for deaths beyond the retries.
+    makes a checkpoint and resumes elsewhere. An exception in the phase ends it at once, since it would come again.
+    `watcher` learns when the phase asks for its workers and when it has them. Raises InputError for what only the user
+    can mend, RunError for an exception of a worker and for deaths beyond the retries.
     """
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
-
-    from medlora.on_ray.workers.leaving import LeavingTorchConfig
-
-    class _Trainer(TorchTrainer):
-        """Leaves SIGINT to `endings`: Ray Train's handler says nothing and exits with 1, whatever happens."""
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            pass
-
     prepare_on_ray(job, cluster, on_event)
-    gpus = count_gpus(placement, cluster)
-    folder = run.phase(job.phase.name)
-    refusals: list[str] = []
-    failed: list[dict[str, Any]] = []
-    begun, leaving = threading.Event(), threading.Event()
-    reasons: list[str] = []
+    training = _Training(job, run, placement, cluster, on_event, watcher)
+    with (
+        listen(training.hear) as inbox,
+        training.stalls.watching(),
+        endings.saving(inbox.ask_to_leave, placement.grace_s) as training.saved,
+    ):
+        training.run_attempts(inbox)
+    if training.refusals:
+        raise InputError(training.refusals[0])
+    if training.failure is not None:
+        raise _explain(training.failure, training.failed, job.phase.name, run, placement)
+    return _read_manifest(run, job.phase.name)
 
-    def hear(event: dict[str, Any]) -> None:
-        if early is not None and not begun.is_set():
-            early.phase_has()
-        begun.set()
+
+class _Training:
+    """One phase in training: its attempts on Ray Train, and what its workers have reported."""
+
+    def __init__(
+        self,
+        job: PhaseJob,
+        run: RunFolder,
+        placement: Placement,
+        cluster: Cluster,
+        on_event: OnEvent,
+        watcher: PlaceWatcher | None,
+    ) -> None:
+        self.job, self.run, self.placement, self.cluster = job, run, placement, cluster
+        self.on_event, self.watcher = on_event, watcher
+        self.phase, self.gpus = job.phase.name, count_gpus(placement, cluster)
+        self.stalls = StallWatch(placement, self.phase, on_event, logging.getLogger(f"medlora.run.{run.name}"))
+        self.saved, self.begun, self.leaving = threading.Event(), threading.Event(), threading.Event()
+        self.refusals: list[str] = []
+        self.reasons: list[str] = []
+        self.failed: list[Failed] = []
+        self.failure: Exception | None = None
+        count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
+        self.note(f"starting {count} with {describe_worker(placement, self.gpus)} each")
+        self.nonce = mirror.leave_nonce(run.root)
+
+    def note(self, text: str) -> None:
+        """Report a line about the phase."""
+        self.on_event(events.note(self.phase, text))
+
+    def hear(self, event: Event) -> None:
+        """Take an event of a worker."""
+        if self.watcher is not None and not self.begun.is_set():
+            self.watcher.phase_has()
+        self.begun.set()
         if event["event"] == "beat":
-            watch.hear(event)
+            self.stalls.hear(event)
         elif event["event"] == "refused":
-            refusals.append(event["text"])
+            self.refusals.append(event["text"])
         elif event["event"] == "failed":
-            failed.append(event)
+            self.failed.append(event)
         elif event["event"] == "leaving":
             if event["why"]:
-                reasons.append(event["why"])
+                self.reasons.append(event["why"])
             if event["rank"] == 0:  # which seals the checkpoint
-                saved.set()
-                leaving.set()
+                self.saved.set()
+                self.leaving.set()
         else:
             if event["event"] == "training":
-                saved.clear()
-            on_event(event)
+                self.saved.clear()
+            self.on_event(event)
 
-    def tell(text: str) -> None:
-        on_event(events.note(job.phase.name, text))
-
-    count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
-    text = f"starting {count} with {describe_worker(placement, gpus)} each"
-    on_event(events.note(job.phase.name, text))
-    nonce = mirror.leave_nonce(run.root)
-    watch = StallWatch(placement, job.phase.name, on_event, logging.getLogger(f"medlora.run.{run.name}"))
-    attempts = 0
-    failure: Exception | None = None
-    with (
-        listen(hear) as inbox,
-        watch.watching(),
-        endings.saving(inbox.ask_to_leave, placement.grace_s) as saved,
-    ):
+    def run_attempts(self, inbox: Inbox) -> None:
+        """Run the phase until it is finished, or until it fails: then `failure` or `refusals` say why."""
+        deaths = 0
         while True:
             endings.check()
-            # A name of its own for every attempt: Ray Train would take up its own snapshot of an earlier one.
-            trainer = _Trainer(
-                _train_loop,
-                train_loop_config={
-                    "job": job.model_dump(mode="json"),
-                    "folder": str(folder.root),
-                    "run": str(run.root),
-                    "nonce": nonce,
-                    "inbox": inbox,
-                    "cwd": os.getcwd(),
-                    "gpu": gpus > 0,
-                    "say_host": cluster.nodes > 1,
-                    "beat_s": find_beat_s(placement),
-                },
-                scaling_config=ScalingConfig(
-                    num_workers=placement.workers,
-                    use_gpu=gpus > 0,
-                    resources_per_worker={"CPU": placement.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
-                    accelerator_type=placement.accelerator_type,
-                    label_selector=placement.label_selector or None,
-                ),
-                torch_config=LeavingTorchConfig(backend="nccl" if gpus else "gloo"),
-                run_config=RayRunConfig(
-                    name=f"{job.phase.name}-{uuid.uuid4().hex[:8]}",
-                    storage_path=str(run.ray),
-                    # Retries are ours: Ray's would take a worker that has left for one that has finished.
-                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-                ),
-            )
-            begun.clear()
-            watch.forget()
-            saved.set()
-            if early is not None:
-                early.phase_asks(placement, gpus)
+            trainer = self._make_trainer(inbox)
+            self.begun.clear()
+            self.stalls.forget()
+            self.saved.set()
+            if self.watcher is not None:
+                self.watcher.phase_asks(self.placement, self.gpus)
             try:
-                with say_while_waiting(
-                    placement, gpus, placement.workers, job.phase.name, begun.is_set, on_event, as_group=True
-                ):
-                    trainer.fit()
-                if not leaving.is_set():
-                    break
+                self._fit(trainer)
+                if not self.leaving.is_set():
+                    return
                 endings.check()
-                tell(f"{reasons.pop()}: goes on from the checkpoint just made, on another")
+                self.note(f"{self.reasons.pop()}: goes on from the checkpoint just made, on another")
             except PreemptionError:
                 endings.check()
-                tell("its node was taken away before a step had ended: goes on from the last checkpoint")
+                self.note("its node was taken away before a step had ended: goes on from the last checkpoint")
             except (WorkerGroupError, ControllerError) as error:
                 endings.check()
                 died = _find_deaths(error)
-                if not died or refusals or attempts == placement.retries:
-                    failure = error
-                    break
-                attempts += 1
-                failed.clear()  # of a worker that lost another one; the next attempt reports for itself
-                tell(f"{died}; attempt {attempts} of {placement.retries} to go on from the last checkpoint")
+                if not died or self.refusals or deaths == self.placement.retries:
+                    self.failure = error
+                    return
+                deaths += 1
+                self.failed.clear()  # of a worker that lost another one; the next attempt reports for itself
+                self.note(f"{died}; attempt {deaths} of {self.placement.retries} to go on from the last checkpoint")
             finally:
-                remove(run.ray)
-            leaving.clear()
-    if refusals:
-        raise InputError(refusals[0])
-    if failure is not None:
-        raise _explain(failure, failed, job.phase.name, run, placement)
-    mirror.pull(folder.root)
-    manifest = read_manifest(folder.root)
+                remove(self.run.ray)
+            self.leaving.clear()
+
+    def _fit(self, trainer: _Trainer) -> None:
+        workers = self.placement.workers
+        with say_while_waiting(
+            self.placement, self.gpus, workers, self.phase, self.begun.is_set, self.on_event, as_group=True
+        ):
+            trainer.fit()
+
+    def _make_trainer(self, inbox: Inbox) -> _Trainer:
+        """A Ray Train run of its own for each attempt: it would take up its own snapshot of an earlier one."""
+        placement, gpus = self.placement, self.gpus
+        return _Trainer(
+            _train_loop,
+            train_loop_config={
+                "job": self.job.model_dump(mode="json"),
+                "folder": str(self.run.phase(self.phase).root),
+                "run": str(self.run.root),
+                "nonce": self.nonce,
+                "inbox": inbox,
+                "cwd": os.getcwd(),
+                "gpu": gpus > 0,
+                "say_host": self.cluster.nodes > 1,
+                "beat_s": find_beat_s(placement),
+            },
+            scaling_config=ScalingConfig(
+                num_workers=placement.workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": placement.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+                accelerator_type=placement.accelerator_type,
+                label_selector=placement.label_selector or None,
+            ),
+            torch_config=LeavingTorchConfig(backend="nccl" if gpus else "gloo"),
+            run_config=RayRunConfig(
+                name=f"{self.phase}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(self.run.ray),
+                # Retries are ours: Ray's would take a worker that has left for one that has finished.
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            ),
+        )
+
+
+def _read_manifest(run: RunFolder, phase: str) -> dict[str, Any]:
+    folder = run.phase(phase).root
+    mirror.pull(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(
-            f"phase {job.phase.name} ended without a manifest in {folder.root}: its worker writes elsewhere; "
+            f"phase {phase} ended without a manifest in {folder}: its worker writes elsewhere; "
             "storage.folder must be a mount that every node sees, or s3:// or gs://"
         )
     return manifest
@@ -195,7 +236,9 @@ def _find_deaths(error: Any) -> str:
     return describe_lost(failures, lost) if lost and not own else ""
 
 
-def _explain(error: Any, failed: list[dict[str, Any]], phase: str, run: RunFolder, placement: Placement) -> RunError:
+def _explain(
+    error: Any, failed: Sequence[Mapping[str, Any]], phase: str, run: RunFolder, placement: Placement
+) -> RunError:
     """The one message for a phase that cannot be resumed by itself; tracebacks go to the run's log."""
     log = logging.getLogger(f"medlora.run.{run.name}")
     resume = "the same command resumes from the last checkpoint"
@@ -225,8 +268,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     alone = dist.get_world_size() == 1
-    if Path(config["cwd"]).is_dir():
-        os.chdir(config["cwd"])
+    enter_folder(config["cwd"])
     if alone:
         # One worker has nobody to talk to: without this Trainer would wrap the model for distributed training.
         dist.destroy_process_group()

@@ -16,16 +16,13 @@ from medlora.config.run import RunConfig
 from medlora.curriculum.chains import extend_chain, start_chain
 from medlora.curriculum.jobs import find_obstacle, make_job
 from medlora.errors import InputError
+from medlora.on_ray.cluster import enter_folder
 from medlora.on_ray.workers.stalls import beating
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explain, explaining
 from medlora.runs.environment import get_versions
 from medlora.runs.files import read_json_lines, set_aside, write_sealed, write_yaml
 from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
-
-_TOLD = ("goes on from", "out of memory")
-"""How notes begin that are about this trial; what is in the data every trial would say again."""
-
 
 _UNWIND_S = 60
 """How long a stopped trial may take to let go of its files and its model before its process is given up."""
@@ -43,8 +40,7 @@ def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
     from ray import tune
 
     clock = _Clock()
-    if Path(common["cwd"]).is_dir():
-        os.chdir(common["cwd"])
+    enter_folder(common["cwd"])
     # Tune gives a function 2 s to end before the actor may serve the next trial; a Trainer's way out may take longer.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_UNWIND_S)
     from medlora.data.sources import remember
@@ -187,7 +183,7 @@ class _Hook:
         elif kind == "step":
             self.steps = event["steps"]
             self.inbox.put(events.trial_step(self.id, event))
-        elif kind == "note" and event["text"].startswith(_TOLD):
+        elif event["event"] == "note" and event["kind"] == "training":
             self.inbox.put(events.trial_note(self.id, event["text"]))
         elif kind == "validation":
             self.clock.turn_to("wait")

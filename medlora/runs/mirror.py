@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from medlora.config.placement import find_cache_folder
 from medlora.errors import InputError
 from medlora.runs.files import read_json, write_bytes, write_sealed
 from medlora.runs.folders import find_home
@@ -58,7 +60,7 @@ def find_copy(where: str, cache: str | None, purpose: str = "runs") -> Path:
     parent, _, name = path.strip("/").rpartition("/")
     if not parent:
         raise InputError(f"{where}: a run needs a folder of its own in the bucket, e.g. {where.rstrip('/')}/runs/first")
-    home = Path(cache or "~/.cache/medlora").expanduser().absolute()
+    home = find_cache_folder(cache)
     return home / _COPIES / purpose / scheme / parent.replace("/", ",") / name
 
 
@@ -156,6 +158,22 @@ def push(folder: Path, passing: Sequence[str] = ()) -> None:
             _do_each([name for name in gone if _is_manifest(name) == last], copy.objects.remove)
         for name in gone:
             del index[name]
+
+
+class Pusher:
+    """Pushes a folder now and then: what a driver lost since the last push is asked or reported again."""
+
+    def __init__(self, folder: Path, passing: Sequence[str] = (), every_s: float = 10.0) -> None:
+        self.folder, self.passing, self.every_s = folder, passing, every_s
+        self.pushed_at = time.monotonic()
+        self.lock = threading.Lock()
+
+    def push(self) -> None:
+        """Push if the last push is long enough ago; raises InputError as `push` does."""
+        with self.lock:
+            if time.monotonic() - self.pushed_at > self.every_s:
+                push(self.folder, self.passing)
+                self.pushed_at = time.monotonic()
 
 
 def leave_nonce(folder: Path) -> str:

@@ -131,9 +131,6 @@ def write_results(
     write_sealed(folder / REPORT, summary)
     write_table(folder / TABLE, trials, list(plan.space))
     write_bytes(folder / BEST, make_best(plan, ledger, ledger.trials[winner], comparison).encode())
-    from medlora.reporting.sweep_page import write_sweep_page
-
-    write_sweep_page(folder / PAGE, summary)
     return summary
 
 

@@ -156,7 +156,7 @@ def train(
         _forget_after(folder, segment.name, output, resumed_step)
         forget_divergence(folder)
     if checkpoint:
-        report(events.note(phase.name, f"goes on from step {resumed_step} of {segment.steps}"))
+        report(events.note(phase.name, f"goes on from step {resumed_step} of {segment.steps}", kind="training"))
         log.info("%s goes on from step %d of %d", segment.name, resumed_step, segment.steps)
 
     cuda = model.device.type == "cuda"
