@@ -1,220 +1,152 @@
-"""The layers of the house: imports go down only, and the pure ones bring neither torch nor ray along."""
+"""The layers of the house: one table in pyproject.toml, which these tests, mypy and docs/architecture.md share."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "medlora"
+TABLE: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["medlora"]
+LAYERS = [name for names in TABLE.values() for name in names]
+"""Modules and packages at the top of medlora, in the order in which imports may go: to earlier ones alone."""
 
-WORDS = {"torch", "transformers", "ray", "datasets", "peft", "accelerate"}
-LAYERS = {
-    0: (
-        {
-            "__init__",
-            "errors",
-            "disk_errors",
-            "checksums",
-            "endings",
-            "records",
-            "config",
-            "config_file",
-            "config_sources",
-            "config_places",
-            "config_words",
-            "config_jobs",
-            "bounds",
-            "option_text",
-            "answer_shapes",
-            "answer_denials",
-            "answer_questions",
-            "answer_rules",
-            "answers",
-            "scores",
-            "pulse",
-            "runs",
-            "storage",
-            "run_lock",
-            "object_store",
-            "mixture",
-            "overlap",
-            "personal",
-            "result_logs",
-        },
-        WORDS,
-    ),
-    1: (
-        {
-            "prompts",
-            "turns",
-            "readers",
-            "streams",
-            "encodings",
-            "row_formats",
-            "tables",
-            "columnar",
-            "spreadsheets",
-            "exam_columns",
-            "option_marks",
-            "option_lists",
-            "gold",
-            "schemas",
-            "conversion",
-            "quarantine",
-            "sources",
-            "lineage",
-            "model_files",
-            "name_patterns",
-            "adapter_checks",
-            "adapter_origin",
-            "base_checks",
-            "chat_templates",
-            "data_card",
-            "report",
-            "page",
-            "plots",
-            "evaluation",
-            "display",
-            "compare",
-            "sweep",
-            "sweep_checks",
-            "sweep_space",
-            "sweep_ledger",
-            "sweep_search",
-            "sweep_population",
-            "sweep_logs",
-            "sweep_report",
-            "sweep_page",
-            "sweep_plots",
-            "sweep_display",
-            "miniature",
-        },
-        {"torch", "transformers", "ray", "peft"},
-    ),
-    2: (
-        {
-            "encoding",
-            "attention",
-            "flat",
-            "fitting",
-            "head",
-            "kept",
-            "lean",
-            "memory",
-            "elementwise",
-            "preparation",
-            "inspection",
-            "models",
-            "chains",
-            "targets",
-            "adapter_files",
-            "batching",
-            "prefix",
-            "generation",
-            "option_scores",
-            "answering",
-            "evaluator",
-            "predictions",
-            "stages",
-            "validation",
-            "callbacks",
-            "divergence",
-            "training",
-        },
-        {"ray"},
-    ),
-    3: ({"phases", "phase_rows"}, {"ray"}),
-    4: ({"on_ray"}, set()),
-}
-BUILDS_A_MODEL = {"build", "network", "pretraining", "tokenizer", "lessons"}
-"""Modules of the miniature that make its base; they stand with layer 2."""
-PROMPTS_FOR_ALL = {"prompts"}
-"""Layer 1 by what it is about, yet words alone: config and lower layers may name its styles."""
+HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors"}
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] in LAYERS or path.stem in LAYERS
+)
+MOST_MODULES = 9
 
 
-def layer_of(path: Path) -> int:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    if parts[0] == "miniature" and parts[-1] in BUILDS_A_MODEL:
-        return 2
-    return next(layer for layer, (names, _) in LAYERS.items() if parts[0] in names)
+def name_layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imports_of(path: Path) -> set[str]:
-    found: set[str] = set()
+def name_module(path: Path) -> str:
+    return ".".join(("medlora", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def list_imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it, as a dotted name; `from medlora import x` is `medlora.x`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names if node.module == "medlora")}
-    return found
+            for alias in node.names:
+                inner = Path(*f"{node.module}.{alias.name}".split("."))
+                is_module = (ROOT / inner).with_suffix(".py").is_file() or (ROOT / inner).is_dir()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
-def top_imports_of(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    module = ast.Module(
-        body=[node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], type_ignores=[]
-    )
-    found: set[str] = set()
-    for node in module.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
+def test_every_module_has_a_layer() -> None:
+    found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert found - {"__init__", "__main__", "compare"} == set(LAYERS)
 
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_imports_go_to_earlier_layers_alone(path: Path) -> None:
+    layer = LAYERS.index(name_layer(path))
+    for name in list_imports(path):
+        top, _, rest = name.partition(".")
+        if top == "medlora" and rest:
+            assert LAYERS.index(rest.split(".")[0]) <= layer, f"{name_module(path)} imports {name}, which is above it"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_go_down_only(path: Path) -> None:
-    layer = layer_of(path)
-    forbidden = LAYERS[layer][1] if layer != 2 else {"ray"}
-    used = {name.split(".")[0] for name in imports_of(path)}
-    if path.stem == "readers":
-        used -= {"datasets"}
-    assert not used & forbidden
-    for name in imports_of(path):
-        if name.startswith("medlora."):
-            target = PACKAGE / Path(*name.split(".")[1:])
-            target = target.with_suffix(".py") if target.with_suffix(".py").is_file() else target / "__init__.py"
-            # Lazily, a driver may reach down to what builds the miniature or up to Ray's edge; at import time nobody may.
-            if target.is_file() and name in top_imports_of(path) and target.stem not in PROMPTS_FOR_ALL:
-                assert layer_of(target) <= layer, f"{path.name} imports {name} from a higher layer"
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
+def test_torch_and_ray_are_imported_in_their_layers_alone(path: Path) -> None:
+    used = {name.split(".")[0] for name in list_imports(path)}
+    layer = name_layer(path)
+    if layer in TABLE["words"] + TABLE["plain"]:
+        assert not used & (HEAVY | {"ray"})
+    elif layer in TABLE["torch"]:
+        assert "ray" not in used
+    elif layer != "on_ray":
+        assert not used & (HEAVY | {"ray"})
 
 
-def test_ray_is_imported_in_one_folder_alone() -> None:
-    users = {
-        path
-        for path in [*MODULES, *(ROOT / "jobs").glob("*.py")]
-        if "ray" in {name.split(".")[0] for name in imports_of(path)}
-    }
-    assert users and all(path.parent.name == "on_ray" for path in users)
+def test_words_import_nothing_else_of_medlora() -> None:
+    for path in MODULES:
+        if name_layer(path) in TABLE["words"]:
+            ours = {name for name in list_imports(path) if name.startswith("medlora.")}
+            assert ours <= {"medlora.records", "medlora.errors", "medlora.bounds"}, path
+
+
+def test_kernels_import_nothing_of_medlora_but_each_other() -> None:
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        assert all(name.startswith("medlora.kernels") for name in list_imports(path) if name.startswith("medlora")), (
+            path
+        )
+
+
+def test_there_is_no_cycle() -> None:
+    """Also none that is closed by an import inside a function."""
+    edges = {name_module(path): {name for name in list_imports(path)} for path in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for target in sorted(edges[module] & edges.keys() - {module}):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_no_package_has_more_modules_than_one_can_remember() -> None:
+    for folder in {path.parent for path in MODULES} - {PACKAGE}:
+        modules = [path for path in folder.glob("*.py") if path.stem != "__init__"]
+        assert len(modules) <= MOST_MODULES, f"{folder}: {len(modules)} modules"
+
+
+def test_functions_are_short_and_have_few_parameters() -> None:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            where = f"{path}:{node.lineno} {node.name}"
+            assert len([name for name in given if name not in ("self", "cls", "ctx")]) <= 8, where
+            assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, where
 
 
 @pytest.mark.parametrize("word", ["from_pretrained(", "BitsAndBytesConfig(", "PeftModel."])
-def test_models_are_loaded_in_one_place(word: str) -> None:
-    users = {
-        path.stem for path in MODULES if word in path.read_text(encoding="utf-8") and path.parent.name != "miniature"
-    }
-    assert users <= {"models", "chains", "targets"}
+def test_models_are_loaded_in_one_package(word: str) -> None:
+    users = {name_layer(path) for path in MODULES if word in path.read_text(encoding="utf-8")}
+    assert users <= {"model"}
 
 
-def test_the_pure_layers_bring_neither_torch_nor_ray_along() -> None:
-    names = [
-        f"medlora.{path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}".removesuffix(".__init__")
-        for path in MODULES
-        if layer_of(path) <= 1
-    ]
-    code = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
+def test_the_plain_layers_bring_neither_torch_nor_ray_along() -> None:
+    plain = [name_module(path) for path in MODULES if name_layer(path) in TABLE["words"] + TABLE["plain"]]
+    code = f"import sys, importlib\nfor name in {plain!r}: importlib.import_module(name)\n"
     code += (
         "print(sorted({'torch', 'transformers', 'ray', 'peft', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)))"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_medlora_changes_nothing() -> None:
+    code = "import os, logging\nbefore = dict(os.environ), set(logging.root.manager.loggerDict)\nimport medlora\n"
+    code += "print((dict(os.environ), set(logging.root.manager.loggerDict)) == before)"
     assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "True"
     )
+
+
+def test_the_docs_show_the_table() -> None:
+    """docs/architecture.md lists every package in the table's order, and mypy checks them all."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = [name for name in LAYERS if (PACKAGE / name).is_dir()]
+    shown = re.findall(r"^\s*(\w+)/ ", text, flags=re.M)
+    assert [name for name in shown if name in packages] == packages
+    mypy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert mypy["packages"] == ["medlora"]
