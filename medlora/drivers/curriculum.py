@@ -148,8 +148,9 @@ def go_on(begun: Begun, cluster: Cluster) -> Outcome:
     config, run, on_event = begun.config, begun.run, begun.on_event
     done, chain, stages = begun.done, begun.chain, begun.stages
     with _scoring_early(begun, cluster) as early:
-        for stage, links in stages.items() if early else ():
-            early.add(stage, links)
+        if early:
+            for stage, links in stages.items():
+                early.add(stage, links)
         for phase in begun.left:
             if manifest := _find_finished(config, run, phase, chain, done, begun.redo):
                 on_event(events.reused(phase.name))

@@ -305,8 +305,11 @@ class BatchAnswerer:
         finally:
             ray.get(self.attempts.end.remote(key))
         self._note(f"question {record.id} of {test} is reported as failed: {reason}")
-        known = {"subject": record.subject, "options": len(record.options), "error": reason}
-        return [Prediction(record.id, test, stage, record.answer, None, **known) for stage in stages]
+        options = len(record.options)
+        return [
+            Prediction(record.id, test, stage, record.answer, None, record.subject, error=reason, options=options)
+            for stage in stages
+        ]
 
     def _note(self, text: str) -> None:
         self.inbox.put(events.note("evaluation", text))
