@@ -28,9 +28,10 @@ from medlora.config.placement import ActorPlacement
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import read
 from medlora.evaluation.ledger import Batch, plan_batches
+from medlora.evaluation.plan import EvaluationTask
 from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.questions import Asked
-from medlora.on_ray.answer_questions import answer_on_ray, make_builder
+from medlora.on_ray.answer_questions import Actors, answer_on_ray, make_builder
 from medlora.on_ray.cluster import Cluster, connect
 from medlora.prompts import render_mcq
 from medlora.records import McqRecord
@@ -50,7 +51,9 @@ def measure(
         {"tests": [{"name": "t", "source": "-"}], "style": "kormedmcqa", "batch_size": batch_size}
     )
     placement = ActorPlacement(workers=actors)
-    build = make_builder(base, str(folder), 0, {"base": ()}, config, Asked({}), placement, cluster)
+    task = EvaluationTask(base, 0, str(folder), {"base": ()}, config, Asked({"t": records}))
+    where = Actors(placement, cluster, lambda event: None, folder / "log")
+    build = make_builder(task, where)
     batches = plan_batches({"t": records}, batch_size, ["base"])
     # Longest first would put the longest before the clock starts: every batch gets its share of each length instead.
     ordered = [question for batch in batches for question in batch.questions]
@@ -58,7 +61,7 @@ def measure(
     began = time.monotonic()
     ends: list[tuple[float, int]] = []
     predictions: list[Prediction] = []
-    for answered in answer_on_ray(batches, build, placement, cluster, lambda event: None, folder / "log"):
+    for answered in answer_on_ray(batches, build, where):
         ends.append((time.monotonic(), len(answered)))
         predictions += answered
     started, counted = ends[actors - 1][0], sum(n for _, n in ends[actors:])

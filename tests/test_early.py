@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 from fake_stages import FakeStages
-from test_evaluate_on_ray import answer_here, ask, journal, score
+from test_evaluate_on_ray import answer_here, ask, journal, make_task, score
 from test_nodes import add_nodes
 
-from medlora.config.evaluation import EvaluationConfig
 from medlora.config.placement import ActorPlacement, Placement
 from medlora.evaluation.ledger import LEDGER, PREDICTIONS, read_ledger
-from medlora.evaluation.questions import Asked
 from medlora.runs.files import read_json
 
 
@@ -41,26 +39,21 @@ def scoring(
 ) -> Iterator[Any]:
     """Early scoring of stages with 30 questions each, on one actor with a GPU; its journal is `e.journal`."""
     from medlora.drivers.early_scoring import EarlyScoring
+    from medlora.on_ray.answer_questions import Actors
 
-    config = EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "unused"}], "batch_size": 2})
-
-    def build(stage: str, chain: Any, placement: ActorPlacement) -> Any:
+    def build(task: Any, actors: Any) -> Any:
         return partial(FakeStages, str(folder / "e.journal"), pause_s)
 
-    early = EarlyScoring(
-        folder / "scoring",
-        config,
-        Asked({"t": ask(30)}),
-        lambda stage, chain: {"stage": stage},
-        build,
+    actors = Actors(
         ActorPlacement(gpus_per_worker=gpus),
         cluster,
         lambda event: said.append(f"{event['phase']}  {event['text']}"),
         folder / "log",
     )
+    early = EarlyScoring(folder / "scoring", make_task(ask(30), 2), actors, build)
     for stage in stages:
         early.add(stage, ())
-    with early.going_on():
+    with early.running():
         yield early
 
 
@@ -121,8 +114,9 @@ def test_stages_are_scored_on_what_a_phase_leaves_free_and_stand_in_nobodys_way(
         assert said[1].startswith("b  could not be scored beside the training, it is scored after it: ")
     asked = journal(tmp_path / "e", "ask")
     assert len({line[1] for line in asked}) == 30 and len(asked) < 60 + 2 * 8  # what was under way is asked again
-    assert len(take_over(tmp_path / "scoring", {"a": {"stage": "another"}})) == 0
-    known = take_over(tmp_path / "scoring", {"a": {"stage": "a"}, "b": {"stage": "b"}})
+    assert len(take_over(tmp_path / "scoring", {"a": {"seed": "another"}})) == 0
+    task = make_task(ask(30), 2)
+    known = take_over(tmp_path / "scoring", {name: task.select(name, ()).fingerprint for name in ("a", "b")})
     left = 60 - len(known)
     report = score(tmp_path / "e", ask(30), ray_cluster, actors=1, known=known)
     assert report["questions_asked"] == left == len(journal(tmp_path / "e", "ask")) - len(asked)

@@ -18,10 +18,13 @@ import pytest
 from fake_stages import FakeStages, die_while_loading, raise_while_loading
 
 from medlora.config.evaluation import EvaluationConfig
+from medlora.config.model import BaseModelConfig
 from medlora.config.placement import ActorPlacement
 from medlora.errors import RunError
 from medlora.evaluation.ledger import LEDGER, PREDICTIONS, Batch, sort_predictions
+from medlora.evaluation.plan import EvaluationTask
 from medlora.evaluation.predictions import Prediction, write_predictions
+from medlora.evaluation.questions import Asked
 from medlora.records import McqRecord
 from medlora.runs.files import read_json_lines
 
@@ -47,26 +50,20 @@ def score(
     known: Sequence[Prediction] = (),
 ) -> dict[str, Any]:
     from medlora.drivers.evaluation import score_stages
+    from medlora.on_ray.answer_questions import Actors
 
-    tests = [{"name": "t", "source": "unused"}]
-    config = EvaluationConfig.model_validate({"tests": tests, "batch_size": size})
     folder.mkdir(parents=True, exist_ok=True)
     build = partial(FakeStages, str(folder.parent / f"{folder.name}.journal"), pause_s)
-    return score_stages(
-        folder,
-        {"of": len(questions)},
-        STAGES,
-        {"t": questions},
-        config,
-        build,
-        ActorPlacement(workers=actors, min_workers=min_actors, label_selector=labels or {}),
-        cluster,
-        lambda event: None,
-        folder / "run.log",
-        {},
-        0,
-        known,
-    )
+    placement = ActorPlacement(workers=actors, min_workers=min_actors, label_selector=labels or {})
+    where = Actors(placement, cluster, lambda event: None, folder / "run.log")
+    return score_stages(make_task(questions, size), folder, build, where, {}, known)
+
+
+def make_task(questions: list[McqRecord], size: int, stages: Sequence[str] = STAGES) -> EvaluationTask:
+    """An evaluation of stages without adapters, whose answers a fake gives."""
+    config = EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "unused"}], "batch_size": size})
+    base = BaseModelConfig(model="miniature")
+    return EvaluationTask(base, 0, "unused", {stage: () for stage in stages}, config, Asked({"t": questions}))
 
 
 def journal(folder: Path, what: str) -> list[list[str]]:
@@ -184,24 +181,23 @@ def test_a_killed_driver_asks_only_what_is_not_answered_and_writes_the_same_byte
 
 
 def test_actors_that_cannot_load_the_model_end_the_evaluation(ray_cluster: Any, tmp_path: Path) -> None:
-    from medlora.on_ray.answer_questions import answer_on_ray
+    from medlora.on_ray.answer_questions import Actors, answer_on_ray
 
     batches = [Batch((("t", record),), ("a",)) for record in ask(2)]
+    actors = Actors(ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log")
     with pytest.raises(RunError, match="evaluation: RuntimeError: the processes that load the model keep dying"):
-        list(
-            answer_on_ray(
-                batches, die_while_loading, ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log"
-            )
-        )
+        list(answer_on_ray(batches, die_while_loading, actors))
 
 
 def test_an_exception_of_the_load_is_raised_once_and_named(ray_cluster: Any, tmp_path: Path) -> None:
-    from medlora.on_ray.answer_questions import answer_on_ray
+    from medlora.on_ray.answer_questions import Actors, answer_on_ray
 
     batches = [Batch((("t", record),), ("a",)) for record in ask(2)]
     build = partial(raise_while_loading, str(tmp_path / "e.journal"))
+    actors = Actors(ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log")
     with pytest.raises(RunError) as raised:
-        list(answer_on_ray(batches, build, ActorPlacement(), ray_cluster, lambda event: None, tmp_path / "log"))
+        list(answer_on_ray(batches, build, actors))
     said = str(raised.value)
-    assert said.startswith("evaluation: ValueError: no such layer (on ") and "\n" not in said
+    assert said.startswith("evaluation: ValueError: no such layer (on ") and "
+" not in said
     assert len(journal(tmp_path / "e", "load")) == 1

@@ -16,6 +16,7 @@ from medlora.config.run import RunConfig
 from medlora.curriculum.chains import extend_chain, start_chain
 from medlora.curriculum.jobs import find_obstacle, make_job
 from medlora.errors import InputError
+from medlora.events import Event
 from medlora.on_ray.cluster import enter_folder
 from medlora.on_ray.workers.stalls import beating
 from medlora.runs import mirror
@@ -176,16 +177,15 @@ class _Hook:
         self.folder, self.report, self.inbox, self.clock = folder, report, inbox, clock
         self.steps = 0
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "training":
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "training":
             self.clock.turn_to("train")
-        elif kind == "step":
+        elif event["event"] == "step":
             self.steps = event["steps"]
             self.inbox.put(events.trial_step(self.id, event))
         elif event["event"] == "note" and event["kind"] == "training":
             self.inbox.put(events.trial_note(self.id, event["text"]))
-        elif kind == "validation":
+        elif event["event"] == "validation":
             self.clock.turn_to("wait")
             self.clock.move(event["seconds"], "train", "score")
             last = event["segment"] == "normal" and event["step"] == self.steps

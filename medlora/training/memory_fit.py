@@ -12,7 +12,7 @@ import torch.distributed as dist
 from medlora import events
 from medlora.config.phase import PhaseConfig
 from medlora.errors import InputError
-from medlora.events import OnEvent
+from medlora.events import NoteKind, OnEvent
 from medlora.kernels.memory import clear_memory, describe_device
 from medlora.kernels.modes import keeping_modes
 from medlora.kernels.supervised_head import SupervisedHead
@@ -44,9 +44,9 @@ def train_in_memory(
     was trained; raises InputError when not even one sequence fits, or several workers would have to agree.
     """
 
-    def say(text: str, level: int = logging.WARNING) -> None:
+    def say(text: str, level: int = logging.WARNING, kind: NoteKind = "run") -> None:
         log.log(level, text)
-        report(events.note(phase.name, text))
+        report(events.note(phase.name, text, kind))
 
     if segment.longest and not dist.is_initialized():
         phase = fit_batch(model, segment.longest, phase, collator, say)
@@ -62,7 +62,7 @@ def train_in_memory(
                     "accumulation) or max_tokens, set gradient_checkpointing: true, or take base.quantization: nf4"
                 ) from error
         # Outside of `except`: the traceback holds the tensors that did not fit.
-        say(f"out of memory: {_describe_change(phase, smaller)}")
+        say(f"out of memory: {_describe_change(phase, smaller)}", kind="training")
         phase = smaller
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
