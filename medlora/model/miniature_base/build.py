@@ -21,7 +21,6 @@ from medlora.model.miniature_base.tokenizer import train_tokenizer
 OnProgress = Callable[[dict[str, Any]], None]
 
 
-
 def build(folder: Path, seed: int = 0, report: OnProgress | None = None) -> None:
     """Trains tokenizer and base model and writes them to `folder`; the same seed gives the same bytes on one machine.
 
