@@ -198,6 +198,5 @@ def test_an_exception_of_the_load_is_raised_once_and_named(ray_cluster: Any, tmp
     with pytest.raises(RunError) as raised:
         list(answer_on_ray(batches, build, actors))
     said = str(raised.value)
-    assert said.startswith("evaluation: ValueError: no such layer (on ") and "
-" not in said
+    assert said.startswith("evaluation: ValueError: no such layer (on ") and "\n" not in said
     assert len(journal(tmp_path / "e", "load")) == 1

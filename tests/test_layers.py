@@ -149,4 +149,4 @@ def test_the_docs_show_the_table() -> None:
     shown = re.findall(r"^\s*(\w+)/ ", text, flags=re.M)
     assert [name for name in shown if name in packages] == packages
     mypy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
-    assert mypy["packages"] == ["medlora"]
+    assert "medlora" in mypy["files"]

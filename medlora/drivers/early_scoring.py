@@ -21,10 +21,10 @@ from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.statistics import accuracy
 from medlora.events import Event
 from medlora.on_ray.answer_questions import Actors, Build, make_builder
-from medlora.on_ray.workers.background import BackgroundTask
 from medlora.on_ray.cluster import Node
 from medlora.on_ray.inbox import listen
 from medlora.on_ray.placement import count_gpus, count_room, find_free, is_group_waiting
+from medlora.on_ray.workers.background import BackgroundTask
 from medlora.runs import mirror
 from medlora.runs.files import read_mapping, remove, write_sealed
 from medlora.runs.locks import hold_file_lock
