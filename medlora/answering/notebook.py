@@ -10,7 +10,7 @@ from typing import Any
 from medlora.answering.answerer import McqAnswerer
 from medlora.answering.rotations import predict
 from medlora.config.base import McqStyle
-from medlora.evaluation.answer_letter import extract_answer_letter
+from medlora.evaluation.answers.letter import extract_answer_letter
 from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.statistics import Accuracy, Breakdown, accuracy, breakdown
 from medlora.records import McqRecord

@@ -19,9 +19,9 @@ from medlora.data.quarantine import describe_quarantine
 from medlora.drivers.steps import connect_and_report, look_through_data, train_and_report
 from medlora.errors import InputError
 from medlora.evaluation.ledger import find_report
-from medlora.evaluation.plan import EvaluationTask
+from medlora.evaluation.plan import EvaluationTask, describe_other_task
 from medlora.evaluation.questions import read_asked
-from medlora.evaluation.stages import Stages, describe_other_task
+from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions

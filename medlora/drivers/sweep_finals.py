@@ -9,7 +9,7 @@ from typing import Any
 
 from medlora import events
 from medlora.config.evaluation import EvaluationConfig
-from medlora.config.files import load
+from medlora.config.loading.files import load
 from medlora.config.placement import ActorPlacement
 from medlora.curriculum.chains import Link, find_chain
 from medlora.drivers.evaluation import score_afresh
