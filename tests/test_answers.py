@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medlora.evaluation.answer_letter import extract_answer_letter
+from medlora.evaluation.answers.letter import extract_answer_letter
 
 from medlora.evaluation.answers.denials import DENIALS
 from medlora.evaluation.answers.letter import find_verdicts, parse, score_format, score_total

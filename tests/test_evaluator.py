@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from medlora.evaluation.answer_letter import extract_answer_letter
+from medlora.evaluation.answers.letter import extract_answer_letter
 
 from medlora.answering.answerer import McqAnswerer
 from medlora.answering.notebook import MCQEvaluator, evaluate_mcq_batch
