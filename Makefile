@@ -1,20 +1,37 @@
-# Two commands: `make demo` runs the whole curriculum with the miniature, `make test` the tests.
+# `make demo` runs the whole curriculum with the miniature, `make test` the tests; `make help` lists the rest.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Two workers on a laptop's two cores; tests that share a cluster or hosts stay together on one of them.
+PYTEST := $(RUN) -m pytest -q -n 2 --dist loadgroup
 
-.PHONY: demo test check clean
+.PHONY: help setup demo test test-ray test-all check fix clean
 
-demo: $(VENV)/.installed
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed-dev  ## install everything into .venv
+
+demo: $(VENV)/.installed  ## train the miniature through the curriculum and score it
 	$(RUN) jobs/curriculum.py
 
-test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -q
+test: $(VENV)/.installed-dev  ## all that needs no cluster, network or root, and one small cluster
+	$(PYTEST) -m "not cluster and not hosts and not slow and not gpu" --durations=15
 
-check: $(VENV)/.installed-dev
+test-ray: $(VENV)/.installed-dev  ## real Ray clusters on this machine
+	$(PYTEST) -m cluster --durations=15
+
+test-all: $(VENV)/.installed-dev  ## everything: what decides whether a change lands
+	$(PYTEST) --durations=25
+
+check: $(VENV)/.installed-dev  ## lint, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+fix: $(VENV)/.installed-dev  ## mend what lint and format can mend
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,5 +44,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-clean:
+clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import import_ray
+from support import ROOT
+from support.cluster import import_ray
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCHED = ["cluster.yaml", "deploy/on-prem.yaml"]
 
 

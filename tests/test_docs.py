@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 
 from medlora.config.loading.files import load, read_yaml
 from medlora.records import McqRecord, TextRecord, TranslationRecord
 from medlora.runs.files import write_json, write_yaml
 from medlora.runs.folders import open_run
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = [ROOT / "configs" / f"{name}.yaml" for name in ("quickstart", "medgemma-4b", "medgemma-27b")]
 
@@ -351,7 +351,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def workplace(empty: Path) -> Path:
     """Also a tiny base under the name of the real one, adapters of the scripts, and a finished run."""
     torch = pytest.importorskip("torch")
-    from tiny import EXTRA, build_bases
+    from support.tiny import EXTRA, build_bases
 
     torch.set_num_threads(1)
     Path("google").mkdir()

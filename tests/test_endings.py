@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support import ROOT
 
 from medlora.config.placement import Placement
 from medlora.runs.folders import RunFolder, describe_progress
 from medlora.runs.manifests import commit
 from medlora.sweep.ledger import Ledger
 
-ROOT = Path(__file__).resolve().parent.parent
 START = "import os, sys, time, threading\nfrom pathlib import Path\nfrom medlora import endings\nfrom medlora.errors import InputError\n"
 END = "\nsys.exit(endings.run_job(work))\n"
 

@@ -11,16 +11,15 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import CANARIES
-from hostile import NAMES, XSS, write_pickle
-from test_report import TWO_TESTS
-from test_token import read_token
+from support import ROOT
+from support.cluster import CANARIES, read_token
+from support.hostile import NAMES, XSS, Markup, write_pickle
+from support.predictions import TWO_TESTS
 
 from medlora.config.loading.files import load, load_evaluate_config
 from medlora.errors import InputError
@@ -30,7 +29,6 @@ from medlora.reporting.page import write_page
 from medlora.reporting.report import build_report
 from medlora.runs.folders import RunFolder
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENT = "-".join(("850101", "1234566"))
 """A resident registration number with the right checksum, of nobody; in one piece it stands in no file of the project,
 whose working folder other tests upload to the cluster that is searched for it."""
@@ -62,7 +60,7 @@ def find_text(folder: Path, texts: dict[str, str]) -> list[str]:
 def test_secrets_and_a_patient_s_number_are_found_nowhere(
     cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
-    from tiny_run import configure
+    from support.tiny_run import configure
 
     (tmp_path / "cache").mkdir()
     rows = (data / "text.jsonl").read_text(encoding="utf-8")
@@ -174,7 +172,7 @@ class Killed(BaseException):
 def test_a_poisoned_optimizer_is_never_opened(
     bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    from tiny_run import configure, run_all, weights
+    from support.tiny_run import configure, run_all, weights
 
     from medlora.training.trainer import find_checkpoint
 
@@ -272,25 +270,6 @@ def test_hostile_names_are_refused_before_anything_is_written(tmp_path: Path, ki
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
-
-
-class Markup(HTMLParser):
-    """The elements, attribute names and text of a page, white space as one space."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.texts: list[str] = []
-        self.feed(html)
-        self.text = " ".join("".join(self.texts).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def write_hostile_page(folder: Path, payload: str) -> Markup:

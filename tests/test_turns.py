@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import configure
+from support import ROOT
+from support.tiny_run import configure
 
 from medlora.config.loading.files import load_evaluate_config
 from medlora.curriculum.checks import check_inputs
@@ -144,7 +145,7 @@ def test_an_evaluation_with_a_broken_template_exits_with_2(bases: dict[str, str]
         f"evaluation: {{tests: [{{name: dev, source: {data / 'dev.jsonl'}}}], style: answer}}\n",
         encoding="utf-8",
     )
-    job = Path(__file__).resolve().parent.parent / "jobs" / "evaluate_mcq.py"
+    job = ROOT / "jobs" / "evaluate_mcq.py"
     command = [sys.executable, str(job), "--config", str(config), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr

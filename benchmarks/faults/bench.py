@@ -102,8 +102,8 @@ def drive(config: Any, folder: Path, on_event: Callable[[dict[str, Any]], None] 
 def make_config(place: Path) -> Any:
     """A curriculum of one phase with a dev score, 8 steps and 2 checkpoints, on a tiny random Gemma made in `place`."""
     import torch
-    from tiny import build_bases
-    from tiny_run import configure, write_data
+    from support.tiny import build_bases
+    from support.tiny_run import configure, write_data
 
     torch.set_num_threads(1)
     place.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from tiny import build_bases
+from support.tiny import build_bases
 
 from medlora.artifacts.adapters import fetch_adapter
 from medlora.config.model import BaseModelConfig, LoraSettings

@@ -51,8 +51,8 @@ class Round:
 def prepare(folder: Path) -> Path:
     """A tiny base, its data and the config of one phase; the run that nobody disturbs is made beside them."""
     import torch
-    from tiny import build_bases
-    from tiny_run import configure, run_all, write_data
+    from support.tiny import build_bases
+    from support.tiny_run import configure, run_all, write_data
 
     torch.set_num_threads(1)
     for name in ("bases", "data"):
@@ -96,7 +96,7 @@ def disturb(config: Path, run: Path, name: str, at_s: float, group: bool) -> Rou
 
 def finish(config: Path, run: Path) -> tuple[bool, float]:
     """Whether the run, resumed to its end, has the bytes of the one that nobody disturbed, and how long that took."""
-    from tiny_run import weights
+    from support.tiny_run import weights
 
     began = time.monotonic()
     _, err = (job := start(config, run)).communicate()
