@@ -25,7 +25,13 @@ from medlora.records import McqRecord, TextRecord, TranslationRecord
 from medlora.runs.files import write_json, write_yaml
 from medlora.runs.folders import open_run
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "medlora").rglob("README.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 CONFIGS = [ROOT / "configs" / f"{name}.yaml" for name in ("quickstart", "medgemma-4b", "medgemma-27b")]
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -105,10 +111,8 @@ class Line:
 
     @property
     def needs_torch(self) -> bool:
-        modules = (
-            "models|chains|adapter_files|answering|evaluator|generation|encoding|stages|training|validation|phases"
-        )
-        return bool(re.search(rf"import torch|medlora\.({modules})\b|open_run", self.setup))
+        packages = "model|answering|training|tokens|kernels"
+        return bool(re.search(rf"import torch|medlora\.({packages})\b|open_run", self.setup))
 
 
 def read_lines(text: str) -> Iterator[Line]:
@@ -450,7 +454,7 @@ def find_missing(text: str, folder: Path) -> list[str]:
     return missing + [path for path in named if not (ROOT / path).exists()]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_links_to_or_names_exists(document: Path) -> None:
     assert find_missing(document.read_text(encoding="utf-8"), document.parent) == []
 

@@ -1,0 +1,52 @@
+"""Prose stays readable: sentences of 15 to 20 words on average, in every document that people read from top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "medlora").rglob("README.md")),
+]
+MOST_WORDS = 21
+"""Words a sentence, on average."""
+
+LEAST_WORDS = 4
+"""Fewer are a label, not a sentence."""
+
+SHOWN = 5
+
+
+def list_sentences(text: str) -> list[str]:
+    """The sentences of a document: its tables, headings, code blocks and indented lines are left out."""
+    without_code = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines = [line for line in without_code.split("\n") if not line.startswith(("|", "#", "    "))]
+    sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", "\n".join(lines))]
+    return [sentence for sentence in sentences if len(sentence.split()) >= LEAST_WORDS]
+
+
+def measure_words(sentences: list[str]) -> float:
+    return sum(len(sentence.split()) for sentence in sentences) / max(1, len(sentences))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sentences_are_short_enough_to_read_once(document: Path) -> None:
+    sentences = list_sentences(document.read_text(encoding="utf-8"))
+    mean = measure_words(sentences)
+    longest = sorted(sentences, key=lambda sentence: -len(sentence.split()))[:SHOWN]
+    shown = "\n".join(f"  {len(sentence.split())} words: {sentence[:160]}" for sentence in longest)
+    assert mean <= MOST_WORDS, (
+        f"{document.relative_to(ROOT)}: {mean:.1f} words a sentence on average, {MOST_WORDS} at most; the longest:\n{shown}"
+    )
+
+
+def test_what_is_counted_is_prose() -> None:
+    text = "# A heading of many words that nobody counts\n\nOne two three four five. Six seven\neight nine! No.\n"
+    text += "| a | table |\n```sh\npython jobs/sweep.py\n```\n    an indented line of code\n- A list item has five.\n"
+    assert list_sentences(text) == ["One two three four five.", "Six seven eight nine!", "- A list item has five."]
+    assert measure_words(list_sentences(text)) == pytest.approx(5)
