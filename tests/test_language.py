@@ -45,6 +45,14 @@ def test_sentences_are_short_enough_to_read_once(document: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("document", "most"),
+    [(ROOT / "README.md", 160), *((path, 40) for path in DOCUMENTS if path.parts[-3] == "medlora")],
+)
+def test_what_is_read_first_stays_short(document: Path, most: int) -> None:
+    assert len(document.read_text(encoding="utf-8").splitlines()) <= most
+
+
 def test_what_is_counted_is_prose() -> None:
     text = "# A heading of many words that nobody counts\n\nOne two three four five. Six seven\neight nine! No.\n"
     text += "| a | table |\n```sh\npython jobs/sweep.py\n```\n    an indented line of code\n- A list item has five.\n"
