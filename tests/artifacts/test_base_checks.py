@@ -173,8 +173,10 @@ def test_the_driver_says_it_without_torch(tmp_path: Path) -> None:
         check_inputs(RunConfig.model_validate(config))
     code = f"""
 import sys
-from jobs.curriculum import main
-code = main(["--config", {str(tmp_path / "c.yaml")!r}, "--run-dir", {str(tmp_path / "run")!r}])
+from functools import partial
+from medlora.cli.train import main
+from medlora.endings import run_job
+code = run_job(partial(main, ["--config", {str(tmp_path / "c.yaml")!r}, "--run-dir", {str(tmp_path / "run")!r}]))
 print(code, sorted({{"torch", "peft", "transformers", "ray"}} & set(sys.modules)))
 """
     root = ROOT

@@ -225,7 +225,7 @@ import medlora  # first, as in a job: it quietens bitsandbytes, which PEFT impor
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from test_chains import logits, load_chain, load_base, load_tokenizer, save_adapter, BaseModelConfig
+from model.test_chain import logits, load_chain, load_base, load_tokenizer, save_adapter, BaseModelConfig
 torch.set_num_threads(1)
 model_folder, first, second, out = sys.argv[1:]
 for quantization in ("int8", "nf4", "none"):

@@ -321,7 +321,7 @@ def test_text_that_html_cannot_hold_is_replaced(tmp_path: Path) -> None:
 
 def test_the_same_evaluation_gives_the_same_bytes(tmp_path: Path) -> None:
     first, report = make_page(tmp_path)
-    script = "import sys; sys.path[:0] = sys.argv[1:3]\nfrom pathlib import Path\nfrom test_page import make_page\n"
+    script = "import sys; sys.path[:0] = sys.argv[1:3]\nfrom pathlib import Path\nfrom reporting.test_page import make_page\n"
     script += "make_page(Path(sys.argv[3]))"
     (tmp_path / "again").mkdir()
     arguments = [str(ROOT), str(ROOT / "tests"), str(tmp_path / "again")]
