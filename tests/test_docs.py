@@ -7,7 +7,6 @@ two steps a phase on a tiny random multimodal Gemma 3 and on data files and adap
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 from support import ROOT
 
+from medlora.cli import train
 from medlora.config.loading.files import load, read_yaml
 from medlora.records import McqRecord, TextRecord, TranslationRecord
 from medlora.runs.files import write_json, write_yaml
@@ -154,12 +154,8 @@ def test_a_row_without_a_line_is_seen() -> None:
 
 
 def parse_command(arguments: list[str]) -> Any:
-    """The job's own parser, from the file: `jobs` is no package."""
-    spec = importlib.util.spec_from_file_location("medlora_job", ROOT / "jobs" / "curriculum.py")
-    assert spec and spec.loader
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
-    return job.parse(arguments)
+    """As `jobs/curriculum.py` parses them, which is a door to `medlora train`."""
+    return train.parse(arguments)
 
 
 def values_at(config: Any, key: str) -> list[Any]:
