@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT
-from support.cluster import import_ray
+
+from tests.support import ROOT
+from tests.support.cluster import import_ray
 
 LAUNCHED = ["cluster.yaml", "deploy/on-prem.yaml"]
 

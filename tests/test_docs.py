@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
 
 from medlora.cli import train
 from medlora.config.loading.files import load, read_yaml
 from medlora.records import McqRecord, TextRecord, TranslationRecord
 from medlora.runs.files import write_json, write_yaml
 from medlora.runs.folders import open_run
+from tests.support import ROOT
 
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
@@ -350,7 +350,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def workplace(empty: Path) -> Path:
     """Also a tiny base under the name of the real one, adapters of the scripts, and a finished run."""
     torch = pytest.importorskip("torch")
-    from support.tiny import EXTRA, build_bases
+    from tests.support.tiny import EXTRA, build_bases
 
     torch.set_num_threads(1)
     Path("google").mkdir()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import FAMILIES
 
 from medlora.answering import answerer as answerer_module
 from medlora.answering.answerer import Answer, McqAnswerer
@@ -20,6 +19,7 @@ from medlora.model.tokenizer import letter_token_ids, load_tokenizer
 from medlora.prompts import ANSWER_FIELD, render_mcq
 from medlora.records import FIELDS, McqRecord
 from medlora.tokens.encode import encode_prompts, encode_texts
+from tests.support.tiny import FAMILIES
 
 WORDS = ["아스피린", "인슐린", "췌장", "해열", "진통제", "열", "text", "about", "and", "answer", "이다", "나온다"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cli import QUESTION, run, write_run
+
+from tests.support.cli import QUESTION, run, write_run
 
 
 @pytest.mark.parametrize("job", ["curriculum", "evaluate_mcq", "sweep"])

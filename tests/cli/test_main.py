@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
 
 from medlora import __version__
 from medlora.cli.main import COMMANDS, main
+from tests.support import ROOT
 
 
 def run(*argv: str, module: str = "medlora") -> subprocess.CompletedProcess[str]:

@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support import ROOT
-from support.cluster import RAY, AddedNode, add_nodes
-from support.curriculum import finish, one_phase, recover, start, wait_for_step, worker_pid, write_config
-from support.fake_stages import answer_here, ask, journal, score
-from support.tiny_run import run_all, weights
-
 from medlora.evaluation.ledger import PREDICTIONS
 from medlora.runs.files import read_json_lines
 from medlora.runs.folders import RunFolder
+from tests.support import ROOT
+from tests.support.cluster import RAY, AddedNode, add_nodes
+from tests.support.curriculum import finish, one_phase, recover, start, wait_for_step, worker_pid, write_config
+from tests.support.fake_stages import answer_here, ask, journal, score
+from tests.support.tiny_run import run_all, weights
 
 
 def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_of_its_node(

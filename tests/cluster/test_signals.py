@@ -11,8 +11,13 @@ import time
 from pathlib import Path
 
 import yaml
-from support import ROOT
-from support.curriculum import (
+
+from medlora.evaluation.ledger import LEDGER, read_ledger
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
+from medlora.sweep.ledger import Ledger
+from tests.support import ROOT
+from tests.support.curriculum import (
     JOB,
     finish,
     last_step,
@@ -23,14 +28,9 @@ from support.curriculum import (
     worker_pid,
     write_config,
 )
-from support.sweeps import start as start_sweep
-from support.sweeps import write_sweep
-from support.tiny_run import run_all, weights
-
-from medlora.evaluation.ledger import LEDGER, read_ledger
-from medlora.runs.files import read_json_lines
-from medlora.runs.folders import RunFolder
-from medlora.sweep.ledger import Ledger
+from tests.support.sweeps import start as start_sweep
+from tests.support.sweeps import write_sweep
+from tests.support.tiny_run import run_all, weights
 
 
 def find_checkpoints(run: Path) -> list[int]:

@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.cluster import submit
-from support.fake_trials import fake_trial
-from support.store_server import BUCKET, Store
-from support.sweeps import start, write_sweep
 
 from medlora.config.loading.files import load
 from medlora.config.placement import Placement
@@ -30,6 +25,11 @@ from medlora.sweep.ledger import Ledger, Trial
 from medlora.sweep.population import Proposal
 from medlora.sweep.space import Range
 from medlora.sweep.suggest import Suggester
+from tests.support import ROOT
+from tests.support.cluster import submit
+from tests.support.fake_trials import fake_trial
+from tests.support.store_server import BUCKET, Store
+from tests.support.sweeps import start, write_sweep
 
 SPACE = {"x": Range(0.0, 1.0)}
 
@@ -158,10 +158,10 @@ def test_two_trials_share_a_gpu_and_a_third_waits(
     cluster: dict[str, str], ray_cluster: Any, bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
     import ray
-    from support.cluster import add_nodes
 
     from medlora.on_ray.cluster import connect
     from medlora.on_ray.placement import find_concurrency
+    from tests.support.cluster import add_nodes
 
     half = Placement(gpus_per_worker=0.5)
     with add_nodes(cluster, ("gpu", "gpu", "--num-gpus=1", "--num-cpus=3")), connect() as grown:

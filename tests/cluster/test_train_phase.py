@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
-from support.curriculum import (
+
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
+from tests.support import ROOT
+from tests.support.curriculum import (
     finish,
     last_step,
     recover,
@@ -22,10 +25,7 @@ from support.curriculum import (
     worker_pid,
     write_config,
 )
-from support.tiny_run import configure, run_all, weights
-
-from medlora.runs.files import read_json_lines
-from medlora.runs.folders import RunFolder
+from tests.support.tiny_run import configure, run_all, weights
 
 BIN = Path(sys.executable).parent
 

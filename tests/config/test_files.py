@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT
 
 from medlora.cli.schema import make_schema
 from medlora.config.evaluation import EvaluateConfig
@@ -14,6 +13,7 @@ from medlora.config.loading.files import load, read_yaml
 from medlora.config.run import RunConfig
 from medlora.config.sweep import SweepConfig
 from medlora.errors import InputError
+from tests.support import ROOT
 
 
 def minimal(**changes: Any) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.tiny_run import configure, run_all
 
 from medlora.cli.inspect import main
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import Scan, read, scan
 from medlora.errors import InputError
 from medlora.records import McqRecord
+from tests.support import ROOT
+from tests.support.tiny_run import configure, run_all
 
 FILES: dict[str, tuple[str, int, int]] = {
     "kormedmcqa/train.jsonl": ("letters", 909, 909),

@@ -13,10 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
-from support.hosts import Host, Network, find_obstacle, make_hosts
-from support.store_server import BUCKET, HostStore
-from support.tiny_run import configure, run_all, weights
 
 from medlora.config.loading.files import load
 from medlora.config.run import RunConfig
@@ -24,6 +20,10 @@ from medlora.model.miniature_base.build import ensure
 from medlora.runs.files import read_json, read_json_lines
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
+from tests.support import ROOT
+from tests.support.hosts import Host, Network, find_obstacle, make_hosts
+from tests.support.store_server import BUCKET, HostStore
+from tests.support.tiny_run import configure, run_all, weights
 
 OBSTACLE = find_obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.batches import build
-from support.tiny import FAMILIES
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -19,6 +17,8 @@ from medlora.kernels.attention import attend
 from medlora.model.base import load_base
 from medlora.model.chain import activate
 from medlora.model.tokenizer import load_tokenizer
+from tests.support.batches import build
+from tests.support.tiny import FAMILIES
 
 SHAPES = {
     "one adapter": [LoraSettings(r=4, alpha=8)],

@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.tiny import build_gpt2
 
 from medlora.answering.answerer import McqAnswerer
 from medlora.answering.generation import generate
@@ -26,6 +25,7 @@ from medlora.model.chain import activate, add_adapter, load_chain, save_adapter
 from medlora.model.export import export_chain
 from medlora.model.tokenizer import load_tokenizer
 from medlora.records import McqRecord
+from tests.support.tiny import build_gpt2
 
 IDS = torch.arange(3, 19)[None]
 

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
 
 from medlora.errors import InputError
 from medlora.runs.disk_errors import SAFE, explain, explaining
 from medlora.runs.environment import log_to
 from medlora.runs.folders import open_run
 from medlora.runs.locks import hold_file_lock
+from tests.support import ROOT
 
 
 class SafetensorError(Exception):

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
-from support.curriculum import two_phases, undisturbed  # noqa: F401
-from support.store_server import BUCKET, GoogleStore, Rule, Store, run_env
 
 from medlora.config.evaluation import EvaluationConfig
 from medlora.config.run import RunConfig
@@ -31,6 +28,9 @@ from medlora.runs.files import write_bytes
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import check_files, commit, read_manifest
 from medlora.runs.object_store import Objects
+from tests.support import ROOT
+from tests.support.curriculum import two_phases, undisturbed  # noqa: F401
+from tests.support.store_server import BUCKET, GoogleStore, Rule, Store, run_env
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_a_store_that_fails_for_good_keeps_what_was_whole(
 def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_bytes(
     store: Store, bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, uri: str
 ) -> None:
-    from support.tiny_run import configure, run_all, weights
+    from tests.support.tiny_run import configure, run_all, weights
 
     config = configure(bases["gemma"], data)
     counts = {"all": 0}
@@ -394,7 +394,7 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     uri: str,
 ) -> None:
     """Its first stages are scored while later phases train; the predictions are those of one pass over all stages."""
-    from support.tiny_run import weights
+    from tests.support.tiny_run import weights
 
     config = two_phases(bases, data, checkpoint_every_steps=50).model_dump(mode="json")
     shutil.copy(data / "mcq.jsonl", tmp_path / "test.jsonl")

@@ -14,8 +14,6 @@ import pyarrow.parquet
 import pytest
 import yaml
 from rich.console import Console
-from support import ROOT
-from support.hostile import XSS, Markup
 
 from medlora.config.loading.files import load, load_sweep_config
 from medlora.config.run import RunConfig
@@ -39,6 +37,8 @@ from medlora.sweep.results import (
 )
 from medlora.sweep.space import Choice, Range, parse_domain, validate
 from medlora.sweep.suggest import Suggester, measure_importance
+from tests.support import ROOT
+from tests.support.hostile import XSS, Markup
 
 
 def question(i: int) -> dict[str, Any]:

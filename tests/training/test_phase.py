@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny_run import configure, run_all, weights
 
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link, extend_chain
@@ -21,6 +20,7 @@ from medlora.runs.manifests import check_files, read_manifest
 from medlora.training.callbacks import Leaving
 from medlora.training.phase import run_phase
 from medlora.training.trainer import _AdapterTrainer, find_checkpoint
+from tests.support.tiny_run import configure, run_all, weights
 
 
 class Killed(BaseException):

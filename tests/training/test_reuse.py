@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_run import configure, weights
 
 from medlora.curriculum.chains import extend_chain
 from medlora.curriculum.jobs import make_job
 from medlora.runs.folders import RunFolder
 from medlora.training.phase import run_phase
 from medlora.training.reuse import Kept
+from tests.support.tiny_run import configure, weights
 
 
 def train(
