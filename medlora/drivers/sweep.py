@@ -57,7 +57,7 @@ def run_sweep(
     card = look_through_data(plan.check_against(), folder, on_event)
     write_sealed(folder.root / FINGERPRINT, describe_sweep(plan))
     write_sealed(folder.data, card)
-    mirror.push(folder.root, passing=("trials",))
+    mirror.push(folder.root, exclude=("trials",))
     with TrialLogs(folder.root, plan.config) as logs, connect_and_report([on_event]) as cluster:
         concurrency = find_concurrency(plan.config.concurrency, plan.config.placement, cluster)
         start, chain = _find_or_train_start(plan, folder, cluster, on_event)
@@ -158,7 +158,7 @@ def _search(
     halving = None
     if config.scheduler.kind == "asha":
         halving = Halving(config.scheduler.grace_steps or config.dev.every_steps, config.scheduler.reduction, known)
-    pusher, refusals = mirror.Pusher(folder, passing=("trials",)), list[str]()
+    pusher, refusals = mirror.Pusher(folder, exclude=("trials",)), list[str]()
 
     stalls = StallWatch(config.placement, "trials", on_event)
 

@@ -179,4 +179,6 @@ class _SegmentAttention(torch.autograd.Function):
         return to_query, to_key[None], to_value[None], None, None, None
 
 
-AttentionInterface.register("sdpa", attend)
+def install() -> None:
+    """Make `attend` the `sdpa` of transformers, for every model of this process; other models see no difference."""
+    AttentionInterface.register("sdpa", attend)
