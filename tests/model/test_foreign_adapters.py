@@ -229,7 +229,7 @@ def test_every_module_has_its_own_mode_back(
     def fail(*arguments: Any) -> None:
         raise OSError
 
-    monkeypatch.setattr("medlora.answering.render_mcq", fail)
+    monkeypatch.setattr("medlora.answering.answerer.render_mcq", fail)
     with pytest.raises(OSError):
         McqAnswerer(model, tokenizer, AnswerSettings(scoring=scoring)).answer(RECORDS)
     assert {name: module.training for name, module in model.named_modules()} == before
