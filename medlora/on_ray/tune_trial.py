@@ -127,20 +127,20 @@ def _train(
                 finished = False
             hear.tell_again(finished)
             if not finished:
-                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", kept=_keep())
+                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", reuse=_get_reused_parts())
             clock.turn_to("save")
         chain = extend_chain(chain, phase, there.adapter)
 
 
 @cache
-def _keep() -> Any:
-    """What this process keeps from one trial to the next."""
-    from medlora.training.reuse import Kept
+def _get_reused_parts() -> Any:
+    """The parts that the trials of this process share."""
+    from medlora.training.reuse import ReusedParts
 
     # The garbage collector would look through all modules, twice a trial and a third of a second each, to free nothing.
     gc.collect()
     gc.freeze()
-    return Kept()
+    return ReusedParts()
 
 
 def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def test_a_dead_trial_goes_on_twice_and_a_diverged_one_never(
     assert count_tries(tmp_path / "s") == {"000": 1, "001": 2, "002": 3, "003": 1, "004": 1, "005": 1}
     assert [ledger.trials[id].deaths for id in ("001", "002", "003", "004")] == [1, 3, 0, 0]
     assert ledger.trials["002"].why == "its process died" and ledger.trials["003"].why == "the loss is nan"
-    assert "trial 001: its process died; it goes on from its last checkpoint" in caplog.text
+    assert "trial 001: its process died; it resumes from its last checkpoint" in caplog.text
     assert ledger.trials["004"].why.startswith("RuntimeError: a bug of ours (fake_trials.py:")
     assert "trial 004 ends by an exception:\nTraceback (most recent call last)" in caplog.text
 

@@ -198,7 +198,7 @@ def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_chec
         time.sleep(0.1)
     print(f"power of {first.name} cut at step {lost}: it was passed again after {time.monotonic() - cut:.0f} s")
     said = finish(job)
-    (resumed,) = re.findall(r"goes on from step (\d+) of 200", said)
+    (resumed,) = re.findall(r"resumes from step (\d+) of 200", said)
     assert "worker 0 died; attempt 1 of 2" in said and 0 <= lost - int(resumed) <= every
     assert f"run: {where}" in said
     kept = lab.store.read("runs/power/phases/00/adapter/adapter_model.safetensors")

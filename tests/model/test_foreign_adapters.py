@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.generation import generate
 from medlora.answering.stage_model import StageModel
 from medlora.config.evaluation import EvaluationConfig
@@ -221,7 +221,7 @@ def test_every_module_has_its_own_mode_back(
     before = copy.copy({name: module.training for name, module in model.named_modules()})
     assert set(before.values()) == {True, False}
     tokenizer = load_tokenizer(BaseModelConfig(model=bases["gemma"]))
-    McqAnswerer(model, tokenizer, scoring=scoring, max_tokens=3).answer(RECORDS)
+    McqAnswerer(model, tokenizer, AnswerSettings(scoring=scoring, max_tokens=3)).answer(RECORDS)
     assert {name: module.training for name, module in model.named_modules()} == before
     first, second = (generate(model, tokenizer, [[5, 6, 7]], 4)[0].text for _ in range(2))
     assert first == second and {name: module.training for name, module in model.named_modules()} == before
@@ -231,5 +231,5 @@ def test_every_module_has_its_own_mode_back(
 
     monkeypatch.setattr("medlora.answering.answerer.render_mcq", fail)
     with pytest.raises(OSError):
-        McqAnswerer(model, tokenizer, scoring=scoring).answer(RECORDS)
+        McqAnswerer(model, tokenizer, AnswerSettings(scoring=scoring)).answer(RECORDS)
     assert {name: module.training for name, module in model.named_modules()} == before

@@ -157,7 +157,7 @@ def test_what_one_machine_pushes_another_pulls(store: Store, tmp_path: Path, uri
     (here / "z.json").unlink()
     mirror.push(here / "a")
     fill(there, {"mine": "x", "b/mine": "x"})
-    mirror.pull(there, passing=("b",))
+    mirror.pull(there, exclude=("b",))
     assert (there / "a" / "w.bin").read_text() == "22" and (there / "z.json").exists()
     assert not (there / "mine").exists() and (there / "b" / "mine").exists()
     mirror.push(here)
@@ -342,10 +342,10 @@ def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_b
     assert manifest["segments"][0]["resumed_from_step"] == 2
     assert weights(there, "00") == weights(finished, "00")
     log = store.read(key(uri, "phases/00/phase.log")).decode()
-    assert "normal goes on from step 2 of" in log and log.count("phase 00 (new) on") == 2
+    assert "normal resumes from step 2 of" in log and log.count("phase 00 (new) on") == 2
     # The next phase, on a third machine, finds its parent in the store.
     third = machine(tmp_path, "three", uri)
-    mirror.pull(third, passing=("checkpoints",))
+    mirror.pull(third, exclude=("checkpoints",))
     run_all(config, third, ("01",))
     assert weights(third, "01") == weights(finished, "01")
     kept = {

@@ -392,5 +392,5 @@ def test_a_phase_that_must_leave_its_node_goes_on_from_where_it_left(
     assert find_checkpoint(folder.checkpoints / "normal") == folder.checkpoints / "normal" / "checkpoint-3"
     said: list[str] = []
     run_phase(job, folder, lambda event: said.append(event.get("text", "")), is_leaving=lambda: False)
-    assert "goes on from step 3 of 6" in said
+    assert "resumes from step 3 of 6" in said
     assert weights(tmp_path, "00") == weights(finished, "00")
