@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(
 ) -> None:
     """Each segment's queries in one piece, and in pieces of eight that are computed again where they see many keys."""
     monkeypatch.setattr(attention, "PIECE_SCORES", piece_scores)
-    monkeypatch.setattr(attention, "KEPT_KEYS", 1024 if piece_scores > 128 else 20)
+    monkeypatch.setattr(attention, "SAVED_KEYS", 1024 if piece_scores > 128 else 20)
     multimodal = stacked.config.model_type == "gemma3"
     padded = Collator(0, token_type_ids=multimodal)(BATCHES[name])
     flat = FlatCollator(share_prefix, token_type_ids=multimodal)(BATCHES[name])
