@@ -6,10 +6,9 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from medlora.artifacts.base_checks import check_tokenizer
 from medlora.config.model import BaseModelConfig
@@ -20,7 +19,7 @@ from medlora.prompts import ANSWER_FIELD
 from medlora.tokens.encode import find_end_tokens
 
 
-def load_stage_tokenizer(base: BaseModelConfig, chain: Sequence[Link]) -> Any:
+def load_stage_tokenizer(base: BaseModelConfig, chain: Sequence[Link]) -> PreTrainedTokenizerBase:
     """The tokenizer of a stage: the extended one that its newest adapter was saved with, else the base's own."""
     for link in reversed(chain):
         if (Path(link.folder) / "tokenizer_config.json").is_file():
@@ -57,7 +56,7 @@ def load_tokenizer(
     for word in new:
         text = f"text {word} text"
         ids = tokenizer.encode(text, add_special_tokens=False)
-        if not set(ids) & set(added_token_ids(tokenizer, [word])) or tokenizer.decode(ids).strip() != text:
+        if not set(ids) & set(added_token_ids(tokenizer, [word])) or str(tokenizer.decode(ids)).strip() != text:
             raise InputError(
                 f"base.extra_tokens: {word!r} cannot be a token here, remove it: {text!r} comes back as "
                 f"{tokenizer.decode(ids)!r}"
@@ -113,7 +112,7 @@ def letter_token_ids(
     return ids
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
     """Sorted ids that end an answer: EOS, `<end_of_turn>` where known, what the chat template writes behind an assistant's
     turn, and what the model's generation config lists."""
     stops = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<end_of_turn>")}
