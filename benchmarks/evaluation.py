@@ -33,7 +33,7 @@ from harness import LETTERS, ask, load_extraction, read_log_likelihoods, write_t
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.config.model import BaseModelConfig
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import read
@@ -198,7 +198,9 @@ class Bench:
             # A new answerer each time: the prefix is computed within what is measured.
             return lambda clock: clock(
                 McqAnswerer(
-                    self.model, self.tokenizer, style="kormedmcqa", scoring=scoring, shots=shown, max_tokens=WRITTEN
+                    self.model,
+                    self.tokenizer,
+                    AnswerSettings(style="kormedmcqa", scoring=scoring, shots=shown, max_tokens=WRITTEN),
                 ).answer
             )(records)
 

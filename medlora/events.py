@@ -1,6 +1,6 @@
 """How far a job is: the events that workers and drivers report.
 
-An event is a plain dict, since it crosses processes. Its key `event` says which kind it is and so which other keys it has.
+An event is a plain dict, since it crosses processes. Its key `event` names its kind, and the kind decides which other keys it has.
 Make one with the function of its kind. No reader decides by the wording of a text: what it needs to know is a key.
 """
 
@@ -353,7 +353,7 @@ def ready(host: str) -> Ready:
 
 
 def refused(text: str) -> Refused:
-    """The work cannot go on until the user fixes something."""
+    """The work cannot continue until the user fixes something."""
     return {"event": "refused", "text": text}
 
 

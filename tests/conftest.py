@@ -11,8 +11,9 @@ from typing import Any
 import hypothesis
 import pytest
 from filelock import FileLock
-from support import ROOT
-from support.cluster import import_ray, start_head
+
+from tests.support import ROOT
+from tests.support.cluster import import_ray, start_head
 
 # The same examples every time: a run fails for what was changed. MEDLORA_EXPLORE=1 draws new ones.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -38,7 +39,8 @@ def real_data() -> Path:
 def bases(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
     """Tiny random base models, a folder per family of tests/support/tiny.py; made once for all workers of pytest-xdist."""
     import torch
-    from support.tiny import build_bases
+
+    from tests.support.tiny import build_bases
 
     torch.set_num_threads(1)
     if worker_id == "master":
@@ -56,7 +58,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str,
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny data of tests/tiny_run.py."""
-    from support.tiny_run import write_data
+    from tests.support.tiny_run import write_data
 
     return write_data(tmp_path_factory.mktemp("data"))
 
@@ -64,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the three phases on the tiny Gemma, without Ray."""
-    from support.tiny_run import configure, run_all
+    from tests.support.tiny_run import configure, run_all
 
     folder = tmp_path_factory.mktemp("finished")
     run_all(configure(bases["gemma"], data), folder)
@@ -88,7 +90,7 @@ def ray_cluster(cluster: dict[str, str]) -> Any:
 
     from medlora.on_ray.cluster import connect
 
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT / "tests")}}, log_to_driver=False, logging_level="ERROR")
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False, logging_level="ERROR")
     with connect() as found:
         yield found
     ray.shutdown()

@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.curriculum import finish, start, two_phases, wait_for_step, worker_pid, write_config
-from support.tiny_run import run_all, weights
 
 from medlora.evaluation.ledger import LEDGER, PREDICTIONS
 from medlora.runs.files import read_json
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import check_files, read_manifest
+from tests.support.curriculum import finish, start, two_phases, wait_for_step, worker_pid, write_config
+from tests.support.tiny_run import run_all, weights
 
 
 @pytest.mark.canary

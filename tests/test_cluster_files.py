@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT
-from support.cluster import import_ray
+
+from tests.support import ROOT
+from tests.support.cluster import import_ray
 
 LAUNCHED = ["cluster.yaml", "deploy/on-prem.yaml"]
 
@@ -178,13 +179,9 @@ def test_kuberay_takes_the_job_and_it_asks_for_a_token() -> None:
 
 def test_the_jobs_command_line_is_one_that_the_job_takes() -> None:
     import shlex
-    import sys
 
-    sys.path.insert(0, str(ROOT / "jobs"))
-    try:
-        from curriculum import parse
-    finally:
-        sys.path.pop(0)
+    from medlora.cli.train import parse
+
     python, job, *arguments = shlex.split(read("deploy/kuberay.yaml")["spec"]["entrypoint"])
     assert (python, job) == ("python", "jobs/curriculum.py")
     (config,) = parse(arguments).config

@@ -7,7 +7,6 @@ two steps a phase on a tiny random multimodal Gemma 3 and on data files and adap
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
 
+from medlora.cli import train
 from medlora.config.loading.files import load, read_yaml
 from medlora.records import McqRecord, TextRecord, TranslationRecord
 from medlora.runs.files import write_json, write_yaml
 from medlora.runs.folders import open_run
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -155,12 +154,8 @@ def test_a_row_without_a_line_is_seen() -> None:
 
 
 def parse_command(arguments: list[str]) -> Any:
-    """The job's own parser, from the file: `jobs` is no package."""
-    spec = importlib.util.spec_from_file_location("medlora_job", ROOT / "jobs" / "curriculum.py")
-    assert spec and spec.loader
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
-    return job.parse(arguments)
+    """As `jobs/curriculum.py` parses them, which is a door to `medlora train`."""
+    return train.parse(arguments)
 
 
 def values_at(config: Any, key: str) -> list[Any]:
@@ -355,7 +350,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def workplace(empty: Path) -> Path:
     """Also a tiny base under the name of the real one, adapters of the scripts, and a finished run."""
     torch = pytest.importorskip("torch")
-    from support.tiny import EXTRA, build_bases
+    from tests.support.tiny import EXTRA, build_bases
 
     torch.set_num_threads(1)
     Path("google").mkdir()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import ROOT
 
 from medlora.config.placement import Placement
 from medlora.runs.folders import RunFolder, describe_progress
 from medlora.runs.manifests import commit
 from medlora.sweep.ledger import Ledger
+from tests.support import ROOT
 
 START = "import os, sys, time, threading\nfrom pathlib import Path\nfrom medlora import endings\nfrom medlora.errors import InputError\n"
 END = "\nsys.exit(endings.run_job(work))\n"

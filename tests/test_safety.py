@@ -16,10 +16,6 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT
-from support.cluster import CANARIES, read_token
-from support.hostile import NAMES, XSS, Markup, write_pickle
-from support.predictions import TWO_TESTS
 
 from medlora.config.loading.files import load, load_evaluate_config
 from medlora.errors import InputError
@@ -28,6 +24,10 @@ from medlora.records import McqRecord
 from medlora.reporting.page import write_page
 from medlora.reporting.report import build_report
 from medlora.runs.folders import RunFolder
+from tests.support import ROOT
+from tests.support.cluster import CANARIES, read_token
+from tests.support.hostile import NAMES, XSS, Markup, write_pickle
+from tests.support.predictions import TWO_TESTS
 
 PATIENT = "-".join(("850101", "1234566"))
 """A resident registration number with the right checksum, of nobody; in one piece it stands in no file of the project,
@@ -60,7 +60,7 @@ def find_text(folder: Path, texts: dict[str, str]) -> list[str]:
 def test_secrets_and_a_patient_s_number_are_found_nowhere(
     cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
-    from support.tiny_run import configure
+    from tests.support.tiny_run import configure
 
     (tmp_path / "cache").mkdir()
     rows = (data / "text.jsonl").read_text(encoding="utf-8")
@@ -172,9 +172,8 @@ class Killed(BaseException):
 def test_a_poisoned_optimizer_is_never_opened(
     bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    from support.tiny_run import configure, run_all, weights
-
     from medlora.training.trainer import find_checkpoint
+    from tests.support.tiny_run import configure, run_all, weights
 
     config = configure(bases["gemma"], data, p00={"log_every_steps": 1})
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.tiny_run import configure
 
 from medlora.config.loading.files import load_evaluate_config
 from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
 from medlora.evaluation.plan import check_evaluation
 from medlora.turns import _make_renderer, check_template, fix_date, learn, write_prompt
+from tests.support import ROOT
+from tests.support.tiny_run import configure
 
 WORDS = {"bos_token": "<s>", "eos_token": "</s>"}
 TURN = "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from medlora.errors import InputError  # noqa: E402
@@ -102,8 +102,9 @@ def drive(config: Any, folder: Path, on_event: Callable[[dict[str, Any]], None] 
 def make_config(place: Path) -> Any:
     """A curriculum of one phase with a dev score, 8 steps and 2 checkpoints, on a tiny random Gemma made in `place`."""
     import torch
-    from support.tiny import build_bases
-    from support.tiny_run import configure, write_data
+
+    from tests.support.tiny import build_bases
+    from tests.support.tiny_run import configure, write_data
 
     torch.set_num_threads(1)
     place.mkdir(parents=True, exist_ok=True)

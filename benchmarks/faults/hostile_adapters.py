@@ -1,6 +1,6 @@
 """Adapter folders that somebody spoiled, each loaded in a process of its own: what became of it, in which time.
 
-PYTHONPATH=.:tests python benchmarks/faults/hostile_adapters.py     every case, as a table; exit code 1 where one went wrong
+PYTHONPATH=. python benchmarks/faults/hostile_adapters.py     every case, as a table; exit code 1 where one went wrong
 
 A case is right where it ends with one message in under 2 seconds, or where what was spoiled does not matter and the model
 computes what the honest adapter gives. The base must compute the same before and after in either case.
@@ -25,7 +25,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from support.tiny import build_bases
 
 from medlora.artifacts.adapters import fetch_adapter
 from medlora.config.model import BaseModelConfig, LoraSettings
@@ -35,6 +34,7 @@ from medlora.errors import InputError
 from medlora.model.base import load_base
 from medlora.model.chain import activate, add_adapter, load_chain, save_adapter
 from medlora.model.tokenizer import load_tokenizer
+from tests.support.tiny import build_bases
 
 LIMIT_S, MEMORY_BYTES, TIMEOUT_S = 2.0, 6 * 2**30, 60.0
 IDS = torch.arange(3, 19)[None]

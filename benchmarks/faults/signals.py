@@ -25,7 +25,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
 STEPS, CHAIN, MOST_S = 400, 5, {"SIGINT": 5.0, "SIGTERM": 25.0}
 FIRST_S = 0.3
@@ -51,8 +51,9 @@ class Round:
 def prepare(folder: Path) -> Path:
     """A tiny base, its data and the config of one phase; the run that nobody disturbs is made beside them."""
     import torch
-    from support.tiny import build_bases
-    from support.tiny_run import configure, run_all, write_data
+
+    from tests.support.tiny import build_bases
+    from tests.support.tiny_run import configure, run_all, write_data
 
     torch.set_num_threads(1)
     for name in ("bases", "data"):
@@ -96,7 +97,7 @@ def disturb(config: Path, run: Path, name: str, at_s: float, group: bool) -> Rou
 
 def finish(config: Path, run: Path) -> tuple[bool, float]:
     """Whether the run, resumed to its end, has the bytes of the one that nobody disturbed, and how long that took."""
-    from support.tiny_run import weights
+    from tests.support.tiny_run import weights
 
     began = time.monotonic()
     _, err = (job := start(config, run)).communicate()

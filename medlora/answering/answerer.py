@@ -1,4 +1,4 @@
-"""McqAnswerer: built once on a model, answers questions by log-likelihood, by generation, or by reasoning, then letter."""
+"""Ask a model multiple-choice questions: by log-likelihood, by generation, or by reasoning and then the letter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from medlora.answering.generation import Generated, Stops, find_generation_budget, generate, get_pad_id, split_by_prefix
+from medlora.answering.generation import (
+    Generated,
+    Sampling,
+    Stops,
+    find_generation_budget,
+    generate,
+    get_pad_id,
+    split_by_prefix,
+)
 from medlora.answering.option_likelihoods import score_continuations
 from medlora.answering.prefix_cache import (
     Prefix,
@@ -49,7 +57,7 @@ _SHORTEST_PREFIX = 16
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A choice, or None where no letter could be read, and what it rests on; plain numbers throughout.
+    """A choice, or None where no letter could be read, and the numbers behind it.
 
     `probabilities` are over the question's letters in order and sum to 1, `margin` is the best one minus the next, and
     `log_likelihoods` are those of the letters (or of the options' whole texts); all empty or None for `generate`.
@@ -66,47 +74,50 @@ class Answer:
     samples: tuple[str | None, ...] = ()
 
 
-class McqAnswerer:
-    """Answers questions with the stage that is active in its model, whatever the batches, always the same.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSettings:
+    """How questions are asked and answers are read; the keys of an evaluation's config, with the solved examples.
 
-    `worked` is the solved example of style `reasoning_full`, `shots` are solved examples before every question. What
-    all prompts begin with is computed once and kept as KV cache until another stage is active or a weight changes.
-    `token_budget` bounds the tokens of a forward pass; None finds it, on CUDA from free memory.
-    `normalisation` is how `option_text` compares options: by the `sum` of their tokens' log-likelihoods (`acc` of
-    lm-evaluation-harness), that per `token`, or per `character` (its `acc_norm`). `samples` answers of `generate` are
-    drawn at `temperature` and the majority wins; a tie goes to the letter that came first.
-    Raises InputError for a scoring that the style has no place for; `answer` raises it when the tokenizer cannot answer
-    with the letters.
+    Raises InputError for a scoring that the style has no place for.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        scoring: Scoring = "letter",
-        style: McqStyle = "reasoning",
-        worked: McqRecord | None = None,
-        shots: Sequence[McqRecord] = (),
-        max_tokens: int = 256,
-        token_budget: int | None = None,
-        normalisation: Normalisation = "character",
-        samples: int = 1,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        if scoring == "reason" and style not in _REASONING_STYLES:
+    scoring: Scoring = "letter"
+    style: McqStyle = "reasoning"
+    worked: McqRecord | None = None
+    """The solved example that prompts of style `reasoning_full` show."""
+    shots: Sequence[McqRecord] = ()
+    """Solved examples before every question."""
+    max_tokens: int = 256
+    token_budget: int | None = None
+    """Most tokens of a forward pass; None finds it, on CUDA from free memory."""
+    normalisation: Normalisation = "character"
+    """How `option_text` compares options: by the `sum` of their tokens' log-likelihoods (`acc` of lm-evaluation-harness),
+    per `token`, or per `character` (its `acc_norm`)."""
+    samples: int = 1
+    """Answers of `generate` per question; the majority wins, and of a tie the letter that came first."""
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scoring == "reason" and self.style not in _REASONING_STYLES:
             raise InputError(
-                f"scoring `reason` needs a reasoning style; style `{style}` has no reasoning before its letter"
+                f"scoring `reason` needs a reasoning style; style `{self.style}` has no reasoning before its letter"
             )
-        if samples > 1 and temperature <= 0:
+        if self.samples > 1 and self.temperature <= 0:
             raise InputError("samples above 1 need a temperature above 0; greedy samples are all the same")
-        self.model, self.tokenizer = model, tokenizer
-        self.scoring, self.style, self.worked, self.shots = scoring, style, worked, tuple(shots)
-        self.max_tokens, self.normalisation = max_tokens, normalisation
-        self.samples, self.temperature, self.seed = samples, temperature, seed
+
+
+class McqAnswerer:
+    """Answers questions with the stage that is active in its model; batches do not change an answer.
+
+    What all prompts begin with is computed once and cached until another stage is active or a weight changes. `answer`
+    raises InputError when the tokenizer cannot answer with the letters.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: AnswerSettings = AnswerSettings()) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.scoring, self.style = settings.scoring, settings.style
         self._batchers: dict[str, Batcher] = {}
-        self._token_budget = token_budget
         self._prefix: Prefix | None = None
         self._weights: tuple[Any, ...] | None = None
 
@@ -135,7 +146,8 @@ class McqAnswerer:
 
     def _encode(self, records: Sequence[McqRecord]) -> list[list[int]]:
         return encode_prompts(
-            self.tokenizer, [render_mcq(record, self.style, self.worked, self.shots) for record in records]
+            self.tokenizer,
+            [render_mcq(record, self.style, self.settings.worked, self.settings.shots) for record in records],
         )
 
     def _reuse_prefix(self) -> Prefix | None:
@@ -149,37 +161,37 @@ class McqAnswerer:
         return self._prefix
 
     def _batcher(self, what: str, budget: int) -> Batcher:
-        """The batcher of a kind of work, which remembers what fitted."""
-        return self._batchers.setdefault(what, Batcher(self._token_budget or budget))
+        """The batcher of a kind of work; it remembers which batch size fitted."""
+        return self._batchers.setdefault(what, Batcher(self.settings.token_budget or budget))
 
     def _lead_on(self, prompts: list[list[int]], texts: Sequence[str]) -> list[list[int]]:
-        """Prompts that go on with the reasoning and the answer field: where the letter stands next."""
+        """Prompts followed by the reasoning and the answer field, so that the next token is the letter."""
         leads = encode_texts(self.tokenizer, [_lead_to_answer(text) for text in texts])
         return [prompt + lead for prompt, lead in zip(prompts, leads, strict=True)]
 
     def _write(
         self, prompts: list[list[int]], prefix: Prefix | None, stops: Stops, seeds: Sequence[int] = ()
     ) -> list[Generated]:
-        longest = max(map(len, prompts))
-        batcher = self._batcher("generate", find_generation_budget(self.model, longest, longest + self.max_tokens))
+        longest, max_tokens = max(map(len, prompts)), self.settings.max_tokens
+        batcher = self._batcher("generate", find_generation_budget(self.model, longest, longest + max_tokens))
+        sampling = Sampling(self.settings.temperature, seeds) if seeds else None
         return generate(
             self.model,
             self.tokenizer,
             prompts,
-            self.max_tokens,
+            max_tokens,
             stops=stops,
             prefix=prefix,
             batcher=batcher,
-            temperature=self.temperature if seeds else 0.0,
-            seeds=seeds,
+            sampling=sampling,
         )
 
     def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None) -> list[Answer]:
-        n = self.samples
+        n, sampled = self.settings.samples, self.settings.temperature > 0
         places = [i for i in range(len(records)) for _ in range(n)]
-        seeds = [derive_seed(self.seed, "sample", records[i].id, str(k % n)) for k, i in enumerate(places)]
+        seeds = [derive_seed(self.settings.seed, "sample", records[i].id, str(k % n)) for k, i in enumerate(places)]
         stops = Stops(KORMEDMCQA_STOPS if self.style == "kormedmcqa" else ())
-        made = self._write([prompts[i] for i in places], prefix, stops, seeds if self.temperature > 0 else ())
+        made = self._write([prompts[i] for i in places], prefix, stops, seeds if sampled else ())
         return [
             _vote(made[start : start + n], record.letters)
             for start, record in zip(range(0, len(made), n), records, strict=True)
@@ -232,7 +244,7 @@ class McqAnswerer:
                 "sum": [1] * len(sums),
                 "token": [len(option) for option in ids],
                 "character": [len(option) for option in record.options],
-            }[self.normalisation]
+            }[self.settings.normalisation]
             answers.append(_choose(record.letters, [s / n for s, n in zip(sums, lengths, strict=True)], sums))
         return answers
 
@@ -249,7 +261,7 @@ def find_letter_ids(tokenizer: Any, style: McqStyle, letters: str) -> list[int]:
 
 
 def _locate_letter(style: McqStyle) -> tuple[str, str]:
-    """What the context ends with, as far as it can change the letter's token, and what stands before the letter."""
+    """How the context ends, as far as it can change the letter's token, and what precedes the letter."""
     if style == "kormedmcqa":
         return KORMEDMCQA_FIELD, " "
     return (ANSWER_FIELD if style in _REASONING_STYLES else ""), ""
@@ -291,6 +303,6 @@ def _vote(made: Sequence[Generated], letters: str) -> Answer:
 
 
 def _lead_to_answer(text: str) -> str:
-    """What was reasoned, then the answer field: where the letter stands next. Cut-off reasoning gets the field too."""
+    """The reasoning, then the answer field, so that the next token is the letter; also for reasoning that was cut off."""
     reasoning = text.split(_ANSWER_MARK)[0].strip()
     return f"{reasoning}\n{ANSWER_FIELD}" if reasoning else ANSWER_FIELD

@@ -1,4 +1,4 @@
-"""Greedy or sampled continuations of many prompts at once; finished rows leave the batch."""
+"""Greedy or sampled continuations of many prompts at once; a finished row leaves the batch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,21 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """Where a row ends beside the stop tokens: once `words` was spelled, and `tokens_after` more tokens were written.
+    """Where a row ends, apart from stop tokens: when one of `words` and then `tokens_after` more tokens were written.
 
     With `tokens_after` 0 the text is cut before the word (as lm-evaluation-harness does), else nothing is cut.
     """
 
     words: tuple[str, ...] = ()
     tokens_after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Text drawn at a temperature above 0, each prompt with its own seed, so that batches do not change it."""
+
+    temperature: float
+    seeds: Sequence[int]
 
 
 def get_pad_id(tokenizer: Any) -> int:
@@ -50,10 +58,9 @@ def generate(
     stops: Stops = Stops(),
     prefix: Prefix | None = None,
     batcher: Batcher | None = None,
-    temperature: float = 0.0,
-    seeds: Sequence[int] = (),
+    sampling: Sampling | None = None,
 ) -> list[Generated]:
-    """A continuation of each prompt: greedy, or with `temperature` > 0 sampled from a stream of its own seed.
+    """A continuation of each prompt: greedy, or sampled.
 
     Prompts that begin with `prefix` take it from there. Tokens that the tokenizer does not know (padding of the
     vocabulary, words that only a later stage added) are never chosen.
@@ -63,7 +70,9 @@ def generate(
         return []
     known = torch.zeros(model.get_input_embeddings().weight.shape[0], dtype=torch.bool)
     known[list(tokenizer.get_vocab().values())] = True
-    writer = _Writer(model, tokenizer, max_tokens, stops, ~known.to(model.device), temperature)
+    writer = _Writer(
+        model, tokenizer, max_tokens, stops, ~known.to(model.device), sampling.temperature if sampling else 0.0
+    )
     for shared, places in split_by_prefix(prompts, prefix):
         skipped = len(shared.ids) if shared else 0
         lengths = [len(prompts[i]) - skipped for i in places]
@@ -73,7 +82,7 @@ def generate(
 
         def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
             chosen = [places[i] for i in batch]
-            uniform = [random.Random(seeds[i]) for i in chosen] if temperature > 0 else []
+            uniform = [random.Random(sampling.seeds[i]) for i in chosen] if sampling else []
             for i, made in zip(chosen, writer.write([prompts[i] for i in chosen], shared, uniform), strict=True):
                 done[i] = made
 
@@ -90,13 +99,13 @@ def find_generation_budget(model: Any, longest: int, cached_tokens: int) -> int:
 
 
 def split_by_prefix(rows: Sequence[Sequence[int]], prefix: Prefix | None) -> list[tuple[Prefix | None, list[int]]]:
-    """Places of the rows that go on from the prefix, and of those that do not; groups without rows are left out."""
+    """Places of the rows that begin with the prefix, and of the others; an empty group is left out."""
     if prefix is None:
         return [(None, list(range(len(rows))))]
     n = len(prefix.ids)
-    going_on = [i for i, row in enumerate(rows) if len(row) > n and tuple(row[:n]) == prefix.ids]
-    rest = sorted({*range(len(rows))} - {*going_on})
-    return [(shared, places) for shared, places in ((prefix, going_on), (None, rest)) if places]
+    beginning = [i for i, row in enumerate(rows) if len(row) > n and tuple(row[:n]) == prefix.ids]
+    rest = sorted({*range(len(rows))} - {*beginning})
+    return [(shared, places) for shared, places in ((prefix, beginning), (None, rest)) if places]
 
 
 class _Writer:
@@ -106,7 +115,7 @@ class _Writer:
         self.model, self.tokenizer, self.max_tokens, self.stops = model, tokenizer, max_tokens, stops
         self.unknown, self.temperature = unknown, temperature
         self.ends = {*stop_token_ids(tokenizer, model)}
-        # A token holds at least one byte of a word; a few more leave room for what stands around it.
+        # A token holds at least one byte of a word; a few more leave room for what is around it.
         self.window = max((len(word.encode()) for word in stops.words), default=0) + 4
 
     def write(

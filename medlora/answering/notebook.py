@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.rotations import predict
 from medlora.config.base import McqStyle
 from medlora.evaluation.answers.letter import extract_answer_letter
@@ -45,15 +45,15 @@ def evaluate_mcq_batch(
     rotations: bool = False,
     **options: Any,
 ) -> list[Prediction]:
-    """A prediction for each question, in their order; `options` are those of McqAnswerer (scoring, shots, ...).
+    """A prediction for each question, in their order; `options` are those of AnswerSettings (scoring, shots, ...).
 
     `rotations` asks each under all cyclic orders of its options.
     """
-    return _predict(McqAnswerer(model, tokenizer, style=style, **options), records, rotations)
+    return _predict(McqAnswerer(model, tokenizer, AnswerSettings(style=style, **options)), records, rotations)
 
 
 class MCQEvaluator:
-    """Scores a model, as it is now, on multiple-choice questions; `options` are those of McqAnswerer.
+    """Scores a model, as it is now, on multiple-choice questions; `options` are those of AnswerSettings.
 
     `rotations` asks each under all cyclic orders of its options. Raises ValueError when there are no records or two share an id.
     """
@@ -72,7 +72,7 @@ class MCQEvaluator:
         if len({record.id for record in records}) < len(records):
             raise ValueError("two questions share an id; give every record an id of its own")
         self.records, self.rotations = tuple(records), rotations
-        self._answerer = McqAnswerer(model, tokenizer, style=style, **options)
+        self._answerer = McqAnswerer(model, tokenizer, AnswerSettings(style=style, **options))
 
     def evaluate(self) -> Evaluation:
         """All questions."""

@@ -63,9 +63,9 @@ def score_continuations(
 def _score_tails(
     model: Any, inputs: dict[str, Any], tails: Sequence[tuple[list[int], int, int]], pad_id: int
 ) -> list[float]:
-    """Log-likelihood of all but the first token of each (ids, row of the batch, _), going on from the batch's cache.
+    """Log-likelihood of all but the first token of each (ids, row of the batch, _), continuing the batch's cache.
 
-    Padding stands behind the shorter ones, where nothing attends to it.
+    The shorter ones are padded at the end, where nothing attends to it.
     """
     device = inputs["input_ids"].device
     longest = max(len(ids) for ids, _, _ in tails)

@@ -51,8 +51,8 @@ def identify_weights(model: Any) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
-    """Run `ids` through the model and keep all keys and values, also those that sliding windows would drop."""
-    # Without the config every layer of the cache is a full one; the masks still keep to the windows.
+    """Run `ids` through the model and cache all keys and values, also those that sliding windows would drop."""
+    # Without the config every layer of the cache is a full one; the masks still apply the windows.
     cache = DynamicCache()
     batch = torch.tensor([list(ids)], device=model.device)
     compute_last_logits(model, input_ids=batch, past_key_values=cache, use_cache=True)
@@ -60,7 +60,7 @@ def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
 
 
 def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes on from `cache` without changing it: its layers make new tensors when they grow."""
+    """A cache that extends `cache` without changing it: its layers make new tensors when they grow."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in copied.layers:
@@ -70,7 +70,7 @@ def fork(cache: DynamicCache) -> DynamicCache:
 
 
 def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
-    """Keep these rows of the cache alone, in this order."""
+    """Reduce the cache to these rows, in this order."""
     for layer in cache.layers:
         # transformers 5.23 selects keys and values alone; reordering takes a recurrent layer's states along.
         select = layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices
@@ -78,10 +78,10 @@ def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
 
 
 def compute_last_logits(model: Any, **inputs: Any) -> torch.Tensor:
-    """The logits after the last column, [rows, vocabulary]; the head is computed there alone.
+    """The logits after the last column, [rows, vocabulary]; the head is computed only there.
 
-    The slice that `logits_to_keep` takes is not contiguous, for which torch reads the whole head once a row (bmm): made
-    contiguous, it is read once.
+    The slice that `logits_to_keep` takes is not contiguous, so torch would read the whole head once a row (bmm). We make it
+    contiguous, and the head is read once.
     """
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
@@ -97,8 +97,8 @@ def make_batch(
     """The model's inputs for `rows`, all ending in the last column; with `prefix`, what rows begin with comes from it.
 
     The cache holds the first len(prefix) columns of the left-padded batch. A row that is shorter than the longest has
-    its prefix shifted right by as much: its padding stands in front, the end of its prefix is computed again in place
-    of padding, and neighbours stay neighbours, which is what sliding windows count. Padding is masked throughout.
+    its prefix shifted right by the difference. Its padding comes first, and the end of its prefix is computed again in
+    place of padding. Neighbours stay neighbours, which is what sliding windows count. Padding is always masked.
     """
     device = model.device
     longest = max(map(len, rows))

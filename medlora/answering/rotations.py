@@ -1,4 +1,4 @@
-"""Answers -> predictions: what an answerer says of questions, in one order of the options or in all cyclic ones."""
+"""Answers -> predictions, with the options in their own order or in all cyclic orders."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def predict(
 ) -> list[Prediction]:
     """A prediction for each question, in their order; `tests` names the test of each.
 
-    With `rotations` every question is asked under all cyclic orders of its options. The choice is then that of the
-    averaged probabilities, or of the majority (a tie goes to the first) where the scoring gives none; text and format are those of the order as
-    it stands in the record, tokens those of all orders.
+    With `rotations` every question is asked under all cyclic orders of its options. The choice then follows the averaged
+    probabilities, or the majority (a tie goes to the first) where the scoring gives none. Text and format are those of the
+    record's own order; tokens are those of all orders.
     """
     orders = [len(record.options) if rotations else 1 for record in records]
     asked = [rotate(record, by) for record, n in zip(records, orders, strict=True) for by in range(n)]

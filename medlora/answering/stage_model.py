@@ -1,4 +1,4 @@
-"""A base with the adapters of several stages on it: built once, answers questions with each of them."""
+"""A base model with the adapters of several stages; it is built once and answers questions with each stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from medlora.answering.answerer import McqAnswerer, find_letter_ids
+from medlora.answering.answerer import AnswerSettings, McqAnswerer, find_letter_ids
 from medlora.answering.rotations import predict
 from medlora.artifacts.bases import read_extra_tokens
 from medlora.config.evaluation import EvaluationConfig
@@ -21,10 +21,10 @@ from medlora.records import McqRecord
 
 
 class StageModel:
-    """One base holding every adapter of `stages` (name -> chain); a stage is switched to, not loaded.
+    """One base with every adapter of `stages` (name -> chain); activating another stage loads nothing.
 
-    Each stage answers with its own tokenizer, so that the plain base does not see words that a phase added. `shots` and
-    `worked` are solved questions that every prompt shows, see `medlora.evaluation.questions.read_asked`. Raises InputError, before
+    Each stage answers with its own tokenizer, so the plain base does not see words that a phase added. `shots` and `worked`
+    are solved questions that every prompt shows, see `medlora.evaluation.questions.read_asked`. Raises InputError, before
     the model is loaded, when a tokenizer cannot answer with one of `letters`.
     """
 
@@ -47,27 +47,23 @@ class StageModel:
             for tokenizer in tokenizers.values():
                 find_letter_ids(tokenizer, config.style, letters)
         links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
-        # A head over as many words as the run has in the end, whichever stages are here: another width may round otherwise.
+        # The head covers the run's final vocabulary, whichever stages are here: a head of another width may round otherwise.
         whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
         model = load_base(base, max([*tokenizers.values(), *whole], key=len), device)
         self.model = load_chain(model, list(links.items()))
-        self.answerers = {
-            name: McqAnswerer(
-                self.model,
-                tokenizer,
-                scoring=config.scoring,
-                style=config.style,
-                worked=worked,
-                shots=shots,
-                max_tokens=config.max_tokens,
-                token_budget=config.token_budget,
-                normalisation=config.normalisation,
-                samples=config.samples,
-                temperature=config.temperature,
-                seed=seed,
-            )
-            for name, tokenizer in tokenizers.items()
-        }
+        settings = AnswerSettings(
+            scoring=config.scoring,
+            style=config.style,
+            worked=worked,
+            shots=tuple(shots),
+            max_tokens=config.max_tokens,
+            token_budget=config.token_budget,
+            normalisation=config.normalisation,
+            samples=config.samples,
+            temperature=config.temperature,
+            seed=seed,
+        )
+        self.answerers = {name: McqAnswerer(self.model, each, settings) for name, each in tokenizers.items()}
 
     def answer(
         self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str] | None = None

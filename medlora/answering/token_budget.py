@@ -1,4 +1,4 @@
-"""Rows of like length in batches of a token budget, which memory decides."""
+"""Group rows of similar length into batches within a token budget that fits into memory."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _MOST_TOKENS, _SHARE = 65_536, 0.6
 class Batcher:
     """Groups rows by length into batches of at most `tokens` tokens, padding counted; at least one row each.
 
-    Halves its budget when the device runs out of memory, says so once, and goes on.
+    When the device runs out of memory, it halves its budget, logs that once, and continues.
     """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self._said = False
+        self._warned = False
 
     def run(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
-        """Call `work` with the places of the rows of each batch until every row had its turn, the longest first.
+        """Call `work` with the places of the rows of each batch, the longest first, until every row was in one.
 
         Raises torch.OutOfMemoryError when one row alone does not fit.
         """
@@ -46,9 +46,9 @@ class Batcher:
                 if len(batch) == 1:
                     raise
                 self.tokens = len(batch) * longest // 2
-                if not self._said:
+                if not self._warned:
                     log.warning("out of memory with %d rows of %d tokens: the batch is halved", len(batch), longest)
-                    self._said = True
+                    self._warned = True
             else:
                 pulse.beat()
                 waiting = waiting[len(batch) :]

@@ -20,7 +20,7 @@ def fetch_adapter(where: str, cache: str | None) -> Path:
     if not is_store(where):
         return find_adapter(Path(where).expanduser().absolute())
     copy = mirror.find_copy(where, cache, "read")
-    mirror.pull(copy, passing=("checkpoints", "best"))
+    mirror.pull(copy, exclude=("checkpoints", "best"))
     return find_adapter(copy)
 
 

@@ -1,7 +1,7 @@
 """Compare other tools' result files with each other, as stages are compared.
 
-python -m medlora.compare LOG.csv ... --out DIR                a row a file in the tables, files paired question by question
-python -m medlora.compare LOG.csv ... --out DIR --reparse      letters read anew from the raw responses
+medlora compare LOG.csv ... --out DIR                a row a file in the tables, files paired question by question
+medlora compare LOG.csv ... --out DIR --reparse      letters read anew from the raw responses
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m medlora.sources inspect SOURCE...`: what a source is, before anything is trained on it."""
+"""What sources are, before anything is trained on them: schema, rows, answers, lengths, bad rows, samples."""
 
 from __future__ import annotations
 
@@ -32,25 +32,23 @@ _MEASURED = 2_000
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when every source could be described, 2 when one could not be read."""
-    parser = argparse.ArgumentParser(prog="python -m medlora.sources")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("schemas", help="the schemas that are known by their columns")
-    inspect = commands.add_parser("inspect", help="what sources are: schema, rows, answers, lengths, bad rows, samples")
-    inspect.add_argument("sources", nargs="+", metavar="SOURCE", help="as `source` in a config")
-    inspect.add_argument("--kind", default="auto", choices=["auto", "text", "translation", "mcq"])
-    inspect.add_argument("--adaptor", help="name of a schema, where the columns fit several")
-    inspect.add_argument(
-        "--columns", type=json.loads, metavar="JSON", help='as `columns` in a config: {"text": "body"}'
-    )
-    inspect.add_argument("--encoding", default="auto", choices=["auto", "utf-8", "cp949", "euc-kr", "utf-16"])
-    inspect.add_argument("--separator", default="auto", choices=["auto", ",", ";", "tab", "|"])
-    inspect.add_argument("--style", default="reasoning", choices=["reasoning", "answer", "kormedmcqa"])
-    inspect.add_argument("--base", metavar="MODEL", help="folder or hub id (or miniature): also count its tokens")
-    inspect.add_argument("--limit", type=int, help="look at the first so many records only")
-    inspect.add_argument("--quarantine", type=Path, metavar="FILE", help="write every bad row to this file")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="as `source` in a config")
+    parser.add_argument("--schemas", action="store_true", help="list the schemas that are known by their columns")
+    parser.add_argument("--kind", default="auto", choices=["auto", "text", "translation", "mcq"])
+    parser.add_argument("--adaptor", help="name of a schema, where the columns fit several")
+    parser.add_argument("--columns", type=json.loads, metavar="JSON", help='as `columns` in a config: {"text": "body"}')
+    parser.add_argument("--encoding", default="auto", choices=["auto", "utf-8", "cp949", "euc-kr", "utf-16"])
+    parser.add_argument("--separator", default="auto", choices=["auto", ",", ";", "tab", "|"])
+    parser.add_argument("--style", default="reasoning", choices=["reasoning", "answer", "kormedmcqa"])
+    parser.add_argument("--base", metavar="MODEL", help="folder or hub id (or miniature): also count its tokens")
+    parser.add_argument("--limit", type=int, help="look at the first so many records only")
+    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="write every bad row to this file")
     arguments = parser.parse_args(argv)
+    if not arguments.sources and not arguments.schemas:
+        parser.error("name a SOURCE, or say --schemas")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    if arguments.command == "schemas":
+    if arguments.schemas:
         _print_schemas(console)
         return 0
     try:

@@ -57,7 +57,7 @@ class SourceConfig(Section):
     kind: Literal["auto", "text", "translation", "mcq"] = "auto"
     """What the rows are; `auto` looks at the columns."""
     adaptor: str | None = None
-    """Name of a known schema (`python -m medlora.sources schemas` lists them); unset = found by looking at the columns."""
+    """Name of a known schema (`medlora inspect --schemas` lists them); unset = found by looking at the columns."""
     columns: Columns | None = None
     """Names of columns where no known schema fits, e.g. `{question: stem, options: [a, b, c, d], answer: {column: key, base: 0}}`."""
     limit: int | None = Field(None, ge=1)

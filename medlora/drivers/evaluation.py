@@ -97,7 +97,7 @@ def score_stages(
     write_json(folder / REPORT, report)
     write_page(folder / PAGE, report, ordered, task.asked.tests)
     ledger = folder / LEDGER
-    commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, passing=(ledger,))
+    commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, exclude=(ledger,))
     ledger.unlink(missing_ok=True)
     mirror.push(folder)
     return report

@@ -1,8 +1,9 @@
-"""A sweep from its plan to its report: the shared phases, the search, the best trials on all of dev, once on test if asked."""
+"""A sweep from its plan to its report: shared phases, search, the best trials on all of dev, and on test once if asked."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -58,12 +59,12 @@ def run_sweep(
     card = look_through_data(plan.check_against(), folder, on_event)
     write_sealed(folder.root / FINGERPRINT, describe_sweep(plan))
     write_sealed(folder.data, card)
-    mirror.push(folder.root, passing=("trials",))
+    mirror.push(folder.root, exclude=("trials",))
     with TrialLogs(folder.root, plan.config) as logs, connect_and_report([on_event]) as cluster:
         concurrency = find_concurrency(plan.config.concurrency, plan.config.placement, cluster)
         start, chain = _find_or_train_start(plan, folder, cluster, on_event)
         maker = TrialMaker(plan, ledger, folder.root, start)
-        _search(maker, chain, card, concurrency, cluster, logs, on_event, reuse_actors)
+        _search(maker, chain, card, concurrency, cluster, _Receiver(maker, logs, on_event), reuse_actors)
         notes = describe_overlap(card)
         finals = Finals(plan, folder, ledger, concurrency, cluster, on_event)
         comparison = score_best(finals, notes)
@@ -78,7 +79,7 @@ def run_sweep(
 def _find_or_train_start(
     plan: SweepPlan, folder: RunFolder, cluster: Cluster, on_event: OnEvent
 ) -> tuple[RunFolder, tuple[Link, ...]]:
-    """The run that every trial starts from, and its chain; trained once, in the sweep's own folder, unless `start` has it."""
+    """The run that every trial starts from, and its chain; trained once in the sweep's own folder, unless `start` names one."""
     if plan.config.start:
         return find_start(plan)
     run, chain = RunFolder(folder.root / "start"), start_chain(plan.run)
@@ -101,7 +102,7 @@ def _find_or_train_start(
 
 
 class TrialMaker:
-    """What is tried next, and each trial as the config and folders that its process needs."""
+    """Chooses the next trial, and describes each trial by the config and folders that its process needs."""
 
     def __init__(self, plan: SweepPlan, ledger: Ledger, folder: Path, start: RunFolder) -> None:
         self.plan, self.ledger, self.folder = plan, ledger, folder
@@ -143,83 +144,96 @@ class TrialMaker:
         }
 
 
+class _Receiver:
+    """Takes the events of the trials: into the ledger and the logs, to `on_event`, and with them the folder to its store."""
+
+    def __init__(self, maker: TrialMaker, logs: TrialLogs, on_event: OnEvent) -> None:
+        self.ledger, self.logs, self.on_event = maker.ledger, logs, on_event
+        self.stalls = StallWatch(maker.plan.config.placement, "trials", on_event)
+        self.pusher = mirror.Pusher(maker.folder, exclude=("trials",))
+        self.refusals: list[str] = []
+        self.saved = threading.Event()
+        """Whether every step is in a checkpoint, so that a signal may end the driver at once."""
+
+    def receive(self, event: Event) -> None:
+        """Take one event of a worker."""
+        if event["event"] == "beat":
+            self.stalls.hear(event)
+            return
+        if event["event"] == "trial-step":
+            self.saved.clear()
+        self.logs.show(event, self.ledger)
+        self.on_event(event)
+        try:
+            self.pusher.push()
+        except InputError as error:
+            self.refusals.append(str(error))
+
+
 def _search(
     maker: TrialMaker,
     chain: Sequence[Link],
     card: DataCard,
     concurrency: int,
     cluster: Cluster,
-    logs: TrialLogs,
-    on_event: OnEvent,
+    receiver: _Receiver,
     reuse_actors: bool,
 ) -> None:
-    """Run the trials that are left; what happens goes into the ledger, the logs and to `on_event`."""
-    plan, ledger, folder = maker.plan, maker.ledger, maker.folder
-    config, known = plan.config, list(ledger.trials.values())
-    halving = None
-    if config.scheduler.kind == "asha":
-        halving = Halving(config.scheduler.grace_steps or config.dev.every_steps, config.scheduler.reduction, known)
-    pusher, refusals = mirror.Pusher(folder, passing=("trials",)), list[str]()
-
-    stalls = StallWatch(config.placement, "trials", on_event)
-
-    def hear(event: Event) -> None:
-        if event["event"] == "beat":
-            stalls.hear(event)
-            return
-        if event["event"] == "trial-step":
-            saved.clear()
-        logs.show(event, ledger)
-        on_event(event)
-        try:
-            pusher.push()
-        except InputError as error:
-            refusals.append(str(error))
-
-    on_event(events.search(concurrency))
+    """Run the trials that are left; `receiver` takes what happens."""
+    plan, placement = maker.plan, maker.plan.config.placement
+    receiver.on_event(events.search(concurrency))
     with (
-        listen(hear) as inbox,
-        stalls.watching(),
-        endings.saving(inbox.ask_to_leave, config.placement.grace_s) as saved,
+        listen(receiver.receive) as inbox,
+        receiver.stalls.watching(),
+        endings.saving(inbox.ask_to_leave, placement.grace_s) as receiver.saved,
     ):
         common: Common = {
-            "folder": str(folder),
+            "folder": str(maker.folder),
             "scans": _pack_scans(plan),
             "dropped": plan.dropped,
             "card": card,
-            "nonce": mirror.leave_nonce(folder),
+            "nonce": mirror.leave_nonce(maker.folder),
             "inbox": inbox,
-            "beat_s": find_beat_s(config.placement),
+            "beat_s": find_beat_s(placement),
             "cwd": os.getcwd(),
-            "gpu": count_gpus(config.placement, cluster) > 0,
+            "gpu": count_gpus(placement, cluster) > 0,
         }
-        _prepare_tokens(plan, chain, cluster, on_event)
+        _prepare_tokens(plan, chain, cluster, receiver.on_event)
         search = Search(
-            ledger=ledger,
+            ledger=maker.ledger,
             suggester=maker.suggester,
-            halving=halving,
+            halving=_make_halving(maker),
             trials=plan.trials,
             propose=maker.propose,
             describe=maker.describe,
             trainable=partial(run_trial, common=common),
-            placement=config.placement,
+            placement=placement,
             concurrency=concurrency,
-            on_event=hear,
+            on_event=receiver.receive,
             reuse_actors=reuse_actors,
-            refusals=refusals,
+            refusals=receiver.refusals,
         )
         try:
-            search_on_ray(search, folder, cluster)
+            search_on_ray(search, maker.folder, cluster)
         finally:
-            on_event(events.searched())
+            receiver.on_event(events.searched())
+
+
+def _make_halving(maker: TrialMaker) -> Halving | None:
+    """Successive halving, with the scores of an earlier driver, if the config asks for it."""
+    config, scheduler = maker.plan.config, maker.plan.config.scheduler
+    if scheduler.kind != "asha":
+        return None
+    known = list(maker.ledger.trials.values())
+    return Halving(scheduler.grace_steps or config.dev.every_steps, scheduler.reduction, known)
 
 
 def _pack_scans(plan: SweepPlan) -> list[dict[str, object]]:
-    """What is known of every source that a trial reads, so that none looks through them again."""
+    """The scan of every source that a trial reads, so that no trial scans it again."""
     sources = {source.model_dump_json(): source for phase in plan.run.phases for source in phase.sources}
     return [pack_scan(source) for source in [*sources.values(), *plan.dev]]
 
 
 def _prepare_tokens(plan: SweepPlan, start: Sequence[Link], cluster: Cluster, on_event: OnEvent) -> None:
-    """Make the tokens of large sources once, before the trials; only the first searched phase's tokenizer is there yet."""
+    """Make the tokens of large sources once, before the trials; only the first searched phase's tokenizer exists yet."""
     prepare_on_ray(make_job(plan.run, plan.run.phase(plan.searched[0]), start, plan.dropped), cluster, on_event)

@@ -1,9 +1,9 @@
-"""Other tools' result files -> predictions, with everything irregular counted and stated.
+"""Result files of other tools -> predictions; everything irregular is counted and named.
 
 The format is that of the KorMedMCQA logs of hsr87/evaluate-llm-on-korean-dataset: a csv with the columns id, category,
-trial, answer (gold), pred, response. Such files hold duplicates, conflicting rows, blanks and gaps. Nothing is guessed:
-a question whose rows disagree has no choice and says why, a question without a usable gold letter is left out, and
-`LogCounts` names every such question.
+trial, answer (gold), pred, response. Such files hold duplicates, conflicting rows, blanks and gaps. Nothing is guessed.
+A question whose rows disagree has no choice, and its error gives the reason. A question without a usable gold letter is
+left out. `LogCounts` names every such question.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +31,16 @@ class LogCounts:
     """What a result file held. Numbers count rows; tuples name questions by id, in the order of the file."""
 
     rows: int
-    questions: int  # predictions that came out, missing ones included
-    repeated_rows: int  # rows beyond the first of a question that say the same as it
-    without_id: int  # rows that belong to no question; left out
+    questions: int  # predictions, missing ones included
+    repeated_rows: int  # further rows of a question that repeat its first
+    without_id: int  # rows without an id; left out
     conflicting: tuple[str, ...]  # rows give different choices; no choice is taken
     blank: tuple[str, ...]  # no prediction in the file: unparsed
     not_a_letter: tuple[str, ...]  # a prediction that is none of the letters: unparsed
     gold_unusable: tuple[str, ...]  # gold missing, no letter, or different between rows; left out
     missing: tuple[str, ...]  # expected, but not in the file: failed
     unexpected: tuple[str, ...]  # in the file, but not expected; left out
-    read_differently: tuple[str, ...]  # answers.parse takes another letter (or none) from the raw response
+    read_differently: tuple[str, ...]  # letter.parse reads another letter (or none) from the raw response
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,85 +59,114 @@ def read_result_log(
     reparse: bool = False,
     trial: str | None = None,
 ) -> ResultLog:
-    """The predictions of one result file, as stage `stage` (default: the file's name), tests named by `category`.
+    """The predictions of one result file, as stage `stage` (default: the file's name), with tests named by `category`.
 
-    `expected` maps the id of every question that was asked to its gold letter: questions not in the file then come out
-    as failed ones, so that logs with gaps can be paired; questions not in `expected` are left out. `reparse` takes
-    `answers.parse(response)` in place of the file's own `pred`. `trial` picks one of several runs in one file.
+    `expected` maps the id of every question that was asked to its gold letter. Questions that the file lacks then become
+    failed predictions, so that logs with gaps can be paired. Questions that are not in `expected` are left out. `reparse`
+    takes `letter.parse(response)` in place of the file's own `pred`. `trial` picks one of several runs in one file.
     Raises InputError when the file cannot be read, lacks a column, has no rows, contradicts the gold letters of
     `expected`, or holds several trials and `trial` names none of them.
     """
-    rows = list(_rows(path))
-    if not rows:
-        raise InputError(f"{path}: no rows behind the header; a result log needs one row per question")
-    trials = sorted({row["trial"] for row in rows})
-    if trial is None and len(trials) > 1 or trial is not None and trial not in trials:
-        raise InputError(f"{path}: trials {', '.join(trials)} found; name one of them, not {trial!r}")
-    rows = [row for row in rows if trial is None or row["trial"] == trial]
-
+    rows = _pick_trial(path, list(_rows(path)), trial)
     _refuse_two_meanings(path, rows, letters)
-    by_id: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        by_id.setdefault(row["id"], []).append(row)
-    without_id = len(by_id.pop("", []))
-
-    stage = stage or path.stem
-    noted: dict[str, list[str]] = {name: [] for name in LogCounts.__slots__}
-    predictions: list[Prediction] = []
-    repeated = 0
-    for question, group in by_id.items():
-        golds = {_read_choice(row["answer"], letters) or row["answer"] for row in group}
-        if expected is not None and question not in expected:
-            noted["unexpected"].append(question)
-            continue
-        if len(golds) > 1 or not _is_letter(gold := next(iter(golds)), letters):
-            noted["gold_unusable"].append(question)
-            continue
-        if expected is not None and expected[question] != gold:
-            raise InputError(f"{path}: question {question} has gold {gold}, expected was {expected[question]}")
-        parsed = [parse(row["response"], letters) for row in group]
-        stated = [_read_choice(row["pred"], letters) for row in group]
-        if parsed != stated:
-            noted["read_differently"].append(question)
-        choices = parsed if reparse else stated
-        error = ""
-        if len(set(choices)) > 1:
-            noted["conflicting"].append(question)
-            error = f"rows disagree: {', '.join(choice or 'no choice' for choice in dict.fromkeys(choices))}"
-        elif choices[0] is None:
-            blank = not reparse and all(row["pred"].lower() in _BLANK for row in group)
-            noted["blank" if blank or reparse else "not_a_letter"].append(question)
-        repeated += sum(choice == choices[0] for choice in choices[1:])
-        first = group[0]
-        choice = None if error else choices[0]
-        predictions.append(
-            Prediction(
-                question,
-                first["category"],
-                stage,
-                gold,
-                choice,
-                first["category"],
-                (),
-                first["response"],
-                error,
-                len(letters),
-            )
-        )
-    for question, gold in (expected or {}).items():
-        if question not in by_id:
-            noted["missing"].append(question)
-            test = question.rpartition("_")[0]
-            error = f"no row in {path.name}"
-            predictions.append(Prediction(question, test, stage, gold, None, test, error=error, options=len(letters)))
-    if not predictions:
+    groups = _group_by_question(rows)
+    without_id = len(groups.pop("", []))
+    reader = _Reader(path, stage or path.stem, letters, expected, reparse)
+    for question, group in groups.items():
+        reader.read_question(question, group)
+    reader.add_missing(groups)
+    if not reader.predictions:
         found = ", ".join(sorted({repr(row["answer"]) for row in rows})[:5])
         raise InputError(
             f"{path}: no row has a right option that can be read; column answer holds {found}; "
             f"write {letters[0]} to {letters[-1]} or 1 to {len(letters)}"
         )
-    lists = {name: tuple(found) for name, found in noted.items() if name not in _NUMBERS}
-    return ResultLog(tuple(predictions), LogCounts(len(rows), len(predictions), repeated, without_id, **lists))
+    return ResultLog(tuple(reader.predictions), reader.count(len(rows), without_id))
+
+
+def _pick_trial(path: Path, rows: list[dict[str, str]], trial: str | None) -> list[dict[str, str]]:
+    """The rows of one trial; raises InputError when there are none, or when it is unclear which trial is meant."""
+    if not rows:
+        raise InputError(f"{path}: no rows behind the header; a result log needs one row per question")
+    trials = sorted({row["trial"] for row in rows})
+    if trial is None and len(trials) > 1 or trial is not None and trial not in trials:
+        raise InputError(f"{path}: trials {', '.join(trials)} found; name one of them, not {trial!r}")
+    return [row for row in rows if trial is None or row["trial"] == trial]
+
+
+def _group_by_question(rows: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    return groups
+
+
+class _Reader:
+    """Makes predictions of the rows of each question, and notes the questions that are irregular."""
+
+    def __init__(self, path: Path, stage: str, letters: str, expected: Mapping[str, str] | None, reparse: bool) -> None:
+        self.path, self.stage, self.letters, self.expected, self.reparse = path, stage, letters, expected, reparse
+        self.predictions: list[Prediction] = []
+        self.irregular: dict[str, list[str]] = {name: [] for name in LogCounts.__slots__ if name not in _NUMBERS}
+        self.repeated_rows = 0
+
+    def read_question(self, question: str, group: Sequence[dict[str, str]]) -> None:
+        """Add the prediction of one question, unless its gold letter is unusable or it was not expected."""
+        gold = self._find_gold(question, group)
+        if gold is None:
+            return
+        choices = self._read_choices(question, group)
+        error = ""
+        if len(set(choices)) > 1:
+            self.irregular["conflicting"].append(question)
+            error = f"rows disagree: {', '.join(choice or 'no choice' for choice in dict.fromkeys(choices))}"
+        elif choices[0] is None:
+            blank = self.reparse or all(row["pred"].lower() in _BLANK for row in group)
+            self.irregular["blank" if blank else "not_a_letter"].append(question)
+        self.repeated_rows += sum(choice == choices[0] for choice in choices[1:])
+        first, choice = group[0], None if error else choices[0]
+        self._add(question, first["category"], gold, choice, error, first["response"])
+
+    def _find_gold(self, question: str, group: Sequence[dict[str, str]]) -> str | None:
+        """The gold letter on which all rows agree; None, with a note why, when the question is left out."""
+        golds = {_read_choice(row["answer"], self.letters) or row["answer"] for row in group}
+        if self.expected is not None and question not in self.expected:
+            self.irregular["unexpected"].append(question)
+            return None
+        if len(golds) > 1 or not _is_letter(gold := next(iter(golds)), self.letters):
+            self.irregular["gold_unusable"].append(question)
+            return None
+        if self.expected is not None and self.expected[question] != gold:
+            raise InputError(
+                f"{self.path}: question {question} has gold {gold}, expected was {self.expected[question]}"
+            )
+        return gold
+
+    def _read_choices(self, question: str, group: Sequence[dict[str, str]]) -> Sequence[str | None]:
+        """The choice of each row: the file's own, or with `reparse` the one in the raw response."""
+        parsed = [parse(row["response"], self.letters) for row in group]
+        stated = [_read_choice(row["pred"], self.letters) for row in group]
+        if parsed != stated:
+            self.irregular["read_differently"].append(question)
+        return parsed if self.reparse else stated
+
+    def add_missing(self, found: Container[str]) -> None:
+        """Add a failed prediction for every expected question that the file lacks."""
+        for question, gold in (self.expected or {}).items():
+            if question not in found:
+                self.irregular["missing"].append(question)
+                self._add(question, question.rpartition("_")[0], gold, None, f"no row in {self.path.name}")
+
+    def _add(self, question: str, test: str, gold: str, choice: str | None, error: str, text: str = "") -> None:
+        options = len(self.letters)
+        self.predictions.append(
+            Prediction(question, test, self.stage, gold, choice, test, text=text, error=error, options=options)
+        )
+
+    def count(self, rows: int, without_id: int) -> LogCounts:
+        """What the file held."""
+        irregular = {name: tuple(questions) for name, questions in self.irregular.items()}
+        return LogCounts(rows, len(self.predictions), self.repeated_rows, without_id, **irregular)
 
 
 _NUMBERS = ("rows", "questions", "repeated_rows", "without_id")

@@ -42,7 +42,7 @@ def _expand(stage: str | StageConfig, key: str, cache: str | None) -> list[tuple
         return [(stage.name, tuple(links))]
     folder, colon, names = stage.rpartition(":")
     run = RunFolder(find_run(folder, cache))
-    mirror.pull(run.root, passing=("checkpoints", "best", "scoring", "evaluation", ".replaced"))
+    mirror.pull(run.root, exclude=("checkpoints", "best", "scoring", "evaluation", ".replaced"))
     if not colon or not run.config.is_file():
         raise InputError(f"{key}: {stage!r} names no run; write FOLDER:STAGE,STAGE, e.g. runs/quickstart:base,02")
     found = []

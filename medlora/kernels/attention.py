@@ -1,8 +1,8 @@
 """Attention of flat batches: each segment over itself, and over the beginning that the rows share.
 
-On CPU by products over a piece of queries and the keys that it sees. Keys that no query of a piece sees - later ones, and those
-behind a sliding window - cost nothing, keys and values are never copied, and where rows are long their scores never leave the
-cache and are computed again in the backward pass (as in FlashAttention, Dao et al. 2022, arXiv 2205.14135).
+On CPU it multiplies a piece of queries with the keys that the piece sees. Keys that no query of a piece sees - later ones,
+and those behind a sliding window - cost nothing, and keys and values are never copied. Scores of long rows never leave the
+CPU's cache and are computed again in the backward pass (as in FlashAttention, Dao et al. 2022, arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PIECE_SCORES = 2**17
 """Scores of a piece: they and their gradients, 1 MB of float32, stay in a core's second cache."""
 
 
-KEPT_KEYS = 1024
-"""Most keys of a query whose probabilities are kept for the backward pass; more take more memory than
+SAVED_KEYS = 1024
+"""Most keys of a query whose probabilities are saved for the backward pass; more take more memory than
 the rest of a layer."""
 
 
@@ -42,7 +42,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' `sdpa`, or, where a batch comes with `segments`, attention within each of them.
 
-    `query` [1, heads, tokens, size], `key` and `value` with as many or fewer heads; the mask is not looked at.
+    `query` [1, heads, tokens, size], `key` and `value` with as many or fewer heads; the mask is ignored.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -142,28 +142,28 @@ class _SegmentAttention(torch.autograd.Function):
         groups = heads // key.shape[1]
         # [key heads, tokens * groups, size]: with one key head, as it lies in memory.
         queries = query.view(-1, groups, tokens, size).transpose(1, 2).reshape(-1, tokens * groups, size)
-        out, kept = torch.empty_like(queries), []
+        out, saved = torch.empty_like(queries), []
         for head in range(len(queries)):
             for piece, at, bias in _cut(segments, groups, window):
                 rows = slice(piece.start * groups, piece.stop * groups)
                 shares = _score(queries[head, rows], key[0, head], at, bias, scale)
-                if shares.shape[1] <= KEPT_KEYS:
-                    kept.append(shares)
+                if shares.shape[1] <= SAVED_KEYS:
+                    saved.append(shares)
                 done = 0
                 for part in at:
                     width = part.stop - part.start
                     product = shares[:, done : done + width], value[0, head, part]
                     torch.addmm(out[head, rows], *product, beta=1 if done else 0, out=out[head, rows])
                     done += width
-        ctx.save_for_backward(queries, key, value, *kept)
+        ctx.save_for_backward(queries, key, value, *saved)
         ctx.segments, ctx.window, ctx.scale = segments, window, scale
         return out.view(-1, tokens, groups, size).transpose(0, 1).reshape(1, tokens, heads, size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Segmented, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        queries, key, value, *kept = ctx.saved_tensors
-        known = iter(kept)
+        queries, key, value, *saved = ctx.saved_tensors
+        known = iter(saved)
         _, tokens, heads, size = gradient.shape
         groups = heads // key.shape[1]
         gradients = gradient.view(tokens, -1, groups, size).transpose(0, 1).reshape(-1, tokens * groups, size)
@@ -174,7 +174,7 @@ class _SegmentAttention(torch.autograd.Function):
                 rows = slice(piece.start * groups, piece.stop * groups)
                 q, back, into = queries[head, rows], gradients[head, rows], to_queries[head, rows]
                 widths = [part.stop - part.start for part in at]
-                again = sum(widths) > KEPT_KEYS
+                again = sum(widths) > SAVED_KEYS
                 shares = _score(q, key[0, head], at, bias, ctx.scale) if again else next(known)
                 to_shares = torch.empty_like(shares)
                 for part, out in zip(at, to_shares.split(widths, dim=1), strict=True):
@@ -189,4 +189,6 @@ class _SegmentAttention(torch.autograd.Function):
         return to_query, to_key[None], to_value[None], None, None, None
 
 
-AttentionInterface.register("sdpa", attend)
+def install() -> None:
+    """Make `attend` the `sdpa` of transformers, for every model of this process; other models see no difference."""
+    AttentionInterface.register("sdpa", attend)

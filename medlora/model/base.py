@@ -1,6 +1,6 @@
-"""The base model as every phase and evaluation sees it: its tokenizer, its quantized weights, its extended vocabulary.
+"""The base model that every phase and evaluation uses: quantized weights, extended vocabulary, our kernels.
 
-`medlora.chains` puts adapters on it.
+`medlora.model.chain` puts adapters on it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from medlora.config.model import BaseModelConfig
 from medlora.errors import InputError
+from medlora.kernels import attention
 from medlora.kernels.elementwise_cpu import lighten_elementwise
 from medlora.model.files import explain_load_errors, find_local_folder, load_quietly
 from medlora.model.tokenizer import load_base_tokenizer
@@ -44,6 +45,7 @@ def load_base(
     and the output embeddings; the embeddings grow only when the model has too few rows (Gemma has spare ones).
     Raises InputError when there is no such model, its weights are incomplete or no safetensors.
     """
+    attention.install()
     folder, device = find_local_folder(base, weights=True), torch.device(device)
     if device.type == "cuda" and device.index is None:
         # Trainer takes a model on `cuda` instead of `cuda:0` for one that is spread over devices.

@@ -172,10 +172,10 @@ class _Training:
                 if not self.leaving.is_set():
                     return
                 endings.check()
-                self.note(f"{self.reasons.pop()}: goes on from the checkpoint just made, on another")
+                self.note(f"{self.reasons.pop()}: resumes from the checkpoint just made, on another")
             except PreemptionError:
                 endings.check()
-                self.note("its node was taken away before a step had ended: goes on from the last checkpoint")
+                self.note("its node was taken away before a step had ended: resumes from the last checkpoint")
             except (WorkerGroupError, ControllerError) as error:
                 endings.check()
                 died = _find_deaths(error)
@@ -184,7 +184,7 @@ class _Training:
                     return
                 deaths += 1
                 self.failed.clear()  # of a worker that lost another one; the next attempt reports for itself
-                self.note(f"{died}; attempt {deaths} of {self.placement.retries} to go on from the last checkpoint")
+                self.note(f"{died}; attempt {deaths} of {self.placement.retries} to resume from the last checkpoint")
             finally:
                 remove(self.run.ray)
             self.leaving.clear()

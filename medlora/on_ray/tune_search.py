@@ -293,7 +293,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """Its process died, and it is tried again."""
-        self._note(trial, f"{_explain(trial)}; it goes on from its last checkpoint")
+        self._note(trial, f"{_explain(trial)}; it resumes from its last checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """Its process died for the last time."""

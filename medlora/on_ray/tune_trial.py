@@ -28,7 +28,7 @@ from medlora.runs.files import read_json_lines, set_aside, write_sealed, write_y
 from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
 
 if TYPE_CHECKING:
-    from medlora.training.reuse import Kept
+    from medlora.training.reuse import ReusedParts
 
 _UNWIND_S = 60
 """How long a stopped trial may take to let go of its files and its model before its process is given up."""
@@ -71,7 +71,7 @@ class RunPhase(Protocol):
     """`training.phase.run_phase`, bound to what asks its workers to leave."""
 
     def __call__(
-        self, job: PhaseJob, folder: PhaseFolder, report: OnEvent, device: str, *, kept: Kept | None = None
+        self, job: PhaseJob, folder: PhaseFolder, report: OnEvent, device: str, *, kept: ReusedParts | None = None
     ) -> object:
         """Train a phase."""
 
@@ -174,20 +174,20 @@ def _train(
                 finished = False
             hear.tell_again(finished)
             if not finished:
-                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", kept=_keep())
+                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", reuse=_get_reused_parts())
             clock.turn_to("save")
         chain = extend_chain(chain, phase, there.adapter)
 
 
 @cache
-def _keep() -> Kept:
-    """What this process keeps from one trial to the next."""
-    from medlora.training.reuse import Kept
+def _get_reused_parts() -> ReusedParts:
+    """The parts that the trials of this process share."""
+    from medlora.training.reuse import ReusedParts
 
     # The garbage collector would look through all modules, twice a trial and a third of a second each, to free nothing.
     gc.collect()
     gc.freeze()
-    return Kept()
+    return ReusedParts()
 
 
 def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: DataCard) -> None:

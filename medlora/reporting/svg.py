@@ -1,8 +1,8 @@
-"""Numbers -> small drawings as SVG text, to stand inline in a page.
+"""Numbers -> small drawings as SVG text, inline in a page.
 
 matplotlib draws them; they hold no text but numbers and the letters of options. Colours are CSS variables of the page
 (`--ink`, `--muted`, `--faint`, `--stage-0` ...), so that a drawing follows the page into dark mode and onto paper. A
-stage is told by its colour (Okabe and Ito 2008, safe for the colour-blind) and by its marker. Lengths are CSS pixels.
+stage has its own colour (Okabe and Ito 2008, safe for the colour-blind) and its own marker. Lengths are CSS pixels.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def draw_points(points: Sequence[Point], scale: Scale, reference: float | None) 
 
 
 def draw_scale(scale: Scale, signed: bool = False) -> str:
-    """The numbers of a scale, to stand under a column of `draw_points`."""
+    """The numbers of a scale, for below a column of `draw_points`."""
     figure, axes = start(scale.width, 20)
     _lay_scale(axes, scale, 20)
     for tick in scale.ticks:
@@ -160,7 +160,7 @@ def start(width: int, height: int, left: int = 0, bottom: int = 0, right: int = 
 
 def _lay_scale(axes: Axes, scale: Scale, height: int) -> None:
     low, high = scale.ticks[0], scale.ticks[-1]
-    margin = (high - low) * _MARGIN / (scale.width - 2 * _MARGIN) or 0.5  # one value alone stands in the middle
+    margin = (high - low) * _MARGIN / (scale.width - 2 * _MARGIN) or 0.5  # a single value is drawn in the middle
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(0, height)
 
@@ -180,12 +180,12 @@ def _mark(axes: Axes, x: float, y: float, place: int, size: float) -> None:
 
 
 def role(name: str) -> str:
-    """A colour that stands for a role of the page (`ink`, `muted`, `faint`, `stage-0` ...) until `finish` writes its variable."""
+    """A placeholder colour for a role of the page (`ink`, `muted`, `faint`, `stage-0` ...); `finish` writes its variable."""
     return f"#0102{_ROLES.index(name) + 16:02x}"
 
 
 def finish(figure: Figure) -> str:
-    """The drawing as SVG that may stand inside a page: colours by variable, no style sheet, id or date."""
+    """The drawing as SVG for use inside a page: colours by variable, no style sheet, id or date."""
     import matplotlib
 
     for artist in figure.axes[0].get_children():

@@ -15,7 +15,7 @@ _VERSIONED = ("medlora", "ray", "torch", "transformers", "peft", "bitsandbytes",
 
 
 class _LogFile(logging.FileHandler):
-    """Raises what it cannot write; logging's own handler prints a traceback and goes on with a gap in the log."""
+    """Raises what it cannot write; logging's own handler prints a traceback and continues with a gap in the log."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called where a line could not be written."""
@@ -29,7 +29,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def log_to(*sinks: tuple[logging.Logger, Path]) -> Iterator[None]:
-    """Append what each logger says to its file while inside."""
+    """Within this context, append what each logger logs to its file."""
     with ExitStack() as opened:
         for logger, path in sinks:
             handler = _LogFile(path, encoding="utf-8")
@@ -42,7 +42,7 @@ def log_to(*sinks: tuple[logging.Logger, Path]) -> Iterator[None]:
 
 
 def get_versions() -> dict[str, str]:
-    """Versions of Python and of what medlora stands on, without importing any of it."""
+    """Versions of Python and of medlora's dependencies, without importing them."""
     versions = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:

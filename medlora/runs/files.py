@@ -93,7 +93,7 @@ def write_yaml(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON at `path`, or None when it is absent, torn, or not what was written (its checksum says so)."""
+    """The JSON at `path`, or None when it is absent, torn, or does not match its checksum."""
     try:
         return unseal(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -175,12 +175,12 @@ def remove(*folders: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move a folder out of the way, to `.replaced/<name>-<n>` beside it, so that nothing is lost; None if absent."""
+    """Move a folder to `.replaced/<name>-<n>` next to it, so that nothing is lost; None if there is no folder."""
     return folder.rename(_name_aside(folder)) if folder.exists() else None
 
 
 def _name_aside(path: Path) -> Path:
-    """A free name in `.replaced` beside a file or folder."""
+    """A free name in `.replaced`, next to a file or folder."""
     target = path.parent / ".replaced"
     target.mkdir(exist_ok=True)
     n = 1

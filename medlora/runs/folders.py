@@ -1,12 +1,12 @@
-"""The run folder: where everything stands, manifests written last, fingerprints, locks, lineage.
+"""The run folder: the path of every file in it, and how a run is opened or resumed.
 
     runs/<name>/
       config.yaml run.json data.json quarantine.jsonl run.log lock
       phases/<phase>/  adapter/ metrics.jsonl validation.jsonl validation.log phase.log checkpoints/ manifest.json
-      scoring/<stage>/ what a stage answered while later phases trained; goes when the evaluation is there
+      scoring/<stage>/ what a stage answered while later phases trained; deleted after the evaluation
       evaluation/      report.json predictions.parquet seconds.parquet manifest.json
 
-A folder without a manifest is unfinished, always: the manifest is written last, by temp file and rename, and holds the
+A folder without a manifest is always unfinished. The manifest is written last, by temporary file and rename, and holds the
 sha256 of every other file.
 """
 
@@ -53,7 +53,7 @@ class PhaseFolder:
 
     @property
     def best(self) -> Path:
-        """The adapter of the best validation so far, where the config keeps it; removed when the phase is finished."""
+        """The adapter of the best validation so far, if the config asks for it; removed when the phase is finished."""
         return self.root / "best"
 
     @property
@@ -83,7 +83,7 @@ class PhaseFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the process that trains; beside the folder, so that replacing the folder keeps it."""
+        """Held by the process that trains; next to the folder, so that replacing the folder does not remove it."""
         return self.root.parent / f".{self.root.name}.lock"
 
 
@@ -115,7 +115,7 @@ class RunFolder:
 
     @property
     def about(self) -> Path:
-        """Versions, git commit, seed; its presence says that the folder is a medlora run."""
+        """Versions, git commit, seed; a folder that has it is a medlora run."""
         return self.root / "run.json"
 
     @property
@@ -233,7 +233,7 @@ def find_finished(folder: PhaseFolder) -> tuple[PhaseManifest | None, str]:
             return None, wrong
     name = folder.root.name
     raise InputError(
-        f"{folder.root}: {wrong} since phase {name} was finished; bring it back, or say --redo {name}, which sets it aside"
+        f"{folder.root}: {wrong} since phase {name} was finished; bring it back, or give --redo {name}, which sets it aside"
     )
 
 

@@ -53,7 +53,7 @@ def hold_file_lock(lock: Path, what: str, wait_s: float = 0) -> Iterator[None]:
 def _wait_for_holder(file_lock: FileLock, holder: Path, what: str) -> None:
     """Raise InputError that names who has the lock, or return with the lock where it has become free.
 
-    The name of a holder that took the lock just now is not written yet, and the one before may still stand there.
+    A holder that took the lock just now has not written its name yet; the file may still name the one before.
     """
     end = time.monotonic() + _HOLDER_WAIT_S
     while True:

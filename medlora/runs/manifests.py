@@ -15,11 +15,11 @@ MANIFEST = "manifest.json"
 
 
 CARD, CARD_MARK = "README.md", b"medlora: {"
-"""The card in an adapter's folder, and what a line of it begins with; it counts in no hash."""
+"""The card in an adapter's folder, and how one line of it begins; no hash includes it."""
 
 
 LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
-"""Files at the top of a folder that go on changing; no manifest holds them."""
+"""Files at the top of a folder that change after it is finished; no manifest lists them."""
 
 
 class Manifest(TypedDict):
@@ -57,20 +57,20 @@ def hash_json(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def hash_files(folder: Path, passing: Sequence[Path] = ()) -> dict[str, str]:
-    """sha256 of every file below `folder` by relative path, but of its manifest, cards, and what is in folders `passing`."""
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in _list_files(folder, passing)}
+def hash_files(folder: Path, exclude: Sequence[Path] = ()) -> dict[str, str]:
+    """sha256 of every file below `folder` by relative path, except its manifest, cards, and the folders in `exclude`."""
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in _list_files(folder, exclude)}
 
 
-def _list_files(folder: Path, passing: Sequence[Path] = ()) -> list[Path]:
+def _list_files(folder: Path, exclude: Sequence[Path] = ()) -> list[Path]:
     ours = {folder / name for name in (MANIFEST, *LIVING)}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
     files = [path for path in files if not is_temporary(path.name) and not _is_card(path)]
-    return [path for path in files if not any(path.is_relative_to(other) for other in passing)]
+    return [path for path in files if not any(path.is_relative_to(other) for other in exclude)]
 
 
 def _is_card(path: Path) -> bool:
-    """Whether a file is a card of ours; one of another tool is a file like any other."""
+    """Whether medlora wrote this card; a card of another tool is an ordinary file."""
     if path.name != CARD:
         return False
     with path.open("rb") as file:
@@ -78,17 +78,17 @@ def _is_card(path: Path) -> bool:
 
 
 def hash_adapter(folder: Path) -> str:
-    """What an adapter is known by."""
+    """The hash that identifies an adapter."""
     return hash_json(hash_files(folder))
 
 
-def commit(folder: Path, about: Mapping[str, object], passing: Sequence[Path] = ()) -> Manifest:
-    """Write the manifest of a finished folder: `about` and the hashes of its files, but for folders `passing` away.
+def commit(folder: Path, about: Mapping[str, object], exclude: Sequence[Path] = ()) -> Manifest:
+    """Write the manifest of a finished folder: `about`, and the hashes of its files except those in the folders `exclude`.
 
     The files and their folders are durable before the manifest that names them, and the manifest when this returns.
     """
     sweep_temporary(folder)
-    files = _list_files(folder, passing)
+    files = _list_files(folder, exclude)
     sync_files(*files)
     sync_folder(folder.parent)
     hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}

@@ -1,8 +1,8 @@
-"""Runs in an object store: a working copy here, mirrored to `s3://` or `gs://` as it grows.
+"""Runs in an object store: a local working copy, mirrored to `s3://` or `gs://` as it grows.
 
-Everything works on plain folders. Where one is the working copy of a URI - its path says of which - `pull` makes it what
-the store holds and `push` the store what it is; for any other folder both do nothing. Manifests are pushed last, so that a
-folder without one is unfinished in the store as it is here.
+All code works on plain folders. A folder whose path names a URI is the working copy of that URI. `pull` downloads what the
+store holds and `push` uploads what the folder holds; for any other folder both do nothing. Manifests are pushed last, so a
+folder without a manifest is unfinished in the store, too.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _MARKS = ("run.json", "fingerprint.json")
 
 
 SEEN_WAIT_S = 30.0
-"""How long a mount may take to show one node what another wrote: NFS remembers for so long that a file was not there."""
+"""How long a mount may take to show one node what another wrote: NFS caches for so long that a file does not exist."""
 
 
 def find_copy(where: str, cache: str | None, purpose: str = "runs") -> Path:
-    """The folder to work in: the working copy of a URI, below the cache, or the folder that `where` names itself.
+    """The folder to work in: the working copy of a URI, below the cache, or the folder that `where` names.
 
-    Copies of one URI for different purposes are apart. Raises InputError for a URI that is no plain path.
+    Each purpose has its own copy of a URI. Raises InputError for a URI that is no plain path.
     """
     if not is_store(where):
         return find_home(Path(where))
@@ -89,10 +89,10 @@ def join(folder: str, name: str) -> str:
 
 @contextmanager
 def hold_run(folder: Path, mark: str = "run.json") -> Iterator[None]:
-    """Hold a working copy's run in the store: lock it, pull it, push it at the end; nothing to do for any other folder.
+    """Lock a working copy's run in the store, pull it, and push it at the end; do nothing for any other folder.
 
-    Raises InputError when another process has it, or when what is there has no `mark`, the file by which a folder is
-    known as ours.
+    `mark` is the file that identifies a run of medlora. Raises InputError when another process holds the lock, or when the
+    place holds files but no `mark`.
     """
     copy = _Copy.of(folder)
     if copy is None:
@@ -105,16 +105,15 @@ def hold_run(folder: Path, mark: str = "run.json") -> Iterator[None]:
             f"{copy.objects.uri}: holds other files ({shown}) and is no medlora run; choose another folder"
         )
     with hold_store_lock(copy.objects):
-        pull(folder, passing=("checkpoints", "best"))
+        pull(folder, exclude=("checkpoints", "best"))
         yield
         push(folder)
 
 
-def pull(folder: Path, passing: Sequence[str] = ()) -> None:
-    """Make a working copy, or a part of it, what the store holds, but for folders named `passing` below it.
+def pull(folder: Path, exclude: Sequence[str] = ()) -> None:
+    """Download what changed in the store into a working copy, or into one folder in it, except folders named in `exclude`.
 
-    A file is fetched when the store's has changed since it was fetched or pushed from here, and removed when the store
-    has it no more. Raises InputError when the store cannot be read.
+    Files that the store no longer holds are deleted here. Raises InputError when the store cannot be read.
     """
     copy = _Copy.of(folder)
     if copy is None:
@@ -123,30 +122,30 @@ def pull(folder: Path, passing: Sequence[str] = ()) -> None:
     below = "/".join(folder.relative_to(copy.root).parts)
     with copy.indexed() as index:
         listed = copy.objects.list(below)
-        there = {name: sign for name, sign in listed.items() if _belongs(name) and not _passes(name, passing)}
+        there = {name: sign for name, sign in listed.items() if _belongs(name) and not _is_excluded(name, exclude)}
         wanted = [name for name, sign in there.items() if index.get(name) != [*copy.sign(name), *sign]]
         _do_each(wanted, lambda name: copy.objects.fetch(name, copy.root / name))
         index.update({name: [*copy.sign(name), *there[name]] for name in wanted})
         for name in copy.list(folder) - set(there):
-            if not _passes(name, passing):
+            if not _is_excluded(name, exclude):
                 (copy.root / name).unlink()
                 index.pop(name, None)
 
 
-def push(folder: Path, passing: Sequence[str] = ()) -> None:
-    """Make the store hold what a working copy, or a part of it, holds, but for folders named `passing` below it: what changed
-    since, manifests last.
+def push(folder: Path, exclude: Sequence[str] = ()) -> None:
+    """Upload changed files of a working copy, or of one folder in it, to the store, except folders named in `exclude`.
 
-    A file that was there and is here no more is then removed there, its folder's manifest first. Raises InputError when the
-    store cannot be written, or the run's lock was taken by somebody else; what the store held whole it still holds.
+    Manifests are uploaded last. Files deleted here are then deleted in the store, each folder's manifest first. Raises
+    InputError when the store cannot be written, or when another process has taken the run's lock. Folders that were complete
+    in the store are still complete then.
     """
     copy = _Copy.of(folder)
     if copy is None:
         return
     check_lock(copy.objects)
     with copy.indexed() as index:
-        here = {name for name in copy.list(folder) if not _passes(name, passing)}
-        known = [name for name in index if not _passes(name, passing)]
+        here = {name for name in copy.list(folder) if not _is_excluded(name, exclude)}
+        known = [name for name in index if not _is_excluded(name, exclude)]
         gone = sorted(name for name in known if name not in here and (copy.root / name).is_relative_to(folder))
         for rank in (0, 1, 2):
             ranked = [name for name in sorted(here) if _rank(name) == rank]
@@ -161,10 +160,10 @@ def push(folder: Path, passing: Sequence[str] = ()) -> None:
 
 
 class Pusher:
-    """Pushes a folder now and then: what a driver lost since the last push is asked or reported again."""
+    """Pushes a folder every few seconds; what a driver loses since the last push is asked or reported again."""
 
-    def __init__(self, folder: Path, passing: Sequence[str] = (), every_s: float = 10.0) -> None:
-        self.folder, self.passing, self.every_s = folder, passing, every_s
+    def __init__(self, folder: Path, exclude: Sequence[str] = (), every_s: float = 10.0) -> None:
+        self.folder, self.exclude, self.every_s = folder, exclude, every_s
         self.pushed_at = time.monotonic()
         self.lock = threading.Lock()
 
@@ -172,7 +171,7 @@ class Pusher:
         """Push if the last push is long enough ago; raises InputError as `push` does."""
         with self.lock:
             if time.monotonic() - self.pushed_at > self.every_s:
-                push(self.folder, self.passing)
+                push(self.folder, self.exclude)
                 self.pushed_at = time.monotonic()
 
 
@@ -187,7 +186,7 @@ def leave_nonce(folder: Path) -> str:
 
 
 def check_seen(folder: Path, nonce: str) -> None:
-    """Raise InputError unless the nonce that `leave_nonce` left in a run's folder is seen from here."""
+    """Raise InputError unless this machine sees the nonce that `leave_nonce` wrote into a run's folder."""
     copy = _Copy.of(folder)
     end = time.monotonic() + (0 if copy else SEEN_WAIT_S)
     while True:
@@ -246,8 +245,8 @@ class _Copy:
 def _belongs(name: str) -> bool:
     """Whether a file is the run's, rather than of this machine and this moment: a lock, a temporary file, Ray's own."""
     *folders, last = name.split("/")
-    passing = ".lock" in last or last.endswith(".tmp") or last in ("lock", _NONCE) or last.startswith(LOCK)
-    return not passing and ".ray" not in folders
+    temporary = ".lock" in last or last.endswith(".tmp") or last in ("lock", _NONCE) or last.startswith(LOCK)
+    return not temporary and ".ray" not in folders
 
 
 def _is_manifest(name: str) -> bool:
@@ -255,13 +254,13 @@ def _is_manifest(name: str) -> bool:
 
 
 def _rank(name: str) -> int:
-    """When a file is pushed: the mark by which a folder is known as ours first, so that a push cut short leaves no folder
-    of strangers; manifests last."""
+    """When a file is pushed: the file that identifies a run first, so that an interrupted push leaves a folder that medlora
+    recognises; manifests last."""
     return 0 if name in _MARKS else 2 if _is_manifest(name) else 1
 
 
-def _passes(name: str, passing: Sequence[str]) -> bool:
-    return bool(set(name.split("/")[:-1]) & set(passing))
+def _is_excluded(name: str, exclude: Sequence[str]) -> bool:
+    return bool(set(name.split("/")[:-1]) & set(exclude))
 
 
 def _do_each(names: Sequence[str], act: Callable[[str], None]) -> None:

@@ -63,7 +63,7 @@ def open_store(uri: str) -> tuple[Any, str]:
 
 
 def _open_gcs(fs: Any) -> object:
-    # Left alone, Google's client goes on for 15 minutes without a word; `_try` says what it waits for.
+    # Left alone, Google's client retries silently for 15 minutes; `_try` logs what it waits for.
     patience = timedelta(seconds=GCS_RETRY_S)
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         scheme, _, host = emulator.rpartition("://")
@@ -162,7 +162,7 @@ def _open_patient(uri: str) -> tuple[object, str]:
 
     store, path = open_store(uri)
     if isinstance(store, fs.S3FileSystem):
-        # Arrow's own strategy goes on for most of a minute without a word; `_try` says what it waits for.
+        # Arrow's own strategy retries silently for most of a minute; `_try` logs what it waits for.
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         retry = fs.AwsStandardS3RetryStrategy(max_attempts=3)
         store = fs.S3FileSystem(region=store.region, endpoint_override=endpoint, retry_strategy=retry)
@@ -170,7 +170,7 @@ def _open_patient(uri: str) -> tuple[object, str]:
 
 
 def _try(what: str, act: Callable[[], Result]) -> Result:
-    """What `act` returns; what the store may do better a moment later is tried again, anything else said at once."""
+    """What `act` returns; errors that may pass are retried, others are raised at once."""
     for wait_s in (*WAITS_S, None):
         try:
             return act()

@@ -197,7 +197,7 @@ def find_start(plan: SweepPlan) -> tuple[RunFolder, tuple[Link, ...]]:
     """
     folder = str(plan.config.start)
     run, chain = RunFolder(find_run(folder, plan.config.storage.cache)), start_chain(plan.run)
-    mirror.pull(run.root, passing=("checkpoints", "best", "evaluation", ".replaced"))
+    mirror.pull(run.root, exclude=("checkpoints", "best", "evaluation", ".replaced"))
     for phase in list_earlier(plan):
         there = run.phase(phase.name)
         if find_finished(there)[0] is None:

@@ -55,11 +55,11 @@ FIRST = "for the first time"
 
 
 Progress = Callable[[int, int], None]
-"""Hears how many records of how many are done."""
+"""Called with how many records are done, and how many there are."""
 
 
 class TokenStore(Sequence[Tokens]):
-    """The examples of a source as they stand in its Arrow files; the ids stay on disk until they are asked for."""
+    """The examples of a source in its Arrow files; ids stay on disk until they are read."""
 
     def __init__(self, folder: Path) -> None:
         self.ids: list[pyarrow.ListArray] = []
@@ -102,7 +102,7 @@ class TokenStore(Sequence[Tokens]):
         ends = numpy.append(self.starts[1:], len(self))
         return [i for record in records for i in range(self.starts[record], ends[record])]
 
-    def find_kept(self, dropped: Iterable[str]) -> list[int]:
+    def find_included(self, dropped: Iterable[str]) -> list[int]:
         """The places of the records whose id was not dropped."""
         out = set(dropped)
         if not out:
@@ -113,7 +113,7 @@ class TokenStore(Sequence[Tokens]):
 
 @dataclass(frozen=True)
 class Preparation:
-    """What the tokens of a source are made from, and where they stand or will stand."""
+    """What the tokens of a source are made from, and the folder that holds them or is going to."""
 
     source: SourceConfig
     style: str
@@ -122,7 +122,7 @@ class Preparation:
 
     @property
     def done(self) -> bool:
-        """Whether they are there, whole."""
+        """Whether they exist and are complete."""
         manifest = read_manifest(self.folder)
         return manifest is not None and check_files(self.folder, manifest) is None
 
@@ -173,17 +173,17 @@ def hash_tokenizer(tokenizer: Any) -> str:
 def prepare(
     plan: Preparation,
     tokenizer: Any,
-    tell: Progress = lambda done, total: None,
-    say: Callable[[str], None] = lambda text: None,
+    report: Progress = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> TokenStore:
-    """The tokens of a source, made here where they are not there yet, record by record; `say` hears why they are made."""
+    """The tokens of a source, made record by record unless they exist; `note` is given the reason why they are made."""
     if not plan.done:
         started, total = time.monotonic(), scan(plan.source).records
         why = plan.explain()
-        say(f"tokens of {plan.source.source} are made {why}")
+        note(f"tokens of {plan.source.source} are made {why}")
         with new_folder(plan) as folder:
             write_part(
-                folder / "part-00000.arrow", stream(plan.source), plan.style, tokenizer, lambda n: tell(n, total)
+                folder / "part-00000.arrow", stream(plan.source), plan.style, tokenizer, lambda n: report(n, total)
             )
             finish(plan, folder)
         log.info("tokens of %s were made in %.1f s, %s", plan.source.source, time.monotonic() - started, why)
@@ -192,7 +192,7 @@ def prepare(
 
 @contextmanager
 def new_folder(plan: Preparation) -> Iterator[Path]:
-    """A folder beside the final one to make tokens in; gone afterwards, unless `finish` has moved it."""
+    """A folder next to the final one, to make tokens in; deleted at the end, unless `finish` has moved it."""
     folder = plan.folder.with_name(f".{plan.folder.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         folder.mkdir(parents=True)
@@ -207,7 +207,7 @@ def new_folder(plan: Preparation) -> Iterator[Path]:
 
 
 def write_part(
-    path: Path, records: Iterator[Record], style: str, tokenizer: Any, tell: Callable[[int], None] = lambda done: None
+    path: Path, records: Iterator[Record], style: str, tokenizer: Any, report: Callable[[int], None] = lambda done: None
 ) -> int:
     """Tokenise records into one Arrow file, a few hundred at a time; returns how many there were."""
     done = 0
@@ -226,12 +226,12 @@ def write_part(
             }
             writer.write_batch(pyarrow.record_batch(columns, schema=_SCHEMA))
             done += len(chunk)
-            tell(done)
+            report(done)
     return done
 
 
 def finish(plan: Preparation, folder: Path) -> None:
-    """Seal tokens and move them to where they are looked for; whoever comes second throws its own away."""
+    """Seal tokens and move them to their final folder; the process that comes second deletes its own."""
     commit(folder, {"fingerprint": plan.fingerprint})
     if read_manifest(plan.folder) is not None and not plan.done:
         remove(plan.folder)  # torn: made again just now

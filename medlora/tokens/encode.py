@@ -80,8 +80,8 @@ def _log_once(text: str) -> None:
 def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
     """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain.
 
-    A chat prompt begins as the template writes it, plain text as the tokenizer begins it; BOS stands there at most once.
-    Shots are turns before it; without a template they stand above the prompt, a blank line behind each.
+    A chat prompt begins as the template writes it, plain text as the tokenizer begins it, with BOS at most once. Shots are
+    turns before it. Without a template they come before the prompt, each followed by a blank line.
     Raises InputError for a chat template that raises, or leaves out what is asked.
     """
     chat = any(example.chat for example in examples)
@@ -124,7 +124,7 @@ def find_end_tokens(tokenizer: Any, chat: bool = True) -> list[int]:
     first = next((i for i, token in enumerate(ids) if token in marks or len(ids) == 1), None)
     if first is None:
         return [eos]
-    # What stands behind the last answer alone ends the whole talk, not a turn: Phi-3 writes EOS there.
+    # A token that follows the last answer only ends the conversation, not a turn: Phi-3 writes EOS there.
     shared = next(
         (i for i, (a, b) in enumerate(zip(ids, between, strict=False)) if a != b), min(len(ids), len(between))
     )

@@ -1,4 +1,4 @@
-"""What a phase trains on: every source as rows, their place in the mixture, the order in which they are seen."""
+"""What a phase trains on: the rows of every source, their share of the mixture, and the training order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PreparedPart:
 
 
 class Drawn(Sequence[Row]):
-    """The rows of a segment in training order, each put together when it is asked for."""
+    """The rows of a segment in training order; each is made when it is read."""
 
     def __init__(self, prepared: dict[str, PreparedPart], draws: Sequence[tuple[str, int]]) -> None:
         self.prepared, self.draws = prepared, draws
@@ -85,7 +85,7 @@ class Drawn(Sequence[Row]):
 
 
 def choose_worked_example(job: PhaseJob, seed: int) -> McqRecord:
-    """The solved question that full prompts show: with a rationale where the data has any, never an invented one."""
+    """The solved question that full prompts show; with a rationale if the data has one, never an invented one."""
     questions = [
         record
         for source in job.phase.sources
@@ -104,7 +104,7 @@ def choose_worked_example(job: PhaseJob, seed: int) -> McqRecord:
 def prepare_rows(
     job: PhaseJob, tokenizer: Any, seed: int, report: OnEvent, worked: McqRecord | None = None
 ) -> dict[str, PreparedPart]:
-    """Every source of the phase and of what it replays as rows; with `worked`, questions in the full prompt mode."""
+    """The rows of every source of the phase, and of what it replays; with `worked`, questions as full prompts."""
     phase = job.phase
     prepared = {}
     replay_share = sum(replay.share for replay in phase.replay)
@@ -139,33 +139,33 @@ def _prepare_part(
 ) -> PreparedPart:
     phase, began = job.phase, time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def report_progress(done: int, total: int) -> None:
         pulse.beat()
         if time.monotonic() - began > 1:
             report(events.preparing(f"{phase.name} tokens", done, total))
 
-    def say(text: str) -> None:
+    def note(text: str) -> None:
         if not text.endswith(FIRST):
             report(events.note(phase.name, text))
 
     plan = plan_preparation(source, source.style, tokenizer, Path(job.cache))
-    store = prepare(plan, tokenizer, tell, say)
-    kept = store.find_kept(job.dropped.get(source.source, ()))
-    if not kept:
+    store = prepare(plan, tokenizer, report_progress, note)
+    records = store.find_included(job.dropped.get(source.source, ()))
+    if not records:
         raise InputError(
             f"{source.source}: every record was dropped by data.overlap or data.dedupe; name another source"
         )
-    random.Random(derive_seed(seed, key)).shuffle(kept)
-    kept = kept[: source.sample]
-    order = store.order_examples(kept)
+    random.Random(derive_seed(seed, key)).shuffle(records)
+    records = records[: source.sample]
+    order = store.order_examples(records)
     rows = Rows(store, store.lengths, store.prompts, store.texts, order, phase.max_tokens, phase.packing)
-    return PreparedPart(rows, Part(len(rows), share), len(kept), store.name_record)
+    return PreparedPart(rows, Part(len(rows), share), len(records), store.name_record)
 
 
 def _prepare_full(
     job: PhaseJob, tokenizer: Any, key: str, source: TrainSource, share: float | None, seed: int, worked: McqRecord
 ) -> PreparedPart:
-    """A few questions in the full prompt mode: they depend on the seed, so they are tokenised where they are used."""
+    """A few questions as full prompts; they depend on the seed, so they are not cached."""
     assert job.phase.full_prompt is not None
     records = list(stream_kept(source, job.dropped))
     random.Random(derive_seed(seed, key)).shuffle(records)
@@ -177,12 +177,12 @@ def _prepare_full(
 
 
 def report_lengths(counts: dict[str, dict[str, dict[str, int]]], phase: str, max_tokens: int, report: OnEvent) -> None:
-    """Say of every source how long its examples are, and what is left out or split."""
+    """Report for every source how long its examples are, and how many are left out or split."""
     for segment, parts in counts.items():
         for key, lengths in parts.items():
             log.info("%s %s: %s", segment, key, "  ".join(f"{name} {value}" for name, value in lengths.items()))
             left = f", {lengths['dropped']} longer than {max_tokens} and left out" if lengths["dropped"] else ""
-            left += f", {lengths['split']} documents go on in a further row" if lengths["split"] else ""
+            left += f", {lengths['split']} documents continue in a further row" if lengths["split"] else ""
             text = (
                 f"{key.partition(':')[2]}: {lengths['examples']:,} examples in {lengths['rows']:,} rows; tokens of an example: "
                 f"median {lengths['p50']}, 90 % {lengths['p90']}, 99 % {lengths['p99']}, longest {lengths['longest']}{left}"

@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What became of a phase's examples at its sequence length; said before training starts."""
+    """How a phase's examples fit its sequence length; reported before training starts."""
 
     examples: int
     rows: int
@@ -48,12 +48,12 @@ class Lengths:
 
 
 class Rows(Sequence[Row]):
-    """Tokens of examples as training rows, put together when they are asked for.
+    """Tokens of examples as training rows; each row is made when it is read.
 
-    `lengths`, `prompts` and `texts` are arrays over all of `tokens`; `order` says which of them, and in which order.
+    `lengths`, `prompts` and `texts` are arrays over all of `tokens`; `order` selects examples, in training order.
     Prompted examples: loss on completion and end token; one that is too long is dropped whole and counted. Plain text:
-    loss on every token but a document's first; a document that is too long goes on in further rows. With `packing`
-    documents share rows, filled one after another.
+    loss on every token except a document's first; a document that is too long continues in further rows. With `packing`
+    documents share rows, which are filled one after another.
     """
 
     def __init__(

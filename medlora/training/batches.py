@@ -16,7 +16,7 @@ from medlora.tokens.rows import IGNORED, Row
 def find_supervised(labels: torch.Tensor) -> torch.Tensor:
     """The positions of the flattened `labels` [rows, length] whose next label carries a loss.
 
-    Found where batches are made, so that a GPU need not be waited for to know how many there are.
+    Computed where batches are made, so that nobody waits for the GPU to learn how many there are.
     """
     return torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
 
@@ -25,9 +25,9 @@ def find_supervised(labels: torch.Tensor) -> torch.Tensor:
 class Collator:
     """Rows -> a batch padded on the right to its longest row.
 
-    There is no attention mask: padding stands behind everything that carries loss, and restarting positions keep packed
-    documents apart (transformers builds the block-diagonal mask from them). Where any row of a batch is packed, padding
-    is a document of its own; else positions just go on, so that attention stays plainly causal.
+    There is no attention mask. Padding comes after everything that carries loss, and restarting positions separate packed
+    documents (transformers builds the block-diagonal mask from them). If any row of a batch is packed, padding is a
+    separate document. Otherwise positions simply continue, so that attention stays causal.
     """
 
     pad_id: int
@@ -59,13 +59,13 @@ log = logging.getLogger("medlora.phase")
 
 
 LEAST_SHARED = 16
-"""Tokens from which on a shared beginning is worth a segment of its own."""
+"""A shared beginning of at least so many tokens is computed once, as a separate segment."""
 
 
 def flatten(rows: Sequence[Row], share_prefix: bool = True) -> tuple[Row, list[Span]]:
-    """The rows as one, and its segments; with `share_prefix` a beginning that all rows share stands there once.
+    """The rows as one row, and its segments; with `share_prefix` a beginning that all rows share occurs once.
 
-    A label that follows the last token of a prefix or segment is never supervised, so the loss is that of the rows.
+    A label that follows the last token of a prefix or segment is never supervised, so the loss equals that of the rows.
     """
     shared = _measure_shared(rows) if share_prefix else 0
     flat, segments = Row([], [], []), []
@@ -99,7 +99,7 @@ def _measure_shared(rows: Sequence[Row]) -> int:
 
 @dataclass(frozen=True)
 class FlatCollator:
-    """Rows -> a batch of one sequence without padding; takes the place of `encoding.Collator`."""
+    """Rows -> a batch of one sequence without padding; takes the place of `Collator`."""
 
     share_prefix: bool = True
     token_type_ids: bool = False
@@ -108,7 +108,7 @@ class FlatCollator:
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """LongTensors `input_ids`, `labels`, `position_ids` [1, tokens], `supervised` (see `find_supervised`), and `segments`.
 
-        The mask says nothing: of four dimensions, it keeps transformers from making one of tokens x tokens.
+        The mask is empty. Its four dimensions stop transformers from making a mask of tokens x tokens.
         """
         flat, segments = flatten(rows, self.share_prefix)
         batch: dict[str, Any] = {
@@ -126,7 +126,7 @@ class FlatCollator:
 
 @dataclass(frozen=True)
 class Batching:
-    """How the rows of a phase may become batches on a model; `why` says what is less than was asked for."""
+    """How the rows of a phase become batches on a model; `why` explains what differs from the config."""
 
     collator: Collator | FlatCollator
     packs: bool
@@ -140,10 +140,10 @@ class Batching:
 
 
 def choose_batching(model: Any, padded: Collator, flat: FlatCollator | None, packed: bool) -> Batching:
-    """Batches as they are wanted, flat or not, `packed` or not, if the model computes each row in them as it does alone.
+    """Flat or packed batches as wanted, if the model computes each row in them as it does alone.
 
-    Asked by trying it with a few tokens: layers that go through a batch in their own way (recurrent ones, eager
-    attention, positions without rotation) would let one document see another.
+    This is tried with a few tokens. Some layers (recurrent ones, eager attention, positions without rotation) would let
+    one document see another.
     """
     family, why = type(model).__name__, []
     if flat is not None:

@@ -1,4 +1,4 @@
-"""What watches a segment of a phase while it trains: its losses, its scores on dev, its checkpoints."""
+"""Callbacks of Trainer for a segment: losses, scores on dev, checkpoints, leaving a node."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LossLoggingCallback(TrainerCallback):
         self.last_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock where the run starts or goes on."""
+        """Start the clock when training starts or resumes."""
         self.since, self.last_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             self.report(events.training(self.phase, self.segment.name))
@@ -64,7 +64,7 @@ class LossLoggingCallback(TrainerCallback):
             "steps": self.segment.steps,
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
-            # Infinite only where float16's scaler skipped the step; JSON has no word for it.
+            # Infinite only where float16's scaler skipped the step; JSON cannot write it.
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens_per_s": round(sum(len(row.input_ids) for row in seen) / max(elapsed_s, 1e-9), 1),
             "peak_memory_mib": _read_peak_memory_mib(),
@@ -80,13 +80,13 @@ class LossLoggingCallback(TrainerCallback):
 
 
 class PulseCallback(TrainerCallback):
-    """Says after each forward pass and step that training moves, for whoever watches for stalls."""
+    """Signals after each forward pass and step that training is alive, for the watch on stalls."""
 
     def __init__(self, compiled: bool) -> None:
         self.compiled = compiled
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The first step compiles the model where that is asked for."""
+        """The first step compiles the model if the phase asks for it."""
         what = "compiles the model in" if self.compiled else "is in"
         pulse.begin(f"{what} step {state.global_step + 1} of {state.max_steps}", slow=self.compiled)
 
@@ -95,16 +95,16 @@ class PulseCallback(TrainerCallback):
         pulse.beat()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What follows a step: others note what they do."""
+        """The next step begins; other callbacks announce their own work."""
         pulse.begin(f"is in step {min(state.global_step + 1, state.max_steps)} of {state.max_steps}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is there."""
+        """The checkpoint is written, so the next step begins."""
         self.on_step_end(args, state, control)
 
 
 def _read_peak_memory_mib() -> float:
-    """Most memory this process has held: of the GPU where there is one, else resident."""
+    """The peak memory of this process: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     import resource
@@ -113,7 +113,7 @@ def _read_peak_memory_mib() -> float:
 
 
 class MCQValidationCallback(TrainerCallback):
-    """Scores the dev sample every N steps, at each epoch's end and at the last step; keeps the best adapter if asked."""
+    """Scores the dev sample every N steps, at each epoch's end and at the last step; saves the best adapter if asked."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class MCQValidationCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
-        """Validate where it is due; every worker takes rank 0's word on stopping."""
+        """Validate when it is due; rank 0 decides for every worker whether to stop."""
         config, step = self.phase.validation, state.global_step
         assert config is not None
         every = config.every_steps
@@ -192,7 +192,7 @@ class MCQValidationCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Seals each checkpoint with a manifest once every worker has written its part, and takes it to the run's store."""
+    """Seals each checkpoint with a manifest once every worker has written its part, and uploads it to the run's store."""
 
     def __init__(self, folder: PhaseFolder) -> None:
         self.folder = folder
@@ -202,20 +202,20 @@ class CheckpointCallback(TrainerCallback):
         if args.world_size > 1:
             _gather_random_states(checkpoint, args)
         if state.is_world_process_zero:
-            # A checkpoint stands for its lines and the best adapter up to its step, too: they are not written again.
+            # Log lines and the best adapter up to a checkpoint's step are not written again, so they must be on disk before it.
             sync_files(self.folder.metrics, self.folder.validation, self.folder.best)
             commit(checkpoint, {"step": state.global_step})
             mirror.push(self.folder.root)
 
 
 class Leaving(Exception):
-    """The node is about to be taken away and a checkpoint has been made: the phase goes on from it elsewhere."""
+    """The node is about to be taken away, and a checkpoint has been made; the phase resumes from it elsewhere."""
 
 
 class LeaveCallback(TrainerCallback):
-    """Where `is_leaving` says that the node is about to be taken away: a checkpoint after this step, then Leaving.
+    """When the node is about to be taken away, makes a checkpoint after the current step, then raises Leaving.
 
-    Where several workers train, one whose node or process is about to end is enough.
+    With several workers, one whose node or process is about to end is enough.
     """
 
     def __init__(self, is_leaving: Callable[[], bool], steps: int) -> None:
@@ -223,7 +223,7 @@ class LeaveCallback(TrainerCallback):
         self.noticed = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint, unless the last step is done and nothing is left to lose."""
+        """Ask for a checkpoint, unless this was the last step."""
         if state.global_step == self.steps:
             return
         decisions = [self.is_leaving()] * args.world_size
@@ -240,7 +240,7 @@ class LeaveCallback(TrainerCallback):
 
 
 def _gather_random_states(checkpoint: Path, args: TrainingArguments) -> None:
-    """Bring what each worker wrote on its own machine to rank 0; also a barrier."""
+    """Copy what each worker wrote on its own machine to rank 0; also a barrier."""
     own = checkpoint / f"rng_state_{args.process_index}.pth"
     written: list[Any] = [None] * args.world_size
     dist.all_gather_object(written, (own.name, own.read_bytes()))

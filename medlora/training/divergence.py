@@ -1,4 +1,4 @@
-"""A loss, gradient or weight that is not finite: found at its step, explained, and left behind at the next resume."""
+"""A loss, gradient or weight that is not finite: found at its step, explained, and avoided by the next resume."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MOST_SHOWN = 8
 
 
 class Diverged(InputError):
-    """Training met a number that is not finite; what was saved before that step is whole and finite."""
+    """Training met a number that is not finite; what was saved before that step is complete and finite."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class StepWatch:
         what = f"the loss is {bad[0]}" if bad else f"the gradient norm is {gradient} at a finite loss"
         if scaled and not bad:
             what += f", and the {self.skipped} steps before were skipped for the same"
-        # A finite loss says that the weights before this step were sound, so a checkpoint of them is, too.
+        # A finite loss shows that the weights before this step were sound, and so is a checkpoint of them.
         usable = step - 1 if not bad else step - 2
         raise self.fail(step, what, usable, learning_rate, self._find_rows(step, by_worker))
 
@@ -100,7 +100,7 @@ class StepWatch:
     def fail(
         self, step: int, what: str, usable: int, learning_rate: float, rows: Sequence[int] | None = None
     ) -> Diverged:
-        """The error for a step, after a note for the next resume that checkpoints behind step `usable` are suspect."""
+        """The error for a step; also notes for the next resume that checkpoints after step `usable` are suspect."""
         if rows is None:
             rows = range((step - 1) * self.batch, min(step * self.batch, len(self.segment.rows)))
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -131,7 +131,7 @@ class StepWatch:
 
 
 def check_checkpoint(checkpoint: Path) -> str | None:
-    """Why a whole checkpoint must not be resumed from: a weight or a logged loss that is not finite; None if it may be."""
+    """Why a complete checkpoint must not be resumed from, a weight or logged loss that is not finite; None if it may be."""
     if bad := find_non_finite(read_tensors(checkpoint)):
         return f"{len(bad)} of its tensors hold values that are not finite, {bad[0]} among them"
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def read_divergence(folder: PhaseFolder, segment: str) -> dict[str, Any] | None:
 
 
 def forget_divergence(folder: PhaseFolder) -> None:
-    """Drop the note once the suspect checkpoints are gone: those that come later are sound."""
+    """Delete the note once the suspect checkpoints are deleted; later ones are sound."""
     _note_path(folder).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""A segment of a phase in the memory that there is: tried before the first step, halved where it runs out all the same."""
+"""Fit a segment into memory: measure one step before training starts, and halve the batch if memory still runs out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch.distributed as dist
 from medlora import events
 from medlora.config.phase import PhaseConfig
 from medlora.errors import InputError
-from medlora.events import NoteKind, OnEvent
+from medlora.events import NoteKind
 from medlora.kernels.memory import clear_memory, describe_device
 from medlora.kernels.modes import keeping_modes
 from medlora.kernels.supervised_head import SupervisedHead
 from medlora.runs.folders import PhaseFolder
 from medlora.tokens.rows import Row
-from medlora.training.segment import Segment
+from medlora.training.segment import Segment, Worker
 from medlora.training.trainer import recompute_activations, train
 
 log = logging.getLogger("medlora.phase")
 
 
 _SHARE = 0.85
-"""Of the free memory that a step may take: the dry run does not see everything."""
+"""Share of the free memory that a step may take, since the dry run does not see everything."""
 
 
 def train_in_memory(
@@ -34,26 +34,24 @@ def train_in_memory(
     phase: PhaseConfig,
     collator: Any,
     folder: PhaseFolder,
-    seed: int,
-    report: OnEvent,
-    is_leaving: Callable[[], bool] | None = None,
+    worker: Worker,
 ) -> tuple[dict[str, Any], PhaseConfig]:
-    """Train a segment; where memory runs out, go on from the last checkpoint with smaller forward passes.
+    """Train a segment; when memory runs out, resume from the last checkpoint with smaller forward passes.
 
-    The global batch stays what it was, so the result does, within float error. Returns the segment's figures and the phase as it then
-    was trained; raises InputError when not even one sequence fits, or several workers would have to agree.
+    The global batch does not change, so the result is the same within float error. Returns the segment's figures and the phase
+    as it was trained. Raises InputError when not even one sequence fits, or when several workers would have to agree.
     """
 
-    def say(text: str, level: int = logging.WARNING, kind: NoteKind = "run") -> None:
+    def note(text: str, level: int = logging.WARNING, kind: NoteKind = "run") -> None:
         log.log(level, text)
-        report(events.note(phase.name, text, kind))
+        worker.report(events.note(phase.name, text, kind))
 
     if segment.longest and not dist.is_initialized():
-        phase = fit_batch(model, segment.longest, phase, collator, say)
+        phase = fit_batch(model, segment.longest, phase, collator, note)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     while True:
         try:
-            return train(model, phase.name, segment, phase, collator, folder, seed, report, is_leaving), phase
+            return train(model, segment, phase, collator, folder, worker), phase
         except torch.OutOfMemoryError as error:
             smaller = shrink(phase)
             if smaller is None or dist.is_initialized():
@@ -62,7 +60,7 @@ def train_in_memory(
                     "accumulation) or max_tokens, set gradient_checkpointing: true, or take base.quantization: nf4"
                 ) from error
         # Outside of `except`: the traceback holds the tensors that did not fit.
-        say(f"out of memory: {_describe_change(phase, smaller)}", kind="training")
+        note(f"out of memory: {_describe_change(phase, smaller)}", kind="training")
         phase = smaller
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -82,8 +80,10 @@ def _describe_change(phase: PhaseConfig, smaller: PhaseConfig) -> str:
 
 
 def shrink(phase: PhaseConfig) -> PhaseConfig | None:
-    """The phase with at most half the sequences a forward pass and the same global batch; where it has one, with recomputed
-    activations if the config leaves that to us; None when nothing is left to save."""
+    """The phase with at most half the sequences in a forward pass and the same global batch.
+
+    With one sequence, activations are recomputed if the config allows it. None when no memory is left to save.
+    """
     total = phase.batch_size * phase.accumulation
     sizes = [size for size in range(1, phase.batch_size // 2 + 1) if total % size == 0]
     if sizes:
@@ -94,12 +94,12 @@ def shrink(phase: PhaseConfig) -> PhaseConfig | None:
 
 
 def fit_batch(
-    model: Any, longest: Sequence[Row], phase: PhaseConfig, collator: Any, say: Callable[..., None]
+    model: Any, longest: Sequence[Row], phase: PhaseConfig, collator: Any, note: Callable[..., None]
 ) -> PhaseConfig:
-    """The phase as it fits, by a dry run of its longest rows, one and then two at a time, before the first step.
+    """The phase with a batch size that fits, from a dry run of its longest rows, one and then two, before the first step.
 
-    A forward pass takes a fixed part and one that grows with its rows. Where `batch_size` does not fit, it is lowered; where
-    more would, that is said, since fewer and larger passes use a GPU better. The global batch stays.
+    The memory of a forward pass has a fixed part and a part that grows with its rows. A `batch_size` that does not fit is
+    lowered. A note says when a larger one would fit, since fewer and larger passes use a GPU better. The global batch stays.
     """
     try:
         one = measure_step(model, longest[:1], phase, collator)
@@ -109,7 +109,7 @@ def fit_batch(
     if not one:
         model.zero_grad(set_to_none=True)
         clear_memory()
-        return phase  # what training does then is what it does whenever memory runs out
+        return phase  # training itself then handles it, as whenever memory runs out
     free = describe_device(model.device).free_bytes
     row = max(two - one, 1)
     fixed = max(one - row, 0)
@@ -121,16 +121,19 @@ def fit_batch(
     needs = f"{amount} of {free / 2**30:.1f} GiB free"
     if fits < phase.batch_size:
         smaller = phase.model_copy(update={"batch_size": fits, "accumulation": total // fits})
-        say(f"a forward pass of {phase.batch_size} rows would take {needs}: {_describe_change(phase, smaller)}")
+        note(f"a forward pass of {phase.batch_size} rows would take {needs}: {_describe_change(phase, smaller)}")
         return smaller
     more = f"; batch_size {fits}, accumulation {total // fits} would fit, too" if fits > phase.batch_size else ""
-    say(f"a forward pass of {phase.batch_size} of the longest rows takes {needs}{more}", logging.INFO)
+    note(f"a forward pass of {phase.batch_size} of the longest rows takes {needs}{more}", logging.INFO)
     return phase
 
 
 def measure_step(model: Any, rows: Sequence[Row], phase: PhaseConfig, collator: Any) -> int:
-    """Bytes that a forward and backward pass over `rows` takes beside the model: at its peak on CUDA, of all that is saved
-    for the backward pass on CPU. Leaves weights, gradients and random numbers as they were."""
+    """Bytes that a forward and backward pass over `rows` takes beside the model.
+
+    On CUDA that is the peak, on CPU everything saved for the backward pass. Weights, gradients and random numbers are left
+    unchanged.
+    """
     device, head = torch.device(model.device), SupervisedHead(model)
     cuda = device.type == "cuda"
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
@@ -138,7 +141,7 @@ def measure_step(model: Any, rows: Sequence[Row], phase: PhaseConfig, collator: 
     saved: dict[int, int] = {}
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = storage.nbytes()
@@ -150,7 +153,7 @@ def measure_step(model: Any, rows: Sequence[Row], phase: PhaseConfig, collator: 
             before = torch.cuda.memory_allocated(device)
         with (
             recompute_activations(model.train(), phase.gradient_checkpointing is True),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
             torch.autocast(device.type, model.dtype, enabled=cuda and model.dtype != torch.float32),
             head.at(supervised),
         ):

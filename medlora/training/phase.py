@@ -1,24 +1,22 @@
-"""One phase from records to adapter, without Ray."""
+"""One phase from records to an adapter, without Ray."""
 
 from __future__ import annotations
 
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from medlora import events, pulse
 from medlora.artifacts.adapter_origin import write_card
 from medlora.artifacts.bases import identify_weights
-from medlora.config.base import McqStyle
 from medlora.config.model import BaseModelConfig
 from medlora.curriculum.chains import extend_chain
 from medlora.curriculum.jobs import PhaseJob
@@ -39,12 +37,12 @@ from medlora.runs.locks import hold_file_lock
 from medlora.runs.manifests import commit, hash_adapter
 from medlora.seeds import derive_seed
 from medlora.tokens.cache import hash_tokenizer
-from medlora.tokens.phase_rows import choose_worked_example, draw_rows, prepare_rows, report_lengths
-from medlora.training.batches import Collator, FlatCollator, choose_batching
+from medlora.tokens.phase_rows import choose_worked_example, prepare_rows, report_lengths
+from medlora.training.batches import Batching, Collator, FlatCollator, choose_batching
 from medlora.training.callbacks import Leaving
 from medlora.training.memory_fit import train_in_memory
-from medlora.training.reuse import Kept
-from medlora.training.segment import Segment
+from medlora.training.reuse import ReusedParts, describe_base, describe_rows, describe_tokenizer
+from medlora.training.segment import SegmentRows, Worker, count_rows, draw, make_segment
 from medlora.training.validation import Validator
 
 log = logging.getLogger("medlora.phase")
@@ -56,39 +54,38 @@ def run_phase(
     report: OnEvent,
     device: str = "cpu",
     is_leaving: Callable[[], bool] | None = None,
-    kept: Kept | None = None,
+    reuse: ReusedParts | None = None,
 ) -> dict[str, Any]:
-    """Train a phase into its folder and return its manifest; goes on from the last whole checkpoint if there is one.
+    """Train a phase into its folder and return its manifest; resume from the last complete checkpoint if there is one.
 
-    Runs the same in a Ray Train worker, one of several, as in a plain process. `kept` is what a process that trains one phase
-    after another keeps between them; the result has the same bytes without it. Raises InputError for what only the user
-    can mend, callbacks.Leaving, after a checkpoint, where `is_leaving` says that the node is about to be taken away.
+    Runs the same in a Ray Train worker, one of several, as in a plain process. `reuse` holds the parts that consecutive
+    phases of one process share; the adapter has the same bytes without it. Raises InputError for what only the user can
+    fix, and callbacks.Leaving, after a checkpoint, when `is_leaving` says that the node is about to be taken away.
     """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    main = world == 1 or dist.get_rank() == 0
-    # A worker of a driver that was killed may live on for some seconds, and the lock of a lost node for as long as an NFS
-    # server's lease (90 s as a rule): wait for it rather than write beside it.
-    holding = hold_file_lock(folder.lock, f"phase {job.phase.name} of {job.run}", wait_s=180) if main else nullcontext()
+    worker = Worker.here(device, report, is_leaving)
     sinks = (
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
     )
-    pulse.begin("fetches what the phase stands on", slow=True)
+    pulse.begin("fetches what the phase builds on", slow=True)
     transformers.logging.set_verbosity_error()
     with ExitStack() as stack:
-        stack.enter_context(holding)
+        if worker.is_first:
+            # A worker of a driver that was killed may live on for some seconds. The lock of a lost node lives on for as long
+            # as an NFS server's lease, 90 s as a rule. We wait for both rather than write beside them.
+            stack.enter_context(hold_file_lock(folder.lock, f"phase {job.phase.name} of {job.run}", wait_s=180))
         stack.enter_context(explaining(folder.root))
         # Before the logs are opened: what is pulled replaces them.
-        _pull(job, folder, world, main)
+        _pull(job, folder, worker)
         folder.root.mkdir(parents=True, exist_ok=True)
-        if main:
+        if worker.is_first:
             sweep_temporary(folder.root)
-        stack.enter_context(log_to(*sinks) if main else nullcontext())
+        stack.enter_context(log_to(*sinks) if worker.is_first else nullcontext())
         stack.enter_context(_log_failure(job.phase.name))
         torch.set_num_threads(job.threads)
         keep_freed_memory()
         try:
-            return _run(job, folder, report if main else lambda event: None, device, world, main, is_leaving, kept)
+            return _PhaseRun(job, folder, worker, reuse).run()
         except FloatingPointError as error:
             raise InputError(
                 f"phase {job.phase.name}: {error}, so no adapter was written; lower phases.{job.phase.name}.learning_rate"
@@ -99,7 +96,7 @@ def run_phase(
 
 @contextmanager
 def _log_failure(phase: str) -> Iterator[None]:
-    """Write into the phase's log why it ended, with the traceback of what is no message for the user."""
+    """Log why a phase ended; with the traceback, unless the message is meant for the user."""
     try:
         yield
     except Leaving:
@@ -112,156 +109,243 @@ def _log_failure(phase: str) -> Iterator[None]:
         raise
 
 
-def _pull(job: PhaseJob, folder: PhaseFolder, world: int, main: bool) -> None:
-    """Fetch the phase so far and its parents where the run is in a store, rank 0 first: workers may share a machine."""
+def _pull(job: PhaseJob, folder: PhaseFolder, worker: Worker) -> None:
+    """Fetch the phase so far and its parents if the run is in a store; the first worker first, as workers may share a machine."""
     for turn in (True, False):
-        if main == turn:
+        if worker.is_first == turn:
             for part in (folder.root, *(Path(link.folder) for link in job.parent)):
                 mirror.pull(part)
-        if world > 1:
-            dist.barrier()
+        worker.wait_for_others()
 
 
-def _run(
-    job: PhaseJob,
-    folder: PhaseFolder,
-    report: OnEvent,
-    device: str,
-    world: int,
-    main: bool,
-    is_leaving: Callable[[], bool] | None,
-    kept: Kept | None,
-) -> dict[str, Any]:
-    phase, started = job.phase, time.monotonic()
-    seed = derive_seed(job.seed, "phase", phase.name)
-    report(events.phase_started(phase.name, str(describe_device(device))))
-    pulse.begin("prepares its data", slow=True)
-    log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, describe_device(device), socket.gethostname())
-    hosts = _gather_hosts(world)
-    if main:
-        write_sealed(folder.fingerprint, job.fingerprint)
-    base = locate_base(job.base, job.cache, job.seed, lambda event: report(events.building(phase.name, event)))
-    base_s = time.monotonic() - started
+@dataclass(frozen=True)
+class _Data:
+    """What a phase trains on, and the tokenizer that made it."""
 
-    for packed in job.scans:
-        remember(packed)
-    held = kept or Kept()
-    tokenizer = held.get("tokenizer", _describe_tokenizer(job), lambda: load_phase_tokenizer(job, base))
-    found = [scan(source) for source in phase.sources]
-    letter_token_ids(tokenizer, max((each.letters for each in found), key=len))
-    worked = choose_worked_example(job, seed) if phase.full_prompt else None
-    batch = phase.batch_size * phase.accumulation * world
-    words = hash_tokenizer(tokenizer)
-    rows = held.get("rows", _describe_rows(job, words), lambda: prepare_rows(job, tokenizer, seed, report))
-    segments = [("normal", "reasoning", rows)]
-    if phase.full_prompt:
-        segments.insert(0, ("full", "reasoning_full", prepare_rows(job, tokenizer, seed, report, worked)))
-    counts = {
-        name: {key: asdict(part.rows.lengths) for key, part in prepared.items()} for name, _, prepared in segments
-    }
-    report_lengths(counts, phase.name, phase.max_tokens, report)
+    tokenizer: Any
+    tokenizer_hash: str
+    worked: McqRecord | None
+    """The solved question that full prompts show."""
+    segments: list[SegmentRows]
 
-    pulse.begin("loads the base model", slow=True)
-    made_from = [job.fingerprint["base"], job.fingerprint["base_files"], words, device]
-    if kept is None:
-        model = load_base(base, tokenizer, device)
-    else:
-        model = kept.borrow_base(made_from, lambda: load_base(base, tokenizer, device))
-    padded = Collator(tokenizer.pad_token_id, token_type_ids=model.config.model_type == "gemma3")
-    flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu" and not phase.compile)
-    wanted = FlatCollator(phase.share_prefix, padded.token_type_ids) if flat else None
-    packed = any(part.rows.is_packed for _, _, prepared in segments for part in prepared.values())
-    batching = held.get(
-        "batching", [*made_from, wanted, packed], lambda: choose_batching(model, padded, wanted, packed)
-    )
-    for why in batching.why:
-        log.warning(why)
-        report(events.note(phase.name, why))
-    if not batching.packs:
-        apart = job.model_copy(update={"phase": phase.model_copy(update={"packing": False})})
+    @property
+    def is_packed(self) -> bool:
+        """Whether any row holds several documents."""
+        return any(part.rows.is_packed for segment in self.segments for part in segment.parts.values())
+
+
+class _PhaseRun:
+    """One phase on one worker; `run` lists its steps."""
+
+    def __init__(self, job: PhaseJob, folder: PhaseFolder, worker: Worker, reuse: ReusedParts | None) -> None:
+        self.job, self.folder, self.worker, self.phase = job, folder, worker, job.phase
+        self.seed = derive_seed(job.seed, "phase", job.phase.name)
+        self.reuse = reuse
+        self.parts = reuse or ReusedParts()
+
+    def run(self) -> dict[str, Any]:
+        """Train the phase and return its manifest; empty on every worker but the first."""
+        started = time.monotonic()
+        hosts = self.announce()
+        base = locate_base(self.job.base, self.job.cache, self.job.seed, self.report_building)
+        located = time.monotonic()
+        data = self.tokenise(base)
+        model = self.load_model(base, data)
+        padded = Collator(data.tokenizer.pad_token_id, token_type_ids=model.config.model_type == "gemma3")
+        batching = self.choose_batching(model, data, padded)
+        data = self.unpack(data, batching)
+        model = self.attach_chain(model, base, data.tokenizer)
+        prepared = time.monotonic()
+        results = self.train_segments(model, data, batching, self.make_validator(data.tokenizer, padded))
+        best = self.load_best(model)
+        if not self.worker.is_first:
+            return {}
+        self.save_adapter(model, base, data.tokenizer)
+        seconds = {"base": located - started, "prepare": prepared - located, "all": time.monotonic() - started}
+        about = {"counts": count_rows(data.segments), "segments": results, "best": best, "hosts": hosts}
+        return self.finish(about, seconds)
+
+    def note(self, text: str) -> None:
+        """Report a line about the phase."""
+        self.worker.report(events.note(self.phase.name, text))
+
+    def report_building(self, progress: Any) -> None:
+        """Report progress of building the miniature base."""
+        self.worker.report(events.building(self.phase.name, progress))
+
+    def announce(self) -> list[str]:
+        """Report and log that the phase starts; returns the hosts of its workers."""
+        phase, device = self.phase, describe_device(self.worker.device)
+        self.worker.report(events.phase_started(phase.name, str(device)))
+        pulse.begin("prepares its data", slow=True)
+        log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, device, socket.gethostname())
+        hosts = self.worker.gather_hosts()
+        if self.worker.is_first:
+            write_sealed(self.folder.fingerprint, self.job.fingerprint)
+        return hosts
+
+    def tokenise(self, base: BaseModelConfig) -> _Data:
+        """Load the tokenizer and make the rows of every segment."""
+        job, phase = self.job, self.phase
+        for packed in job.scans:
+            remember(packed)
+        tokenizer = self.parts.get("tokenizer", describe_tokenizer(job), lambda: load_phase_tokenizer(job, base))
+        letter_token_ids(tokenizer, max((scan(source).letters for source in phase.sources), key=len))
+        worked = choose_worked_example(job, self.seed) if phase.full_prompt else None
+        digest = hash_tokenizer(tokenizer)
+        rows = self.parts.get("rows", describe_rows(job, digest), lambda: self.prepare(job, tokenizer))
+        segments = [SegmentRows("normal", "reasoning", rows)]
+        if phase.full_prompt:
+            segments.insert(0, SegmentRows("full", "reasoning_full", self.prepare(job, tokenizer, worked)))
+        report_lengths(count_rows(segments), phase.name, phase.max_tokens, self.worker.report)
+        return _Data(tokenizer, digest, worked, segments)
+
+    def prepare(self, job: PhaseJob, tokenizer: Any, worked: McqRecord | None = None) -> dict[str, Any]:
+        """The rows of the phase's sources; with `worked`, questions show it as a solved example."""
+        return prepare_rows(job, tokenizer, self.seed, self.worker.report, worked)
+
+    def load_model(self, base: BaseModelConfig, data: _Data) -> Any:
+        """The base model, frozen; a reused one if it was made from the same."""
+        pulse.begin("loads the base model", slow=True)
+        device = self.worker.device
+        if self.reuse is None:
+            return load_base(base, data.tokenizer, device)
+        made_from = describe_base(self.job, data.tokenizer_hash, device)
+        return self.reuse.borrow_base(made_from, lambda: load_base(base, data.tokenizer, device))
+
+    def choose_batching(self, model: Any, data: _Data, padded: Collator) -> Batching:
+        """Flat or padded batches, as configured and as the model computes them correctly."""
+        phase, device = self.phase, self.worker.device
+        flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu" and not phase.compile)
+        wanted = FlatCollator(phase.share_prefix, padded.token_type_ids) if flat else None
+        made_from = [*describe_base(self.job, data.tokenizer_hash, device), wanted, data.is_packed]
+        batching: Batching = self.parts.get(
+            "batching", made_from, lambda: choose_batching(model, padded, wanted, data.is_packed)
+        )
+        for why in batching.why:
+            log.warning(why)
+            self.note(why)
+        return batching
+
+    def unpack(self, data: _Data, batching: Batching) -> _Data:
+        """The same data with one document a row, if the model cannot keep packed documents apart."""
+        if batching.packs:
+            return data
+        apart = self.job.model_copy(update={"phase": self.phase.model_copy(update={"packing": False})})
+        worked = {"full": data.worked}
         segments = [
-            (name, style, prepare_rows(apart, tokenizer, seed, report, worked if name == "full" else None))
-            for name, style, _ in segments
+            SegmentRows(each.name, each.style, self.prepare(apart, data.tokenizer, worked.get(each.name)))
+            for each in data.segments
         ]
-        counts = {name: {key: asdict(part.rows.lengths) for key, part in rows.items()} for name, _, rows in segments}
-    collator, flat = batching.collator, batching.is_flat
-    model = _attach(job, base, model, tokenizer, seed)
-    prepared_s = time.monotonic() - started - base_s
-    shown = {name for each in found for name in each.rationale}
-    validator = _make_validator(job, tokenizer, padded, [name for name in FIELDS if name in shown], seed)
-    done = []
-    pulse.begin("draws its rows and tries a step", slow=True)
-    for name, style, prepared in segments:
-        steps, epoch_steps = _count_steps(job, name, sum(part.part.size for part in prepared.values()), batch)
-        drawn = draw_rows(prepared, steps * batch, phase.weights == "tokens", seed)
-        padding = 0.0 if flat else drawn.measure_padding(phase.batch_size)
-        said = "flat batches, no padding" if flat else f"{padding:.1%} of the batches is padding"
-        report(events.note(phase.name, said))
-        segment = Segment(
-            name=name,
-            rows=drawn,
-            steps=steps,
-            epoch_steps=epoch_steps,
-            longest=drawn.find_longest(2),
-            validate=_bind(validator, style if name == "full" else None, worked) if validator else None,
-            name_rows=drawn.name_rows,
-            stop_at_format_score=phase.full_prompt.until_format_score if phase.full_prompt and name == "full" else None,
-        )
-        result, phase = train_in_memory(
-            model, segment, phase, collator, folder, derive_seed(seed, name), report, is_leaving
-        )
-        cut = {key: getattr(phase, key) for key in ("batch_size", "accumulation", "gradient_checkpointing")}
-        cut["padding"] = round(padding, 4)
-        done.append({**result, **cut})
-        if name == "full":
-            why = "the format score reached its threshold" if result["stopped_early"] else "the step budget is spent"
-            report(events.note(phase.name, f"switches to the normal prompt after {result['steps']} steps: {why}"))
-            log.info("switches from full to normal prompts after %d steps: %s", result["steps"], why)
-    if validator:
-        spent, trained = (sum(part[key] for part in done) for key in ("validation_s", "train_s"))
-        text = f"validation took {spent:.1f} s, {spent / max(trained, 1e-9):.0%} of the training"
-        report(events.note(phase.name, text))
-    best = None
-    if phase.validation and phase.validation.keep_best:
-        if main:
-            mirror.push(folder.root)
-        if world > 1:
-            dist.barrier()
-        if not main:
-            mirror.pull(folder.best)
-        load_adapter_weights(model, phase.name, folder.best)
-        scored = [row for row in read_json_lines(folder.validation) if row.get("best")]
-        best = scored[-1] if scored else None
-    if not main:
-        return {}
-    pulse.begin("writes the adapter")
-    extended = len(tokenizer) != len(load_tokenizer(base))
-    save_adapter(model, phase.name, folder.adapter, tokenizer if extended else None, job.base.model)
-    asked = [source.source for source, each in zip(phase.sources, found, strict=True) if each.kind == "mcq"]
-    return _finish(
-        job,
-        folder,
-        device,
-        hosts,
-        counts,
-        asked,
-        done,
-        best,
-        {"base": base_s, "prepare": prepared_s, "all": time.monotonic() - started},
-    )
+        return _Data(data.tokenizer, data.tokenizer_hash, data.worked, segments)
 
+    def attach_chain(self, model: Any, base: BaseModelConfig, tokenizer: Any) -> Any:
+        """The model with the adapters of the chain: those of the parent frozen, one trained."""
+        job, phase = self.job, self.phase
+        parent = [(link.name, Path(link.folder)) for link in job.parent]
+        if phase.chain == "continue":
+            *frozen, (_, last) = parent
+            return load_chain(model, [*frozen, (phase.name, last)], trainable=phase.name)
+        if phase.chain == "stack":
+            model = load_chain(model, parent)
+        rows = added_token_ids(tokenizer, job.base.extra_tokens) if phase.train_extra_tokens else []
+        return add_adapter(model, phase.name, job.lora, rows, derive_seed(self.seed, "adapter"))
 
-def _gather_hosts(world: int) -> list[str]:
-    """The names of the hosts that the phase's workers run on."""
-    hosts: list[Any] = [socket.gethostname()]
-    if world > 1:
-        hosts = [None] * world
-        dist.all_gather_object(hosts, socket.gethostname())
-    return sorted(set(hosts))
+    def make_validator(self, tokenizer: Any, padded: Collator) -> Validator | None:
+        """What scores the dev records; None where the phase has none."""
+        config = self.phase.validation
+        if config is None:
+            return None
+        shown = {name for source in self.phase.sources for name in scan(source).rationale}
+        dev = [list(stream(source)) for source in config.sources]
+        required = [name for name in FIELDS if name in shown]
+        return Validator(tokenizer, padded, config, dev, self.seed, required, self.phase.max_tokens)
+
+    def train_segments(
+        self, model: Any, data: _Data, batching: Batching, validator: Validator | None
+    ) -> list[dict[str, Any]]:
+        """Train the segments in turn; returns the figures of each."""
+        phase, results = self.phase, list[dict[str, Any]]()
+        batch = phase.batch_size * phase.accumulation * self.worker.world
+        pulse.begin("draws its rows and tries a step", slow=True)
+        for rows in data.segments:
+            drawn = draw(rows, phase, batch, self.seed)
+            padding = 0.0 if batching.is_flat else drawn.measure_padding(phase.batch_size)
+            self.note("flat batches, no padding" if batching.is_flat else f"{padding:.1%} of the batches is padding")
+            segment = make_segment(rows, drawn, phase, batch, self.seed, rows.bind(validator, data.worked))
+            result, phase = train_in_memory(model, segment, phase, batching.collator, self.folder, self.worker)
+            fitted = {key: getattr(phase, key) for key in ("batch_size", "accumulation", "gradient_checkpointing")}
+            results.append({**result, **fitted, "padding": round(padding, 4)})
+            if rows.name == "full":
+                self.report_switch(result)
+        if validator:
+            spent, trained = (sum(part[key] for part in results) for key in ("validation_s", "train_s"))
+            self.note(f"validation took {spent:.1f} s, {spent / max(trained, 1e-9):.0%} of the training")
+        return results
+
+    def report_switch(self, full: dict[str, Any]) -> None:
+        """Report that the segment with full prompts is over, and why."""
+        why = "the format score reached its threshold" if full["stopped_early"] else "the step budget is spent"
+        self.note(f"switches to the normal prompt after {full['steps']} steps: {why}")
+        log.info("switches from full to normal prompts after %d steps: %s", full["steps"], why)
+
+    def load_best(self, model: Any) -> dict[str, Any] | None:
+        """Load the adapter with the best dev score, if the phase asks for it; returns its line of scores."""
+        if not (self.phase.validation and self.phase.validation.keep_best):
+            return None
+        if self.worker.is_first:
+            mirror.push(self.folder.root)
+        self.worker.wait_for_others()
+        if not self.worker.is_first:
+            mirror.pull(self.folder.best)
+        load_adapter_weights(model, self.phase.name, self.folder.best)
+        scored = [row for row in read_json_lines(self.folder.validation) if row.get("best")]
+        return scored[-1] if scored else None
+
+    def save_adapter(self, model: Any, base: BaseModelConfig, tokenizer: Any) -> None:
+        """Write the adapter, with the tokenizer if the phase has extended it."""
+        pulse.begin("writes the adapter")
+        extended = len(tokenizer) != len(load_tokenizer(base))
+        save_adapter(model, self.phase.name, self.folder.adapter, tokenizer if extended else None, self.job.base.model)
+
+    def finish(self, results: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        """Write the manifest, then remove what only the unfinished phase needed."""
+        folder = self.folder
+        log.info("phase %s is finished", self.phase.name)
+        about = self.describe(results, seconds)
+        write_card(folder.adapter, about)
+        manifest = commit(folder.root, about, exclude=(folder.checkpoints, folder.best))
+        remove(folder.checkpoints, folder.best)
+        mirror.push(folder.root)
+        return manifest
+
+    def describe(self, results: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        """What the manifest says besides the hashes of the files."""
+        job, sources = self.job, self.phase.sources
+        chain = extend_chain(job.parent, self.phase, self.folder.adapter)
+        return {
+            "phase": self.phase.name,
+            "run": job.run,
+            "seed": job.seed,
+            "base_weights": identify_weights(job.base, job.seed).get("weights"),
+            "chain": [link.name for link in chain],
+            "adapter_hash": hash_adapter(self.folder.adapter),
+            "counts": results["counts"],
+            "quarantine": {source.source: dict(scan(source).bad) for source in sources if scan(source).bad},
+            "question_sources": [source.source for source in sources if scan(source).kind == "mcq"],
+            "rationale": sorted({name for source in sources for name in scan(source).rationale}),
+            "segments": results["segments"],
+            "best": results["best"],
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "device": str(describe_device(self.worker.device)).partition(",")[0],
+            "hosts": results["hosts"],
+            "versions": get_versions(),
+            "fingerprint": job.fingerprint,
+        }
 
 
 def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
-    """The tokenizer that a phase renders and trains with; raises InputError where its chain has no added tokens to train."""
+    """The tokenizer that a phase renders and trains with; raises InputError when its chain has no added tokens to train."""
     if job.phase.chain == "new":
         return load_tokenizer(base, extra_tokens=job.base.extra_tokens if job.phase.train_extra_tokens else ())
     tokenizer = load_stage_tokenizer(base, job.parent)
@@ -270,96 +354,3 @@ def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
             f"phases.{job.phase.name}.train_extra_tokens: the chain below has no added tokens; a vocabulary is extended by a `new` phase"
         )
     return tokenizer
-
-
-def _describe_tokenizer(job: PhaseJob) -> list[Any]:
-    """What the tokenizer of a phase depends on."""
-    extended = job.phase.chain == "new" and job.phase.train_extra_tokens
-    return [
-        job.fingerprint["base"],
-        job.fingerprint["base_files"],
-        job.fingerprint["parent"],
-        job.phase.chain,
-        extended,
-    ]
-
-
-def _describe_rows(job: PhaseJob, words: str) -> dict[str, Any]:
-    """What the rows of a phase depend on; `words` tells its tokenizer from others."""
-    phase = job.phase.model_dump(mode="json", include={"name", "sources", "replay", "max_tokens", "packing"})
-    rest = job.model_dump(mode="json", include={"replayed", "dropped", "seed", "cache"})
-    return phase | rest | {name: job.fingerprint[name] for name in ("data", "prompts")} | {"tokenizer": words}
-
-
-def _attach(job: PhaseJob, base: BaseModelConfig, model: Any, tokenizer: Any, seed: int) -> Any:
-    """The chain action: what of the parent stays and is frozen, and which adapter is trained."""
-    phase, parent = job.phase, [(link.name, Path(link.folder)) for link in job.parent]
-    if phase.chain == "continue":
-        *frozen, (_, last) = parent
-        return load_chain(model, [*frozen, (phase.name, last)], trainable=phase.name)
-    if phase.chain == "stack":
-        model = load_chain(model, parent)
-    rows = added_token_ids(tokenizer, job.base.extra_tokens) if phase.train_extra_tokens else []
-    return add_adapter(model, phase.name, job.lora, rows, derive_seed(seed, "adapter"))
-
-
-def _count_steps(job: PhaseJob, segment: str, rows: int, batch: int) -> tuple[int, int]:
-    """Optimiser steps of a segment and of one epoch of its rows."""
-    epoch_steps = max(1, -(-rows // batch))
-    if segment == "full" and job.phase.full_prompt:
-        return job.phase.full_prompt.max_steps, epoch_steps
-    return job.phase.max_steps or max(1, round(job.phase.epochs * rows / batch + 0.499)), epoch_steps
-
-
-def _make_validator(
-    job: PhaseJob, tokenizer: Any, collator: Collator, required: Sequence[str], seed: int
-) -> Validator | None:
-    config = job.phase.validation
-    if config is None:
-        return None
-    dev = [list(stream(source)) for source in config.sources]
-    return Validator(tokenizer, collator, config, dev, seed, required, job.phase.max_tokens)
-
-
-def _bind(validator: Validator, style: McqStyle | None, worked: McqRecord | None) -> Any:
-    return lambda model: validator.score(model, style, worked)
-
-
-def _finish(
-    job: PhaseJob,
-    folder: PhaseFolder,
-    device: str,
-    hosts: list[str],
-    counts: dict[str, Any],
-    question_sources: list[str],
-    segments: list[dict[str, Any]],
-    best: dict[str, Any] | None,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Write the manifest, then remove what only the unfinished phase needed."""
-    chain = extend_chain(job.parent, job.phase, folder.adapter)
-    log.info("phase %s is finished", job.phase.name)
-    about = {
-        "phase": job.phase.name,
-        "run": job.run,
-        "seed": job.seed,
-        "base_weights": identify_weights(job.base, job.seed).get("weights"),
-        "chain": [link.name for link in chain],
-        "adapter_hash": hash_adapter(folder.adapter),
-        "counts": counts,
-        "quarantine": {source.source: dict(scan(source).bad) for source in job.phase.sources if scan(source).bad},
-        "question_sources": question_sources,
-        "rationale": sorted({name for source in job.phase.sources for name in scan(source).rationale}),
-        "segments": segments,
-        "best": best,
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "device": str(describe_device(device)).partition(",")[0],
-        "hosts": hosts,
-        "versions": get_versions(),
-        "fingerprint": job.fingerprint,
-    }
-    write_card(folder.adapter, about)
-    manifest = commit(folder.root, about, passing=(folder.checkpoints, folder.best))
-    remove(folder.checkpoints, folder.best)
-    mirror.push(folder.root)
-    return manifest

@@ -1,6 +1,6 @@
-"""What a process keeps that trains one phase after another: the tokenizer, the rows, the base with its weights.
+"""Parts that consecutive phases of one process share: the tokenizer, the rows, the base model.
 
-A phase that is trained with them ends with the same bytes as one in a fresh process.
+A phase that reuses them ends with the same bytes as one in a fresh process.
 """
 
 from __future__ import annotations
@@ -11,33 +11,35 @@ from typing import Any
 
 import torch
 
+from medlora.curriculum.jobs import PhaseJob
 
-class Kept:
-    """Things by kind, each with what it was made from; of every kind the last one alone, since a base may fill a GPU."""
+
+class ReusedParts:
+    """The last part of each kind, with what it was made from; only the last one, since a base may fill a GPU."""
 
     def __init__(self) -> None:
-        self.held: dict[str, tuple[Any, Any]] = {}
+        self.parts: dict[str, tuple[Any, Any]] = {}
 
     def get(self, kind: str, made_from: Any, make: Callable[[], Any]) -> Any:
-        """What is kept of that kind, where it was made from the same; else made now, the old one let go first."""
-        if kind not in self.held or self.held[kind][0] != made_from:
-            self.held.pop(kind, None)
-            self.held[kind] = (made_from, make())
-        return self.held[kind][1]
+        """The part of that kind if it was made from the same; else a new one, after the old one is released."""
+        if kind not in self.parts or self.parts[kind][0] != made_from:
+            self.parts.pop(kind, None)
+            self.parts[kind] = (made_from, make())
+        return self.parts[kind][1]
 
     def borrow_base(self, made_from: Any, load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-        """The base with modules of its own and the weights that are kept: adapters that are put on it leave nothing behind.
+        """The base as new modules on the reused weights, so adapters added to it leave nothing behind.
 
         Weights that were written to, which training never does, are loaded again.
         """
-        if (held := self.held.get("base")) and held[1].is_changed():
-            del self.held["base"]
+        if (part := self.parts.get("base")) and part[1].is_changed():
+            del self.parts["base"]
         whole: _Frozen = self.get("base", made_from, lambda: _Frozen(load()))
         return whole.lend()
 
 
 class _Frozen:
-    """A model nobody works with, and how often each of its tensors had been written to when it came."""
+    """A model that nobody trains, and how often each of its tensors had been written to when it was loaded."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -49,14 +51,38 @@ class _Frozen:
         return [tensor._version for tensor in self.tensors] != self.versions
 
     def lend(self) -> torch.nn.Module:
-        """The model with modules of its own on the same weights."""
+        """A copy of the modules on the same weights."""
         return copy.deepcopy(self.model, {id(tensor): _share(tensor) for tensor in self.tensors})
 
 
 def _share(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself; of an int8 layer, whose first pass takes the weights out of its parameter, another parameter on them."""
+    """The tensor itself. An int8 layer's first pass takes the weights out of its parameter, so it gets another parameter."""
     if not hasattr(tensor, "SCB"):
         return tensor
     from bitsandbytes.nn import Int8Params
 
     return Int8Params(tensor.data, requires_grad=False, has_fp16_weights=False, CB=tensor.CB, SCB=tensor.SCB)
+
+
+def describe_tokenizer(job: PhaseJob) -> list[Any]:
+    """What the tokenizer of a phase depends on."""
+    extended = job.phase.chain == "new" and job.phase.train_extra_tokens
+    return [
+        job.fingerprint["base"],
+        job.fingerprint["base_files"],
+        job.fingerprint["parent"],
+        job.phase.chain,
+        extended,
+    ]
+
+
+def describe_rows(job: PhaseJob, tokenizer_hash: str) -> dict[str, Any]:
+    """What the rows of a phase depend on."""
+    phase = job.phase.model_dump(mode="json", include={"name", "sources", "replay", "max_tokens", "packing"})
+    rest = job.model_dump(mode="json", include={"replayed", "dropped", "seed", "cache"})
+    return phase | rest | {name: job.fingerprint[name] for name in ("data", "prompts")} | {"tokenizer": tokenizer_hash}
+
+
+def describe_base(job: PhaseJob, tokenizer_hash: str, device: str) -> list[Any]:
+    """What the base model of a phase, as it is loaded, depends on."""
+    return [job.fingerprint["base"], job.fingerprint["base_files"], tokenizer_hash, device]

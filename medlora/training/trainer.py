@@ -1,4 +1,4 @@
-"""One segment of a phase's optimisation on one worker: transformers.Trainer and our callbacks."""
+"""Train one segment of a phase on one worker, with transformers.Trainer and our callbacks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from medlora import events, pulse
 from medlora.config.phase import PhaseConfig
-from medlora.events import OnEvent
 from medlora.kernels.supervised_head import SupervisedHead
 from medlora.model.adapter_files import find_non_finite
 from medlora.model.chain import load_adapter_weights, save_adapter
@@ -34,7 +33,7 @@ from medlora.training.callbacks import (
     PulseCallback,
 )
 from medlora.training.divergence import StepWatch, check_checkpoint, forget_divergence, read_divergence
-from medlora.training.segment import Segment
+from medlora.training.segment import Segment, Worker
 
 log = logging.getLogger("medlora.training")
 
@@ -55,18 +54,18 @@ class _AdapterTrainer(Trainer):
         super().__init__(model=model, compute_loss_func=self.head.compute_loss, **arguments)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-        """As Trainer's, with the head at supervised positions alone."""
+        """Like Trainer's, but logits are computed at supervised positions only."""
         with self.head.at(inputs.pop("supervised")):
             return super().compute_loss(model, inputs, *arguments, **options)
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        """As Trainer's; the loss is kept for the check of the step."""
+        """Like Trainer's; the loss is noted for the check of the step."""
         loss = super().training_step(*arguments, **options)
         self.watch.add(loss)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """As Trainer's, which asks for it right before the optimizer's step; raises Diverged."""
+        """Like Trainer's, which calls it right before the optimizer's step; raises Diverged."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = self.accelerator.scaler is not None
         self.watch.check(self.state.global_step + 1, grad_norm, self._get_learning_rate(), scaled)
@@ -97,9 +96,9 @@ class _AdapterTrainer(Trainer):
 
 
 def find_checkpoint(folder: Path, newest: int | None = None, warn: Callable[[str], None] = log.warning) -> Path | None:
-    """The newest checkpoint, of step `newest` at most, that may be resumed from; None when there is no such one.
+    """The newest checkpoint, of step `newest` at most, that may be resumed from; None when there is none.
 
-    Its manifest is there, every hash is right, and no weight or logged loss in it is NaN or infinite.
+    Its manifest exists, every hash is right, and no weight or logged loss in it is NaN or infinite.
     """
     for checkpoint in sorted(
         folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
@@ -117,26 +116,73 @@ def find_checkpoint(folder: Path, newest: int | None = None, warn: Callable[[str
     return None
 
 
+@dataclass(frozen=True)
+class _Resume:
+    """Where a segment begins: the checkpoint to load, if any, and its step."""
+
+    checkpoint: Path | None = None
+    step: int = 0
+    ended_early: bool = False
+    """Whether the segment has already stopped before its step budget."""
+
+
 def train(
     model: Any,
-    adapter: str,
     segment: Segment,
     phase: PhaseConfig,
     collator: Collator | FlatCollator,
     folder: PhaseFolder,
-    seed: int,
-    report: OnEvent,
-    is_leaving: Callable[[], bool] | None = None,
+    worker: Worker,
 ) -> dict[str, Any]:
-    """Train the adapter through a segment, from its last whole checkpoint where there is one.
+    """Train the phase's adapter through a segment, from its last complete checkpoint if there is one.
 
     Returns plain figures: steps done, mean loss, seconds, whether it stopped early. The weights are left in the model.
-    Raises Leaving, after a checkpoint, where `is_leaving` says so; Diverged where a loss or gradient is not finite.
+    Raises Leaving, after a checkpoint, when `worker.is_leaving` is true; Diverged when a loss or gradient is not finite.
     """
+    resume = _find_resume(segment, phase, folder, worker)
+    arguments = _make_arguments(model, segment, phase, folder, worker)
+    watch = StepWatch(phase, segment, folder, phase.batch_size * phase.accumulation * worker.world, model.dtype)
+    losses = LossLoggingCallback(watch, worker.report)
+    validation = None
+    if segment.validate is not None and phase.validation is not None:
+        validation = MCQValidationCallback(folder, segment, phase, phase.name, losses, worker.report)
+    trainer = _AdapterTrainer(
+        phase.name,
+        model=model,
+        watch=watch,
+        args=arguments,
+        train_dataset=segment.rows,
+        data_collator=collator,
+        callbacks=_list_callbacks(segment, phase, folder, worker, losses, validation),
+    )
+    # The default printer writes dicts to stdout; our callback logs the same in a better form.
+    trainer.callback_handler.callbacks = [
+        each for each in trainer.callback_handler.callbacks if type(each).__name__ != "PrinterCallback"
+    ]
+    started = time.monotonic()
+    _optimise(trainer, model, segment, phase, resume)
+    logged = [
+        row for row in read_json_lines(folder.metrics, keys=("segment", "loss")) if row["segment"] == segment.name
+    ]
+    return {
+        "segment": segment.name,
+        "steps": max(trainer.state.global_step, resume.step),
+        "planned_steps": segment.steps,
+        "stopped_early": resume.ended_early or bool(validation and validation.stopped_early),
+        "last_loss": logged[-1]["loss"] if logged else None,
+        "train_s": round(time.monotonic() - started, 2),
+        "validation_s": round(validation.seconds, 2) if validation else 0.0,
+        "resumed_from_step": resume.step or None,
+        "optimizer": _choose_optimizer(model, phase),
+    }
+
+
+def _find_resume(segment: Segment, phase: PhaseConfig, folder: PhaseFolder, worker: Worker) -> _Resume:
+    """Where the segment begins; what was written after that step is deleted, since it is written again."""
 
     def warn(text: str) -> None:
         log.warning(text)
-        report(events.note(phase.name, text))
+        worker.report(events.note(phase.name, text))
 
     output = folder.checkpoints / segment.name
     diverged = read_divergence(folder, segment.name)
@@ -146,23 +192,25 @@ def train(
             f"{diverged['usable']} is resumed from"
         )
     checkpoint = find_checkpoint(output, diverged["usable"] if diverged else None, warn)
-    resumed_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     ended_early = _stopped_early(checkpoint)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world > 1:
-        dist.barrier()  # nobody tidies up before everybody has found the same checkpoint
-    main = world == 1 or dist.get_rank() == 0
-    if main:
-        _forget_after(folder, segment.name, output, resumed_step)
+    worker.wait_for_others()  # nobody tidies up before everybody has found the same checkpoint
+    if worker.is_first:
+        _forget_after(folder, segment.name, output, step)
         forget_divergence(folder)
     if checkpoint:
-        report(events.note(phase.name, f"goes on from step {resumed_step} of {segment.steps}", kind="training"))
-        log.info("%s goes on from step %d of %d", segment.name, resumed_step, segment.steps)
+        worker.report(events.note(phase.name, f"resumes from step {step} of {segment.steps}", kind="training"))
+        log.info("%s resumes from step %d of %d", segment.name, step, segment.steps)
+    return _Resume(checkpoint, step, ended_early)
 
+
+def _make_arguments(
+    model: Any, segment: Segment, phase: PhaseConfig, folder: PhaseFolder, worker: Worker
+) -> TrainingArguments:
+    """The settings of transformers.Trainer for a segment."""
     cuda = model.device.type == "cuda"
-    optimizer = phase.optimizer if phase.optimizer != "auto" else "paged_adamw_8bit" if cuda else "adamw_torch"
     arguments = TrainingArguments(
-        output_dir=str(output),
+        output_dir=str(folder.checkpoints / segment.name),
         max_steps=segment.steps,
         per_device_train_batch_size=phase.batch_size,
         gradient_accumulation_steps=phase.accumulation,
@@ -172,7 +220,7 @@ def train(
         warmup_steps=round(phase.warmup_ratio * segment.steps),
         weight_decay=phase.weight_decay,
         max_grad_norm=phase.max_grad_norm,
-        optim=optimizer,
+        optim=_choose_optimizer(model, phase),
         bf16=cuda and model.dtype == torch.bfloat16,
         fp16=cuda and model.dtype == torch.float16,
         logging_steps=phase.log_every_steps,
@@ -185,10 +233,10 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
-        ddp_backend="gloo" if world > 1 and not cuda else None,
+        ddp_backend="gloo" if worker.world > 1 and not cuda else None,
         ddp_find_unused_parameters=False,
-        seed=seed,
-        data_seed=seed,
+        seed=segment.seed,
+        data_seed=segment.seed,
         report_to="none",
         torch_compile=phase.compile,
         disable_tqdm=True,
@@ -196,54 +244,44 @@ def train(
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs in one process would mean DataParallel; Ray gives each worker its own
-    batch = phase.batch_size * phase.accumulation * world
-    watch = StepWatch(phase, segment, folder, batch, model.dtype)
-    logging_callback = LossLoggingCallback(watch, report)
-    callbacks: list[TrainerCallback] = [PulseCallback(phase.compile), logging_callback, CheckpointCallback(folder)]
-    validation_callback = None
-    if segment.validate is not None and phase.validation is not None:
-        validation_callback = MCQValidationCallback(folder, segment, phase, adapter, logging_callback, report)
-        callbacks.append(validation_callback)
-    if is_leaving is not None:
-        callbacks.append(LeaveCallback(is_leaving, segment.steps))
-    trainer = _AdapterTrainer(
-        adapter,
-        model=model,
-        watch=watch,
-        args=arguments,
-        train_dataset=segment.rows,
-        data_collator=collator,
-        callbacks=callbacks,
-    )
-    # The default printer writes dicts to stdout; our callback has said it better.
-    trainer.callback_handler.callbacks = [
-        c for c in trainer.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
-    ]
-    started = time.monotonic()
-    if checkpoint and (ended_early or resumed_step >= segment.steps):
-        load_adapter_weights(model, adapter, checkpoint)
-    else:
-        with recompute_activations(model, phase.gradient_checkpointing is True):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    logged = [
-        row for row in read_json_lines(folder.metrics, keys=("segment", "loss")) if row["segment"] == segment.name
-    ]
-    return {
-        "segment": segment.name,
-        "steps": max(trainer.state.global_step, resumed_step),
-        "planned_steps": segment.steps,
-        "stopped_early": ended_early or bool(validation_callback and validation_callback.stopped_early),
-        "last_loss": logged[-1]["loss"] if logged else None,
-        "train_s": round(time.monotonic() - started, 2),
-        "validation_s": round(validation_callback.seconds, 2) if validation_callback else 0.0,
-        "resumed_from_step": resumed_step or None,
-        "optimizer": optimizer,
-    }
+    return arguments
+
+
+def _choose_optimizer(model: Any, phase: PhaseConfig) -> str:
+    if phase.optimizer != "auto":
+        return phase.optimizer
+    return "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_torch"
+
+
+def _list_callbacks(
+    segment: Segment,
+    phase: PhaseConfig,
+    folder: PhaseFolder,
+    worker: Worker,
+    losses: LossLoggingCallback,
+    validation: MCQValidationCallback | None,
+) -> list[TrainerCallback]:
+    """The callbacks in the order in which Trainer calls them: a checkpoint is sealed before a worker leaves."""
+    callbacks: list[TrainerCallback] = [PulseCallback(phase.compile), losses, CheckpointCallback(folder)]
+    if validation is not None:
+        callbacks.append(validation)
+    if worker.is_leaving is not None:
+        callbacks.append(LeaveCallback(worker.is_leaving, segment.steps))
+    return callbacks
+
+
+def _optimise(trainer: _AdapterTrainer, model: Any, segment: Segment, phase: PhaseConfig, resume: _Resume) -> None:
+    """Take the steps that are left; a segment without any only loads its last checkpoint."""
+    if resume.checkpoint and (resume.ended_early or resume.step >= segment.steps):
+        load_adapter_weights(model, phase.name, resume.checkpoint)
+        return
+    with recompute_activations(model, phase.gradient_checkpointing is True):
+        trainer.train(resume_from_checkpoint=str(resume.checkpoint) if resume.checkpoint else None)
 
 
 @contextmanager
 def recompute_activations(model: Any, wanted: bool) -> Iterator[None]:
-    """While inside, activations are computed again in the backward pass instead of kept, if `wanted`."""
+    """Within this context, if `wanted`, activations are computed again in the backward pass instead of stored."""
     if not wanted:
         yield
         return
@@ -273,7 +311,7 @@ def _stopped_early(checkpoint: Path | None) -> bool:
 
 
 def _forget_after(folder: PhaseFolder, segment: str, output: Path, step: int) -> None:
-    """Drop what was written after the step from which the segment goes on: it will be written again."""
+    """Delete what was written after the step from which the segment resumes; it is written again."""
     for path in (folder.metrics, folder.validation):
         truncate_json_lines(
             path, lambda row: row["segment"] != segment or row["step"] <= step, keys=("segment", "step")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.generation import generate
 from medlora.config.base import McqStyle
 from medlora.config.phase import Validation
@@ -80,7 +80,7 @@ class Validator:
         self, model: Any, style: McqStyle | None = None, worked: McqRecord | None = None, batch_size: int = 32
     ) -> dict[str, float]:
         """Plain floats: `accuracy` and `format_score` of questions, `perplexity` of text, `token_f1` of translations,
-        and `score`, the one of them (higher is better) by which the best adapter is kept."""
+        and `score`, the one (higher is better) that decides which adapter is the best."""
         with in_eval_mode(model):
             scores: dict[str, float] = {}
             if self.documents:
@@ -103,15 +103,10 @@ class Validator:
             return scores
 
     def _score_questions(self, model: Any, style: McqStyle, worked: McqRecord | None) -> dict[str, float]:
-        answerer = McqAnswerer(
-            model,
-            self.tokenizer,
-            scoring=self.config.scoring,
-            style=style,
-            max_tokens=self.config.max_tokens,
-            worked=worked,
+        settings = AnswerSettings(
+            scoring=self.config.scoring, style=style, max_tokens=self.config.max_tokens, worked=worked
         )
-        answers = answerer.answer(self.questions)
+        answers = McqAnswerer(model, self.tokenizer, settings).answer(self.questions)
         right = sum(answer.choice == record.answer for answer, record in zip(answers, self.questions, strict=True))
         scores = {"accuracy": right / len(answers)}
         if self.config.scoring == "reason":

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import FAMILIES
 
 from medlora.answering import answerer as answerer_module
-from medlora.answering.answerer import Answer, McqAnswerer
-from medlora.answering.generation import Stops, generate
+from medlora.answering.answerer import Answer, AnswerSettings, McqAnswerer
+from medlora.answering.generation import Sampling, Stops, generate
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.errors import InputError
 from medlora.model.base import load_base
@@ -20,6 +19,7 @@ from medlora.model.tokenizer import letter_token_ids, load_tokenizer
 from medlora.prompts import ANSWER_FIELD, render_mcq
 from medlora.records import FIELDS, McqRecord
 from medlora.tokens.encode import encode_prompts, encode_texts
+from tests.support.tiny import FAMILIES
 
 WORDS = ["아스피린", "인슐린", "췌장", "해열", "진통제", "열", "text", "about", "and", "answer", "이다", "나온다"]
 
@@ -107,7 +107,7 @@ def test_letters_are_scored_as_one_question_at_a_time_would_be(
     loaded: Any, style: Any, shots: Any, worked: Any
 ) -> None:
     model, tokenizer = loaded
-    answerer = McqAnswerer(model, tokenizer, style=style, shots=shots, worked=worked, token_budget=200)
+    answerer = McqAnswerer(model, tokenizer, AnswerSettings(style=style, shots=shots, worked=worked, token_budget=200))
     # The byte-level tokenizer has " A" to " E" alone; the marked one keeps the space apart.
     questions = [make_question(i) for i in range(12)] if style == "kormedmcqa" else QUESTIONS
     for record, answer in zip(questions, answerer.answer(questions), strict=True):
@@ -130,7 +130,9 @@ def test_neither_the_budget_nor_the_order_changes_an_answer(gemma: Any, scoring:
     expected: list[Answer] | None = None
     for budget, order in ((1, 1), (150, -1), (100_000, 1)):
         answerer = McqAnswerer(
-            model, tokenizer, scoring=scoring, style=style, shots=SHOTS, max_tokens=12, token_budget=budget
+            model,
+            tokenizer,
+            AnswerSettings(scoring=scoring, style=style, shots=SHOTS, max_tokens=12, token_budget=budget),
         )
         answers = answerer.answer(QUESTIONS[::order])[::order]
         expected = expected or answers
@@ -141,7 +143,7 @@ def test_a_switch_of_stage_computes_the_prefix_anew_and_leaves_the_others_alone(
     model, tokenizer = gemma
     model = add_adapter(model, "one", LoraSettings(r=2), [], 0)
     shake(model)
-    answerer = McqAnswerer(model, tokenizer, style="answer", shots=SHOTS)
+    answerer = McqAnswerer(model, tokenizer, AnswerSettings(style="answer", shots=SHOTS))
     seen = []
     for stage in (["one"], [], ["one"]):
         activate(model, stage)
@@ -162,7 +164,7 @@ def test_a_trained_step_computes_the_prefix_anew_and_a_second_call_does_not(
     computed: list[int] = []
     compute = answerer_module.compute_prefix
     monkeypatch.setattr(answerer_module, "compute_prefix", lambda *a: (computed.append(1), compute(*a))[1])
-    answerer = McqAnswerer(model, tokenizer, style="answer", shots=SHOTS)
+    answerer = McqAnswerer(model, tokenizer, AnswerSettings(style="answer", shots=SHOTS))
     first = answerer.answer(QUESTIONS)
     kept = [tensor.clone() for layer in answerer._prefix.layers for tensor in layer]  # type: ignore[union-attr]
     assert answerer.answer(QUESTIONS) == first and len(computed) == 1
@@ -195,7 +197,9 @@ def write_alone(model: Any, tokenizer: Any, ids: list[int], max_tokens: int) -> 
 @pytest.mark.parametrize("shots", [(), SHOTS], ids=["0-shot", "3-shot"])
 def test_a_generated_text_is_the_one_a_model_writes_alone(loaded: Any, shots: Any) -> None:
     model, tokenizer = loaded
-    answerer = McqAnswerer(model, tokenizer, scoring="generate", style="answer", shots=shots, max_tokens=12)
+    answerer = McqAnswerer(
+        model, tokenizer, AnswerSettings(scoring="generate", style="answer", shots=shots, max_tokens=12)
+    )
     answers = answerer.answer(QUESTIONS[:6])
     for record, answer in zip(QUESTIONS[:6], answers, strict=True):
         (ids,) = encode_prompts(tokenizer, [render_mcq(record, "answer", shots=shots)])
@@ -226,7 +230,7 @@ def bend_to_write(model: Any, tokenizer: Any, text: str) -> None:
 def test_what_says_no_letter_gets_none(llama: Any, text: str, choice: str | None) -> None:
     model, tokenizer = llama
     bend_to_write(model, tokenizer, text)
-    answerer = McqAnswerer(model, tokenizer, scoring="generate", style="answer", max_tokens=30)
+    answerer = McqAnswerer(model, tokenizer, AnswerSettings(scoring="generate", style="answer", max_tokens=30))
     (answer,) = answerer.answer(QUESTIONS[4:5])
     assert (answer.choice, answer.text) == (choice, text)
 
@@ -234,7 +238,9 @@ def test_what_says_no_letter_gets_none(llama: Any, text: str, choice: str | None
 def test_the_words_of_the_harness_end_a_text_and_are_cut(llama: Any) -> None:
     model, tokenizer = llama
     bend_to_write(model, tokenizer, " B. text about")
-    (answer,) = McqAnswerer(model, tokenizer, scoring="generate", style="kormedmcqa").answer(QUESTIONS[4:5])
+    (answer,) = McqAnswerer(model, tokenizer, AnswerSettings(scoring="generate", style="kormedmcqa")).answer(
+        QUESTIONS[4:5]
+    )
     assert (answer.text, answer.choice) == (" B", "B")
     assert answer.tokens < len(encode_texts(tokenizer, [" B. text about"])[0])
 
@@ -242,7 +248,7 @@ def test_the_words_of_the_harness_end_a_text_and_are_cut(llama: Any) -> None:
 def test_reasoning_goes_on_a_few_tokens_after_the_mark_and_always_ends_in_a_letter(llama: Any) -> None:
     model, tokenizer = llama
     bend_to_write(model, tokenizer, "analysis: text\nanswer:\nB" + " text" * 30)
-    (answer,) = McqAnswerer(model, tokenizer, scoring="reason", max_tokens=60).answer(QUESTIONS[4:5])
+    (answer,) = McqAnswerer(model, tokenizer, AnswerSettings(scoring="reason", max_tokens=60)).answer(QUESTIONS[4:5])
     assert answer.text.startswith("analysis: text\nanswer:\nB")
     assert answer.tokens < len(encode_texts(tokenizer, ["analysis: text\nanswer:\nB"])[0]) + 9
     assert answer.choice in QUESTIONS[4].letters and len(answer.probabilities) == len(QUESTIONS[4].options)
@@ -250,7 +256,9 @@ def test_reasoning_goes_on_a_few_tokens_after_the_mark_and_always_ends_in_a_lett
 
 def test_the_letter_is_scored_behind_the_model_s_own_reasoning(gemma: Any) -> None:
     model, tokenizer = gemma
-    answers = McqAnswerer(model, tokenizer, scoring="reason", max_tokens=10, shots=SHOTS).answer(QUESTIONS)
+    answers = McqAnswerer(model, tokenizer, AnswerSettings(scoring="reason", max_tokens=10, shots=SHOTS)).answer(
+        QUESTIONS
+    )
     for record, answer in zip(QUESTIONS, answers, strict=True):
         (ids,) = encode_prompts(tokenizer, [render_mcq(record, "reasoning", shots=SHOTS)])
         reasoning = answer.text.split("answer:")[0].strip()
@@ -263,10 +271,10 @@ def test_samples_follow_the_seed_and_not_the_batch(gemma: Any) -> None:
     model, tokenizer = gemma
 
     def draw(seed: int, budget: int, records: Sequence[McqRecord] = QUESTIONS) -> list[Answer]:
-        return McqAnswerer(
-            model, tokenizer, scoring="generate", style="answer", max_tokens=8, samples=3, temperature=1.0, seed=seed,
-            token_budget=budget,
-        ).answer(records)  # fmt: skip
+        settings = AnswerSettings(
+            scoring="generate", style="answer", max_tokens=8, samples=3, temperature=1.0, seed=seed, token_budget=budget
+        )
+        return McqAnswerer(model, tokenizer, settings).answer(records)
 
     one = draw(1, 5000)
     assert one == draw(1, 1) and draw(1, 300, QUESTIONS[3:]) == one[3:]
@@ -278,7 +286,7 @@ def test_sampling_follows_the_model_s_probabilities(gemma: Any) -> None:
     prompt = encode_texts(tokenizer, ["text about"])[0]
     logits = log_likelihoods(model, prompt)[-1][: len(tokenizer)] / 2
     expected = logits.softmax(-1)
-    made = generate(model, tokenizer, [prompt] * 2000, 1, temperature=2.0, seeds=range(2000))
+    made = generate(model, tokenizer, [prompt] * 2000, 1, sampling=Sampling(2.0, range(2000)))
     token = int(expected[6:].argmax()) + 6
     share = sum(one.text == tokenizer.decode([token]) for one in made) / 2000
     twins = sum(
@@ -305,7 +313,9 @@ def test_the_majority_of_the_samples_wins_and_silence_does_not_vote() -> None:
 def test_option_texts_are_scored_by_their_own_tokens(gemma: Any, normalisation: Any, style: Any) -> None:
     model, tokenizer = gemma
     answerer = McqAnswerer(
-        model, tokenizer, scoring="option_text", style=style, shots=SHOTS, normalisation=normalisation, token_budget=300
+        model,
+        tokenizer,
+        AnswerSettings(scoring="option_text", style=style, shots=SHOTS, normalisation=normalisation, token_budget=300),
     )
     space = " " if style == "kormedmcqa" else ""
     choices = []
@@ -326,7 +336,7 @@ def test_option_texts_are_scored_by_their_own_tokens(gemma: Any, normalisation: 
 
 def test_out_of_memory_halves_the_batch_and_is_said_once(gemma: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = gemma
-    expected = McqAnswerer(model, tokenizer, style="answer").answer(QUESTIONS)
+    expected = McqAnswerer(model, tokenizer, AnswerSettings(style="answer")).answer(QUESTIONS)
     forward, sizes = model.forward, []
 
     def limited(**inputs: Any) -> Any:
@@ -336,7 +346,7 @@ def test_out_of_memory_halves_the_batch_and_is_said_once(gemma: Any, caplog: pyt
         return forward(**inputs)
 
     model.forward = limited
-    answerer = McqAnswerer(model, tokenizer, style="answer", token_budget=100_000)
+    answerer = McqAnswerer(model, tokenizer, AnswerSettings(style="answer", token_budget=100_000))
     with caplog.at_level(logging.WARNING):
         answers = answerer.answer(QUESTIONS)
         failures = sum(size > 400 for size in sizes)
@@ -354,18 +364,18 @@ def test_one_question_that_does_not_fit_is_not_swallowed(gemma: Any) -> None:
 
     model.forward = full
     with pytest.raises(torch.OutOfMemoryError):
-        McqAnswerer(model, tokenizer, style="answer").answer(QUESTIONS)
+        McqAnswerer(model, tokenizer, AnswerSettings(style="answer")).answer(QUESTIONS)
 
 
 @pytest.mark.parametrize("style", ["answer", "kormedmcqa"])
 def test_reason_needs_a_style_that_reasons(gemma: Any, style: Any) -> None:
     with pytest.raises(InputError, match="needs a reasoning style"):
-        McqAnswerer(*gemma, scoring="reason", style=style)
+        McqAnswerer(*gemma, AnswerSettings(scoring="reason", style=style))
 
 
 def test_greedy_samples_are_refused(gemma: Any) -> None:
     with pytest.raises(InputError, match="temperature above 0"):
-        McqAnswerer(*gemma, scoring="generate", samples=3)
+        McqAnswerer(*gemma, AnswerSettings(scoring="generate", samples=3))
 
 
 def test_no_questions_no_answers(gemma: Any) -> None:

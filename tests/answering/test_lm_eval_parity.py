@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.config.model import BaseModelConfig
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import read
@@ -67,7 +67,7 @@ def test_the_prompt_is_the_harness_s_byte_for_byte(harness: Any, loaded: Any, k:
 @pytest.mark.parametrize("k", [0, SHOTS])
 def test_letters_have_the_harness_s_log_likelihoods(harness: Any, loaded: Any, k: int) -> None:
     records, shots = read_records(harness)
-    answers = McqAnswerer(*loaded, style="kormedmcqa", shots=shots[:k]).answer(records)
+    answers = McqAnswerer(*loaded, AnswerSettings(style="kormedmcqa", shots=shots[:k])).answer(records)
     samples = ask_harness(harness, loaded, "local_letters", k)
     for answer, sample in zip(answers, samples, strict=True):
         theirs = read_log_likelihoods(sample)
@@ -85,7 +85,7 @@ def test_option_texts_score_as_acc_and_acc_norm(
 ) -> None:
     records, shots = read_records(harness)
     answers = McqAnswerer(
-        *loaded, style="kormedmcqa", shots=shots[:k], scoring="option_text", normalisation=normalisation
+        *loaded, AnswerSettings(style="kormedmcqa", shots=shots[:k], scoring="option_text", normalisation=normalisation)
     ).answer(records)
     samples = ask_harness(harness, loaded, "local_texts", k)
     for record, answer, sample in zip(records, answers, samples, strict=True):
@@ -96,9 +96,9 @@ def test_option_texts_score_as_acc_and_acc_norm(
 @pytest.mark.parametrize("k", [0, SHOTS])
 def test_the_generated_text_is_the_harness_s(harness: Any, loaded: Any, k: int) -> None:
     records, shots = read_records(harness)
-    answers = McqAnswerer(*loaded, style="kormedmcqa", shots=shots[:k], scoring="generate", max_tokens=24).answer(
-        records
-    )
+    answers = McqAnswerer(
+        *loaded, AnswerSettings(style="kormedmcqa", shots=shots[:k], scoring="generate", max_tokens=24)
+    ).answer(records)
     samples = ask_harness(harness, loaded, "local_generate", k)
     assert [answer.text for answer in answers] == [sample["resps"][0][0] for sample in samples]
 

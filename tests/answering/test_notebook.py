@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.notebook import MCQEvaluator, evaluate_mcq_batch
 from medlora.config.model import BaseModelConfig
 from medlora.evaluation.answers.letter import extract_answer_letter
@@ -28,7 +28,7 @@ def model(bases: dict[str, str]) -> tuple[Any, Any]:
 
 def test_an_evaluation_says_accuracy_interval_and_subjects(model: Any) -> None:
     evaluation = MCQEvaluator(*model, RECORDS, "answer").evaluate()
-    answers = McqAnswerer(*model, style="answer").answer(RECORDS)
+    answers = McqAnswerer(*model, AnswerSettings(style="answer")).answer(RECORDS)
     assert [p.choice for p in evaluation.predictions] == [answer.choice for answer in answers]
     right = sum(answer.choice == record.answer for answer, record in zip(answers, RECORDS, strict=True))
     assert (evaluation.accuracy.correct, evaluation.accuracy.total) == (right, 24)

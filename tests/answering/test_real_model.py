@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.config.model import BaseModelConfig
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import read
@@ -49,7 +49,9 @@ def test_ten_generated_texts_are_those_of_transformers_on_the_harness_s_ids(fold
     base = BaseModelConfig(model=folder)
     tokenizer = load_tokenizer(base)
     answerer = McqAnswerer(
-        load_base(base, tokenizer), tokenizer, scoring="generate", style="kormedmcqa", max_tokens=MAX_TOKENS
+        load_base(base, tokenizer),
+        tokenizer,
+        AnswerSettings(scoring="generate", style="kormedmcqa", max_tokens=MAX_TOKENS),
     )
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     own = AutoTokenizer.from_pretrained(folder)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.artifacts import LAYERS, Tensors, make_tensors, tensor, write
 
 from medlora.artifacts.adapter_checks import check_adapter
 from medlora.errors import InputError
+from tests.support.artifacts import LAYERS, Tensors, make_tensors, tensor, write
 
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 

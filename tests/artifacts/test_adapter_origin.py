@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from support.artifacts import make_tensors, tensor, write
 
 from medlora.artifacts.adapter_origin import differ, find_base_doubts, find_missing_parents, read_origin, write_card
 from medlora.artifacts.bases import identify_base
@@ -20,6 +19,7 @@ from medlora.errors import InputError
 from medlora.evaluation.plan import check_evaluation
 from medlora.runs.files import write_yaml
 from medlora.runs.manifests import check_files, commit, hash_adapter, read_manifest
+from tests.support.artifacts import make_tensors, tensor, write
 
 MINIATURE = {"model": "miniature"}
 

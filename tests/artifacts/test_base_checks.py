@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.artifacts import tensor, write_tensors
 
 from medlora.artifacts.base_checks import check_base, check_layers, read_base_tensors, sample_weights
 from medlora.artifacts.bases import check_base_files
@@ -23,6 +21,8 @@ from medlora.config.model import BaseModelConfig
 from medlora.config.run import RunConfig
 from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
+from tests.support import ROOT
+from tests.support.artifacts import tensor, write_tensors
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 2}
 TENSORS = {
@@ -100,7 +100,6 @@ BROKEN = [
     (put("tokenizer.json", '{"model": {"vocab": {}}}'), "tokenizer.json: has no vocabulary"),
     (put("tokenizer_config.json", "nothing"), "tokenizer_config.json: cannot be read"),
     (put("generation_config.json", "["), "generation_config.json: cannot be read"),
-    (edit("tokenizer_config.json", chat_template="{% if %}"), "chat_template: is no valid jinja template"),
     (
         put("chat_template.jinja", "{% for i in range(10 ** 9) %}{% endfor %}"),
         "chat_template.jinja: failed .Range too big",
@@ -148,7 +147,6 @@ def test_what_a_hubs_cache_lacks_is_left_to_the_hub(tmp_path: Path) -> None:
         ),
         ("{{ 'a' * 10 ** 10 }}", "out of memory"),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
-        ("{% for m in messages %}", "is no valid jinja template"),
     ],
 )
 def test_a_template_that_never_ends_is_refused(template: str, said: str) -> None:
@@ -173,8 +171,10 @@ def test_the_driver_says_it_without_torch(tmp_path: Path) -> None:
         check_inputs(RunConfig.model_validate(config))
     code = f"""
 import sys
-from jobs.curriculum import main
-code = main(["--config", {str(tmp_path / "c.yaml")!r}, "--run-dir", {str(tmp_path / "run")!r}])
+from functools import partial
+from medlora.cli.train import main
+from medlora.endings import run_job
+code = run_job(partial(main, ["--config", {str(tmp_path / "c.yaml")!r}, "--run-dir", {str(tmp_path / "run")!r}]))
 print(code, sorted({{"torch", "peft", "transformers", "ray"}} & set(sys.modules)))
 """
     root = ROOT

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cli import QUESTION, run, write_run
+
+from tests.support.cli import QUESTION, run, write_run
 
 
 @pytest.mark.parametrize("job", ["curriculum", "evaluate_mcq", "sweep"])
@@ -45,7 +46,7 @@ def test_bad_input_ends_with_code_2_and_one_message(
     # There is no run's folder, or nothing in it but the rows that are wrong, for the user to look at.
     if "all of them: " in done.stderr:
         left = {path.name for path in (tmp_path / "runs").glob("*/*")}
-        assert {"quarantine.jsonl"} <= left <= {"quarantine.jsonl", "lock", "lock.json", "run.log"}
+        assert {"quarantine.jsonl"} <= left <= {"quarantine.jsonl", "run.json", "lock", "lock.json", "run.log"}
     else:
         assert not (tmp_path / "runs").exists()
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.fake_stages import answer_here, ask, die_while_loading, journal, raise_while_loading, score
 
 from medlora.config.placement import ActorPlacement
 from medlora.errors import RunError
 from medlora.evaluation.ledger import LEDGER, PREDICTIONS, Batch
 from medlora.runs.files import read_json_lines
+from tests.support import ROOT
+from tests.support.fake_stages import answer_here, ask, die_while_loading, journal, raise_while_loading, score
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +93,7 @@ DRIVER = """
 import sys, test_evaluate_on_ray as t
 from pathlib import Path
 import ray
-ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT / "tests")}}, log_to_driver=False, logging_level="ERROR")
+ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False, logging_level="ERROR")
 from medlora.on_ray.cluster import connect
 with connect() as cluster:
     t.score(Path(sys.argv[1]), t.ask(30), cluster, int(sys.argv[2]), float(sys.argv[3]))
@@ -104,7 +104,7 @@ def test_a_killed_driver_asks_only_what_is_not_answered_and_writes_the_same_byte
     cluster: dict[str, str], ray_cluster: Any, tmp_path: Path, undisturbed: bytes
 ) -> None:
     folder = tmp_path / "e"
-    env = {**cluster, "PYTHONPATH": str(ROOT / "tests")}
+    env = {**cluster, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder), "2", "0.3"], env=env)
     while len(read_json_lines(folder / LEDGER)) < 3:
         assert first.poll() is None

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
 
 from medlora.config.loading.files import load, load_evaluate_config, load_sweep_config
 from medlora.curriculum.chains import extend_chain
@@ -28,6 +27,7 @@ from medlora.runs.manifests import check_files, hash_files, read_manifest
 from medlora.sweep.checks import check_sweep, find_start, refuse_other
 from medlora.sweep.ledger import Ledger
 from medlora.sweep.plan import describe_sweep
+from tests.support import ROOT
 
 ARCHIVE = ROOT / "tests" / "fixtures" / "before_the_move" / "before_the_move.tar.xz"
 LIVING = ("run.json", "run.log", "config.yaml", "data.json", "trials.jsonl", "lock", "lock.json")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cluster import add_nodes
-from support.fake_stages import FakeStages, answer_here, ask, journal, make_task, score
 
 from medlora.config.placement import ActorPlacement, Placement
 from medlora.evaluation.ledger import LEDGER, PREDICTIONS, read_ledger
 from medlora.runs.files import read_json
+from tests.support.cluster import add_nodes
+from tests.support.fake_stages import FakeStages, answer_here, ask, journal, make_task, score
 
 
 @contextmanager

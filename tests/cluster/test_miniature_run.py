@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.cluster import submit
 
 from medlora.config.loading.files import load
 from medlora.config.sources import SourceConfig
@@ -16,6 +14,8 @@ from medlora.data.sources import read
 from medlora.records import McqRecord
 from medlora.runs.files import read_json
 from medlora.runs.folders import RunFolder
+from tests.support import ROOT
+from tests.support.cluster import submit
 
 
 @pytest.fixture(scope="module")

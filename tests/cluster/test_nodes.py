@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support import ROOT
-from support.cluster import RAY, AddedNode, add_nodes
-from support.curriculum import finish, one_phase, recover, start, wait_for_step, worker_pid, write_config
-from support.fake_stages import answer_here, ask, journal, score
-from support.tiny_run import run_all, weights
-
 from medlora.evaluation.ledger import PREDICTIONS
 from medlora.runs.files import read_json_lines
 from medlora.runs.folders import RunFolder
+from tests.support import ROOT
+from tests.support.cluster import RAY, AddedNode, add_nodes
+from tests.support.curriculum import finish, one_phase, recover, start, wait_for_step, worker_pid, write_config
+from tests.support.fake_stages import answer_here, ask, journal, score
+from tests.support.tiny_run import run_all, weights
 
 
 def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_of_its_node(
@@ -53,9 +52,9 @@ def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_
         lost = recover(run, driver, "00", 160, lambda: find_node().remove(), "node removed")
         assert find_node() not in (first, second)
         out, _ = finish(driver)
-    assert "its node is about to be taken away: goes on from the checkpoint just made, on another" in out
+    assert "its node is about to be taken away: resumes from the checkpoint just made, on another" in out
     assert "worker 0 died; attempt 1 of 1" in out  # the notice before it cost no retry
-    noticed, resumed = map(int, re.findall(r"goes on from step (\d+) of 300", out))
+    noticed, resumed = map(int, re.findall(r"resumes from step (\d+) of 300", out))
     assert 40 <= noticed < 150, "only a checkpoint made on notice lies there: the config's own is made at 150"
     assert resumed == 150 <= lost
     steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("00").metrics)]

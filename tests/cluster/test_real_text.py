@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import ROOT
-
 from medlora.runs.files import read_json
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
+from tests.support import ROOT
 
 
 def test_real_text_goes_from_config_to_table(

@@ -11,8 +11,13 @@ import time
 from pathlib import Path
 
 import yaml
-from support import ROOT
-from support.curriculum import (
+
+from medlora.evaluation.ledger import LEDGER, read_ledger
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
+from medlora.sweep.ledger import Ledger
+from tests.support import ROOT
+from tests.support.curriculum import (
     JOB,
     finish,
     last_step,
@@ -23,14 +28,9 @@ from support.curriculum import (
     worker_pid,
     write_config,
 )
-from support.sweeps import start as start_sweep
-from support.sweeps import write_sweep
-from support.tiny_run import run_all, weights
-
-from medlora.evaluation.ledger import LEDGER, read_ledger
-from medlora.runs.files import read_json_lines
-from medlora.runs.folders import RunFolder
-from medlora.sweep.ledger import Ledger
+from tests.support.sweeps import start as start_sweep
+from tests.support.sweeps import write_sweep
+from tests.support.tiny_run import run_all, weights
 
 
 def find_checkpoints(run: Path) -> list[int]:
@@ -66,7 +66,7 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
     _, second = find_checkpoints(run)
     assert second > first and f"no phase is finished; the same command resumes phase 00 from step {second}" in err
     said = (run / "run.log").read_text()
-    assert "its process got SIGTERM: goes on from the checkpoint just made" in said and "died" not in said
+    assert "its process got SIGTERM: resumes from the checkpoint just made" in said and "died" not in said
 
     driver = start(written, run, cluster)
     wait_for_step(run, "00", second + 10, driver)
@@ -78,7 +78,7 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
         [*job, "env", "-C", str(ROOT), *JOB, "--config", str(written), "--run-dir", str(run)],
         env=cluster, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    while (run / "run.log").read_text().count(f"goes on from step {second}") < 2:  # else the old steps are counted
+    while (run / "run.log").read_text().count(f"resumes from step {second}") < 2:  # else the old steps are counted
         assert asked.poll() is None, asked.communicate()
         time.sleep(0.1)
     wait_for_step(run, "00", second + 20, asked)
@@ -94,7 +94,7 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
     assert "Traceback" not in out and "*** SIGTERM" not in out and "@     0x" not in out
 
     out, err = finish(start(written, run, cluster))
-    assert [int(step) for step in re.findall(r"goes on from step (\d+) of 600", out)] == [third] and err == ""
+    assert [int(step) for step in re.findall(r"resumes from step (\d+) of 600", out)] == [third] and err == ""
     steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("00").metrics)]
     assert steps == list(range(1, 601))
     run_all(config, tmp_path / "undisturbed", ("00",))
@@ -119,7 +119,7 @@ def test_a_sweep_s_trials_make_checkpoints_and_resume(
     assert list(trial.checkpoints.glob("normal/checkpoint-*/manifest.json"))
 
     said, err = finish(start_sweep(config, out, cluster))
-    assert "goes on from step" in (out / "trials" / "000" / "phases" / "02" / "phase.log").read_text() and err == ""
+    assert "resumes from step" in (out / "trials" / "000" / "phases" / "02" / "phase.log").read_text() and err == ""
     known = Ledger(out / "trials.jsonl").trials
     assert len(known) == 2 and all(each.state == "finished" and each.deaths == 0 for each in known.values())
 

@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.cluster import submit
-from support.fake_trials import fake_trial
-from support.store_server import BUCKET, Store
-from support.sweeps import start, write_sweep
 
 from medlora.config.loading.files import load
 from medlora.config.placement import Placement
@@ -30,6 +25,11 @@ from medlora.sweep.ledger import Ledger, Trial
 from medlora.sweep.population import Proposal
 from medlora.sweep.space import Range
 from medlora.sweep.suggest import Suggester
+from tests.support import ROOT
+from tests.support.cluster import submit
+from tests.support.fake_trials import fake_trial
+from tests.support.store_server import BUCKET, Store
+from tests.support.sweeps import start, write_sweep
 
 SPACE = {"x": Range(0.0, 1.0)}
 
@@ -137,7 +137,7 @@ def test_a_dead_trial_goes_on_twice_and_a_diverged_one_never(
     assert count_tries(tmp_path / "s") == {"000": 1, "001": 2, "002": 3, "003": 1, "004": 1, "005": 1}
     assert [ledger.trials[id].deaths for id in ("001", "002", "003", "004")] == [1, 3, 0, 0]
     assert ledger.trials["002"].why == "its process died" and ledger.trials["003"].why == "the loss is nan"
-    assert "trial 001: its process died; it goes on from its last checkpoint" in caplog.text
+    assert "trial 001: its process died; it resumes from its last checkpoint" in caplog.text
     assert ledger.trials["004"].why.startswith("RuntimeError: a bug of ours (fake_trials.py:")
     assert "trial 004 ends by an exception:\nTraceback (most recent call last)" in caplog.text
 
@@ -158,10 +158,10 @@ def test_two_trials_share_a_gpu_and_a_third_waits(
     cluster: dict[str, str], ray_cluster: Any, bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
     import ray
-    from support.cluster import add_nodes
 
     from medlora.on_ray.cluster import connect
     from medlora.on_ray.placement import find_concurrency
+    from tests.support.cluster import add_nodes
 
     half = Placement(gpus_per_worker=0.5)
     with add_nodes(cluster, ("gpu", "gpu", "--num-gpus=1", "--num-cpus=3")), connect() as grown:

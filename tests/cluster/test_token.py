@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from support import ROOT
-from support.cluster import PORTS, list_addresses, read_token, start_head
+
+from tests.support import ROOT
+from tests.support.cluster import PORTS, list_addresses, read_token, start_head
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -144,7 +145,7 @@ HERE = """
 import json, os, psutil, sys
 from medlora.on_ray.cluster import connect; import ray
 with connect() as cluster:
-    from support.cluster import list_addresses
+    from tests.support.cluster import list_addresses
     print(json.dumps([cluster.started_here, list_addresses([psutil.Process()]), ray.get_runtime_context().gcs_address]), flush=True)
     sys.stdin.readline()
 """
@@ -157,7 +158,7 @@ def test_a_ray_that_medlora_starts_listens_on_loopback_with_a_token_that_is_its_
         "HOME": str(tmp_path),
         "RAY_TMPDIR": str(sockets),
         "RAY_ADDRESS": "local",
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": str(ROOT),
     }
     code = f"import os; os.umask(0o022)\n{HERE}"
     driver = subprocess.Popen(

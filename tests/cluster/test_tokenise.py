@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import ROOT
+from tests.support import ROOT
 
 CODE = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from support.tiny_run import configure
+from tests.support.tiny_run import configure
 from medlora.curriculum.jobs import make_job
 from medlora.on_ray.cluster import connect
 from medlora.on_ray.tokenise import LEAST_RECORDS, prepare_on_ray
@@ -51,7 +51,7 @@ def test_ray_makes_the_tokens_that_one_process_makes_once(
         rows = [{"text": f"{name} 은 췌장 이다 {i}" if i != 7 else ""} for i in range(3000)]
         rows[7]["text"] = "aspirin"
         (tmp_path / "large" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path), base=bases["gemma"])
+    code = CODE.format(tests=str(ROOT), folder=str(tmp_path), base=bases["gemma"])
     done = subprocess.run([sys.executable, "-c", code], env=cluster, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     first, second, last = [line for line in done.stdout.splitlines() if line]

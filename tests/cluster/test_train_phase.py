@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
-from support.curriculum import (
+
+from medlora.runs.files import read_json_lines
+from medlora.runs.folders import RunFolder
+from tests.support import ROOT
+from tests.support.curriculum import (
     finish,
     last_step,
     recover,
@@ -22,10 +25,7 @@ from support.curriculum import (
     worker_pid,
     write_config,
 )
-from support.tiny_run import configure, run_all, weights
-
-from medlora.runs.files import read_json_lines
-from medlora.runs.folders import RunFolder
+from tests.support.tiny_run import configure, run_all, weights
 
 BIN = Path(sys.executable).parent
 
@@ -45,7 +45,7 @@ def test_a_killed_worker_and_a_killed_driver_leave_the_same_bytes(
     driver = start(config, run, cluster)
     wait_to_recover(run, "01", worker, lost, driver, "driver killed")
     out, _ = finish(driver)
-    assert "00  is finished already and reused" in out and "01  goes on from step" in out
+    assert "00  is finished already and reused" in out and "01  resumes from step" in out
     for phase in ("00", "01"):
         assert weights(run, phase) == weights(undisturbed, phase)
     steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("01").metrics)]

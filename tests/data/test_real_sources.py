@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.tiny_run import configure, run_all
 
 from medlora.cli.inspect import main
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import Scan, read, scan
 from medlora.errors import InputError
 from medlora.records import McqRecord
+from tests.support import ROOT
+from tests.support.tiny_run import configure, run_all
 
 FILES: dict[str, tuple[str, int, int]] = {
     "kormedmcqa/train.jsonl": ("letters", 909, 909),
@@ -73,7 +73,7 @@ def test_what_is_special_about_them(real_data: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_every_real_file_can_be_inspected(real_data: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     kind = ["--kind", "text"] if name == "covid19_cdc.ko" else []
-    assert main(["inspect", locate(real_data, name), *kind]) == 0
+    assert main([locate(real_data, name), *kind]) == 0
     said = capsys.readouterr().out
     schema, rows, records = FILES[name]
     assert f"{rows:,} in" in said and f"{records:,} valid" in said and f"{schema} (" in said
@@ -83,7 +83,7 @@ def test_every_real_file_can_be_inspected(real_data: Path, name: str, capsys: py
 def test_the_model_s_tokens_are_counted_where_a_base_is_named(
     real_data: Path, bases: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", locate(real_data, "kormedmcqa/dev.jsonl"), "--base", bases["gemma"]]) == 0
+    assert main([locate(real_data, "kormedmcqa/dev.jsonl"), "--base", bases["gemma"]]) == 0
     said = capsys.readouterr().out
     assert "tokens" in said and "(of 300 examples)" in said and "answer:" in said
 

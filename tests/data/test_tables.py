@@ -212,7 +212,7 @@ def test_a_picture_that_is_not_read_is_reported(tmp_path: Path, name: str, capsy
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     said = f"column `{name}` is not empty, and pictures are not read"
     assert scan(SourceConfig(source=str(path))).flags == {said: 3}
-    assert main(["inspect", str(path)]) == 0 and "pictures are not read" in capsys.readouterr().out
+    assert main([str(path)]) == 0 and "pictures are not read" in capsys.readouterr().out
 
 
 def test_a_word_about_pictures_is_no_picture(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support import ROOT
-from support.cli import QUESTION, run, write_run
-from support.curriculum import JOB, finish, write_config
-from support.tiny_run import configure, question, weights
 
 from medlora.config.run import RunConfig
 from medlora.reporting.progress import Display
 from medlora.reporting.tables import print_reports
 from medlora.runs.manifests import read_manifest
+from tests.support import ROOT
+from tests.support.cli import QUESTION, run, write_run
+from tests.support.curriculum import JOB, finish, write_config
+from tests.support.tiny_run import configure, question, weights
 
 
 def test_runs_side_by_side_end_as_each_would_alone_and_a_failing_one_fails_alone(

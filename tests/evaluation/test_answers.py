@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT
 
 from medlora.evaluation.answers.denials import DENIALS
 from medlora.evaluation.answers.letter import extract_answer_letter, find_verdicts, parse, score_format, score_total
@@ -16,6 +15,7 @@ from medlora.evaluation.answers.rules import RULES
 from medlora.evaluation.answers.text import mark_options, normalise
 from medlora.prompts import MCQ_STYLES, render_mcq
 from medlora.records import FIELDS, LETTERS, McqRecord
+from tests.support import ROOT
 
 DATA = ROOT.parent / "shared" / "data"
 CASES_FROM_THE_FIELD = DATA.parent / "cases" / "answers.jsonl"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
 
 from medlora.config.evaluation import EvaluateConfig, EvaluationConfig
 from medlora.config.model import BaseModelConfig
@@ -21,6 +20,7 @@ from medlora.evaluation.stages import find_doubts, find_stages
 from medlora.records import McqRecord
 from medlora.runs.files import append_json, write_json
 from medlora.runs.manifests import commit
+from tests.support import ROOT
 
 
 def questions(n: int) -> list[McqRecord]:

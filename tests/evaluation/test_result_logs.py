@@ -3,11 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import ROOT
 
 from medlora.errors import InputError
 from medlora.evaluation import statistics
 from medlora.evaluation.result_logs import read_result_log
+from tests.support import ROOT
 
 LOGS = ROOT.parent / "shared" / "data" / "kormedmcqa_logs"
 HEADER = "id,category,trial,answer,pred,response\n"

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.batches import BATCHES, measure
-from support.tiny_run import configure, run_all
 
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.curriculum.jobs import make_job
@@ -18,6 +16,8 @@ from medlora.runs.files import read_json_lines
 from medlora.runs.folders import RunFolder
 from medlora.training.batches import FlatCollator
 from medlora.training.phase import run_phase
+from tests.support.batches import BATCHES, measure
+from tests.support.tiny_run import configure, run_all
 
 pytestmark = pytest.mark.gpu
 

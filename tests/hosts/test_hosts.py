@@ -13,10 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
-from support.hosts import Host, Network, find_obstacle, make_hosts
-from support.store_server import BUCKET, HostStore
-from support.tiny_run import configure, run_all, weights
 
 from medlora.config.loading.files import load
 from medlora.config.run import RunConfig
@@ -24,6 +20,10 @@ from medlora.model.miniature_base.build import ensure
 from medlora.runs.files import read_json, read_json_lines
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
+from tests.support import ROOT
+from tests.support.hosts import Host, Network, find_obstacle, make_hosts
+from tests.support.store_server import BUCKET, HostStore
+from tests.support.tiny_run import configure, run_all, weights
 
 OBSTACLE = find_obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
@@ -198,7 +198,7 @@ def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_chec
         time.sleep(0.1)
     print(f"power of {first.name} cut at step {lost}: it was passed again after {time.monotonic() - cut:.0f} s")
     said = finish(job)
-    (resumed,) = re.findall(r"goes on from step (\d+) of 200", said)
+    (resumed,) = re.findall(r"resumes from step (\d+) of 200", said)
     assert "worker 0 died; attempt 1 of 2" in said and 0 <= lost - int(resumed) <= every
     assert f"run: {where}" in said
     kept = lab.store.read("runs/power/phases/00/adapter/adapter_model.safetensors")

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
 import pytest
 import torch
-from support.batches import build
-from support.tiny import FAMILIES
-from transformers import LlamaConfig
+from transformers import AttentionInterface, LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from medlora.config.model import BaseModelConfig, LoraSettings
-from medlora.kernels import elementwise_cpu
+from medlora.kernels import attention, elementwise_cpu
 from medlora.kernels.attention import attend
 from medlora.model.base import load_base
 from medlora.model.chain import activate
 from medlora.model.tokenizer import load_tokenizer
+from tests.support.batches import build
+from tests.support.tiny import FAMILIES
 
 SHAPES = {
     "one adapter": [LoraSettings(r=4, alpha=8)],
@@ -165,3 +166,16 @@ def test_attention_within_segments_is_torch_s(window: int | None, heads: tuple[i
             found.append([out, *torch.autograd.grad(out, x, upstream.to(kind))])
         for lean, plain in zip(*found, strict=True):
             torch.testing.assert_close(lean.double(), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_is_registered_by_a_call_and_not_by_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    theirs = object()
+    AttentionInterface.register("sdpa", theirs)
+    spec = importlib.util.spec_from_file_location("copy_of_attention", attention.__file__)
+    assert spec is not None and spec.loader is not None
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    assert AttentionInterface._global_mapping["sdpa"] is theirs
+    copied.install()
+    assert AttentionInterface._global_mapping["sdpa"] is copied.attend

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.batches import build
-from support.tiny import FAMILIES
 from torch._dynamo.testing import CompileCounter
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -16,6 +14,8 @@ from medlora.kernels import supervised_head as head_module
 from medlora.kernels.supervised_head import SupervisedHead
 from medlora.tokens.rows import Row
 from medlora.training.batches import Collator
+from tests.support.batches import build
+from tests.support.tiny import FAMILIES
 
 LABELS = torch.tensor([[-100, 41, 42, -100, 44, 45, -100], [-100, -100, -100, 63, 64, 65, 66]])
 

@@ -10,13 +10,13 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny import EXTRA, FAMILIES
 
 from medlora.config.model import BaseModelConfig
 from medlora.errors import InputError
 from medlora.kernels.memory import clear_memory, describe_device
 from medlora.model.base import load_base
 from medlora.model.tokenizer import added_token_ids, letter_token_ids, load_tokenizer, stop_token_ids
+from tests.support.tiny import EXTRA, FAMILIES
 
 
 def stored(folder: str) -> dict[str, torch.Tensor]:

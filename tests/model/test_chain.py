@@ -15,8 +15,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import ROOT
-from support.tiny import EXTRA, FAMILIES
 from transformers import AutoModelForCausalLM
 
 from medlora.artifacts.adapters import find_adapter
@@ -26,6 +24,8 @@ from medlora.model.base import load_base
 from medlora.model.chain import activate, add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.model.export import export_chain
 from medlora.model.tokenizer import added_token_ids, load_tokenizer
+from tests.support import ROOT
+from tests.support.tiny import EXTRA, FAMILIES
 
 TEXTS = (f"아스피린 은 {EXTRA[0]} 이다", f"{EXTRA[1]} text about {EXTRA[0]} answer:\nB")
 STAGES = {"base": (), "00": ("00",), "01": ("01",), "02": ("01", "02")}
@@ -225,7 +225,7 @@ import medlora  # first, as in a job: it quietens bitsandbytes, which PEFT impor
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from test_chains import logits, load_chain, load_base, load_tokenizer, save_adapter, BaseModelConfig
+from tests.model.test_chain import logits, load_chain, load_base, load_tokenizer, save_adapter, BaseModelConfig
 torch.set_num_threads(1)
 model_folder, first, second, out = sys.argv[1:]
 for quantization in ("int8", "nf4", "none"):
@@ -243,7 +243,7 @@ save_file({"logits": found}, Path(out) / "logits.safetensors")
 def test_a_fresh_process_gives_the_same_logits_and_bytes_and_no_warning(built: Built, tmp_path: Path) -> None:
     arguments = [built.base.model, str(built.folders["01"]), str(built.folders["02"]), str(tmp_path)]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", SUBPROCESS, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert run.returncode == 0, run.stderr

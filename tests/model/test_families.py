@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import FAMILIES, build_family, build_tokenizer
-from support.tiny_run import configure, run_all
 
 from medlora.answering.stage_model import StageModel
 from medlora.config.evaluation import EvaluationConfig
@@ -24,6 +22,8 @@ from medlora.prompts import Example
 from medlora.runs.folders import RunFolder
 from medlora.tokens.encode import encode_prompts
 from medlora.tokens.rows import IGNORED, encode
+from tests.support.families import FAMILIES, build_family, build_tokenizer
+from tests.support.tiny_run import configure, run_all
 
 QUICK = ("Llama 3", "Gemma 3", "Phi-4-mini", "Qwen3.5", "gpt-oss")
 """Families that every run of the tests tries; together they take each path through the code."""

@@ -12,9 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.tiny import build_gpt2
 
-from medlora.answering.answerer import McqAnswerer
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.generation import generate
 from medlora.answering.stage_model import StageModel
 from medlora.config.evaluation import EvaluationConfig
@@ -26,6 +25,7 @@ from medlora.model.chain import activate, add_adapter, load_chain, save_adapter
 from medlora.model.export import export_chain
 from medlora.model.tokenizer import load_tokenizer
 from medlora.records import McqRecord
+from tests.support.tiny import build_gpt2
 
 IDS = torch.arange(3, 19)[None]
 
@@ -221,7 +221,7 @@ def test_every_module_has_its_own_mode_back(
     before = copy.copy({name: module.training for name, module in model.named_modules()})
     assert set(before.values()) == {True, False}
     tokenizer = load_tokenizer(BaseModelConfig(model=bases["gemma"]))
-    McqAnswerer(model, tokenizer, scoring=scoring, max_tokens=3).answer(RECORDS)
+    McqAnswerer(model, tokenizer, AnswerSettings(scoring=scoring, max_tokens=3)).answer(RECORDS)
     assert {name: module.training for name, module in model.named_modules()} == before
     first, second = (generate(model, tokenizer, [[5, 6, 7]], 4)[0].text for _ in range(2))
     assert first == second and {name: module.training for name, module in model.named_modules()} == before
@@ -229,7 +229,7 @@ def test_every_module_has_its_own_mode_back(
     def fail(*arguments: Any) -> None:
         raise OSError
 
-    monkeypatch.setattr("medlora.answering.render_mcq", fail)
+    monkeypatch.setattr("medlora.answering.answerer.render_mcq", fail)
     with pytest.raises(OSError):
-        McqAnswerer(model, tokenizer, scoring=scoring).answer(RECORDS)
+        McqAnswerer(model, tokenizer, AnswerSettings(scoring=scoring)).answer(RECORDS)
     assert {name: module.training for name, module in model.named_modules()} == before

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT
-from support.cluster import import_ray
+
+from tests.support import ROOT
+from tests.support.cluster import import_ray
 
 ray = import_ray()
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cluster import import_ray
-from support.tiny_run import configure
 
 from medlora import pulse
 from medlora.config.placement import Placement
 from medlora.errors import RunError
 from medlora.runs.environment import log_to
 from medlora.runs.folders import RunFolder
+from tests.support.cluster import import_ray
+from tests.support.tiny_run import configure
 
 ray = import_ray()
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayTaskError  # noqa: E402
@@ -30,13 +30,13 @@ from ray.train.v2._internal.exceptions import (  # noqa: E402
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError  # noqa: E402
-from support import fake_loops  # noqa: E402
 
 from medlora.on_ray import train_phase  # noqa: E402
 from medlora.on_ray.train_phase import _find_deaths  # noqa: E402
 from medlora.on_ray.workers import stalls  # noqa: E402
 from medlora.on_ray.workers.failures import WorkerFailed, describe_exception, is_death, is_lost_peer  # noqa: E402
 from medlora.on_ray.workers.stalls import StallWatch, find_place, look_at  # noqa: E402
+from tests.support import fake_loops  # noqa: E402
 
 LOST = WorkerFailed("RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer", lost_peer=True)
 OWN = WorkerFailed("ValueError: a bug")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT
-from support.cluster import import_ray
 
 from medlora.config.placement import Placement
 from medlora.errors import InputError
+from tests.support import ROOT
+from tests.support.cluster import import_ray
 
 import_ray()
 from medlora.on_ray import placement as placement_module  # noqa: E402

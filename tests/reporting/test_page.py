@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
-from support.predictions import TWO_TESTS, answer
 
 from medlora.evaluation.predictions import Prediction
 from medlora.records import McqRecord
@@ -23,6 +21,8 @@ from medlora.reporting.changes import list_changes, select_pairs
 from medlora.reporting.page import write_page
 from medlora.reporting.report import build_report
 from medlora.reporting.templates import format_p, format_percent, format_points
+from tests.support import ROOT
+from tests.support.predictions import TWO_TESTS, answer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "br", "img", "link", "input", "hr", "base", "path", "source"}
@@ -321,10 +321,10 @@ def test_text_that_html_cannot_hold_is_replaced(tmp_path: Path) -> None:
 
 def test_the_same_evaluation_gives_the_same_bytes(tmp_path: Path) -> None:
     first, report = make_page(tmp_path)
-    script = "import sys; sys.path[:0] = sys.argv[1:3]\nfrom pathlib import Path\nfrom test_page import make_page\n"
+    script = "import sys; sys.path[:0] = sys.argv[1:3]\nfrom pathlib import Path\nfrom tests.reporting.test_page import make_page\n"
     script += "make_page(Path(sys.argv[3]))"
     (tmp_path / "again").mkdir()
-    arguments = [str(ROOT), str(ROOT / "tests"), str(tmp_path / "again")]
+    arguments = [str(ROOT), str(ROOT), str(tmp_path / "again")]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True)
     assert (tmp_path / "again" / "report.html").read_text(encoding="utf-8") == first
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from support.predictions import TWO_TESTS, answer
 
 from medlora.evaluation import statistics
 from medlora.evaluation.predictions import Prediction, write_predictions
 from medlora.reporting.report import build_report, summarise
 from medlora.reporting.tables import print_report
+from tests.support.predictions import TWO_TESTS, answer
 
 
 def test_every_stage_and_test_has_its_figures() -> None:

@@ -91,7 +91,7 @@ def test_a_torn_finished_phase_resumes_from_its_checkpoints_or_is_refused(tmp_pa
     commit(checkpoint, {"step": 4})
     assert find_finished(phase) == (None, "")
     about = {"seconds": {"all": 1.0, "base": 0.1}, "fingerprint": {}}
-    manifest = commit(phase.root, about, passing=(phase.checkpoints,))
+    manifest = commit(phase.root, about, exclude=(phase.checkpoints,))
     assert find_finished(phase) == (manifest, "")
     (phase.adapter / "w.bin").write_bytes(b"")
     assert find_finished(phase) == (None, "adapter/w.bin has changed")

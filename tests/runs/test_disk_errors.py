@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
 
 from medlora.errors import InputError
 from medlora.runs.disk_errors import SAFE, explain, explaining
 from medlora.runs.environment import log_to
 from medlora.runs.folders import open_run
 from medlora.runs.locks import hold_file_lock
+from tests.support import ROOT
 
 
 class SafetensorError(Exception):
@@ -110,18 +110,18 @@ def test_a_log_that_cannot_be_written_raises_instead_of_a_traceback_on_the_termi
 LIMITED = """
 import resource, signal, sys
 sys.argv = ["curriculum.py", "--config", sys.argv[1], "--run-dir", sys.argv[2]]
-sys.path.insert(0, "jobs")
-import curriculum
+from medlora.cli.train import main
+from medlora.endings import run_job
 kind, limit = {kind}, {limit}
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(kind, (limit, limit))
-sys.exit(curriculum.main())
+sys.exit(run_job(main))
 """
 
 
 def _run_limited(tmp_path: Path, kind: str, limit: int) -> subprocess.CompletedProcess[str]:
     code = LIMITED.format(kind=f"resource.{kind}", limit=limit)
-    command = [sys.executable, "-c", code, str(ROOT / "configs" / "quickstart.yaml"), str(tmp_path / "run")]
+    command = [sys.executable, "-B", "-c", code, str(ROOT / "configs" / "quickstart.yaml"), str(tmp_path / "run")]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 

@@ -12,7 +12,6 @@ import pytest
 from bench import drive, hash_weights, is_one_message, is_whole, run_in_fork
 from events import drive_with_fault, list_events, try_every_event
 from injection import KILL, POWER, TEAR, Injector
-from support.tiny_run import configure
 from two_drivers import race
 
 from medlora.curriculum.jobs import make_job
@@ -25,6 +24,7 @@ from medlora.runs.locks import hold_file_lock
 from medlora.runs.manifests import check_files
 from medlora.training.callbacks import CheckpointCallback
 from medlora.training.phase import run_phase
+from tests.support.tiny_run import configure
 
 
 @pytest.fixture(scope="module")

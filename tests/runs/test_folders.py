@@ -52,7 +52,7 @@ def test_a_manifest_tells_every_change_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "going").mkdir()
     (tmp_path / "going" / "x").write_bytes(b"2")
     assert read_manifest(tmp_path) is None
-    manifest = commit(tmp_path, {"n": 1}, passing=(tmp_path / "going",))
+    manifest = commit(tmp_path, {"n": 1}, exclude=(tmp_path / "going",))
     assert list(manifest["files"]) == ["a/w.bin"] and read_manifest(tmp_path) == manifest
     assert check_files(tmp_path, manifest) is None
     (tmp_path / "a" / "w.bin").write_bytes(b"2")

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
-from support.curriculum import two_phases, undisturbed  # noqa: F401
-from support.store_server import BUCKET, GoogleStore, Rule, Store, run_env
 
 from medlora.config.evaluation import EvaluationConfig
 from medlora.config.run import RunConfig
@@ -31,6 +28,9 @@ from medlora.runs.files import write_bytes
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import check_files, commit, read_manifest
 from medlora.runs.object_store import Objects
+from tests.support import ROOT
+from tests.support.curriculum import two_phases, undisturbed  # noqa: F401
+from tests.support.store_server import BUCKET, GoogleStore, Rule, Store, run_env
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_what_one_machine_pushes_another_pulls(store: Store, tmp_path: Path, uri
     (here / "z.json").unlink()
     mirror.push(here / "a")
     fill(there, {"mine": "x", "b/mine": "x"})
-    mirror.pull(there, passing=("b",))
+    mirror.pull(there, exclude=("b",))
     assert (there / "a" / "w.bin").read_text() == "22" and (there / "z.json").exists()
     assert not (there / "mine").exists() and (there / "b" / "mine").exists()
     mirror.push(here)
@@ -312,7 +312,7 @@ def test_a_store_that_fails_for_good_keeps_what_was_whole(
 def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_bytes(
     store: Store, bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, uri: str
 ) -> None:
-    from support.tiny_run import configure, run_all, weights
+    from tests.support.tiny_run import configure, run_all, weights
 
     config = configure(bases["gemma"], data)
     counts = {"all": 0}
@@ -342,10 +342,10 @@ def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_b
     assert manifest["segments"][0]["resumed_from_step"] == 2
     assert weights(there, "00") == weights(finished, "00")
     log = store.read(key(uri, "phases/00/phase.log")).decode()
-    assert "normal goes on from step 2 of" in log and log.count("phase 00 (new) on") == 2
+    assert "normal resumes from step 2 of" in log and log.count("phase 00 (new) on") == 2
     # The next phase, on a third machine, finds its parent in the store.
     third = machine(tmp_path, "three", uri)
-    mirror.pull(third, passing=("checkpoints",))
+    mirror.pull(third, exclude=("checkpoints",))
     run_all(config, third, ("01",))
     assert weights(third, "01") == weights(finished, "01")
     kept = {
@@ -394,7 +394,7 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     uri: str,
 ) -> None:
     """Its first stages are scored while later phases train; the predictions are those of one pass over all stages."""
-    from support.tiny_run import weights
+    from tests.support.tiny_run import weights
 
     config = two_phases(bases, data, checkpoint_every_steps=50).model_dump(mode="json")
     shutil.copy(data / "mcq.jsonl", tmp_path / "test.jsonl")

@@ -12,7 +12,7 @@ from medlora.model.base import load_base
 from medlora.model.chain import add_adapter
 from medlora.model.tokenizer import added_token_ids, load_tokenizer
 from medlora.tokens.rows import IGNORED, Row
-from support.tiny import EXTRA
+from tests.support.tiny import EXTRA
 
 
 def make_row(*lengths: int, prompt: int = 0, start: int = 10, prefix: list[int] | None = None) -> Row:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from support import ROOT
+from tests.support import ROOT
 
 QUESTION = {"id": "q1", "question": "Q?", "A": "a", "B": "b", "answer": 1}
 

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from support import ROOT
+from tests.support import ROOT
 
 
 def import_ray() -> Any:

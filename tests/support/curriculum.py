@@ -15,8 +15,8 @@ import yaml
 from medlora.config.run import RunConfig
 from medlora.runs.files import read_json, read_json_lines
 from medlora.runs.folders import RunFolder
-from support import ROOT
-from support.tiny_run import configure, run_all
+from tests.support import ROOT
+from tests.support.tiny_run import configure, run_all
 
 JOB = [sys.executable, "jobs/curriculum.py"]
 

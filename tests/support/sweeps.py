@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from support import ROOT
+from tests.support import ROOT
 
 
 def write_sweep(
     folder: Path, bases: dict[str, str], data: Path, space: dict[str, Any], p02: dict[str, Any], **more: Any
 ) -> Path:
     """A sweep of tests/tiny_run.py's run, whose test is of questions that it does not train on."""
-    from support.tiny_run import configure, question
+    from tests.support.tiny_run import configure, question
 
     folder.mkdir(exist_ok=True)
     test = "".join(json.dumps(question(i), ensure_ascii=False) + "\n" for i in range(200, 206))

@@ -14,13 +14,12 @@ import pyarrow.parquet
 import pytest
 import yaml
 from rich.console import Console
-from support import ROOT
-from support.hostile import XSS, Markup
 
 from medlora.config.loading.files import load, load_sweep_config
 from medlora.config.run import RunConfig
 from medlora.config.sweep import Mlflow
 from medlora.errors import InputError
+from medlora.reporting.sweep_page import write_sweep_page
 from medlora.reporting.sweep_progress import SweepDisplay
 from medlora.runs.files import append_json, read_json, write_json
 from medlora.runs.folders import PhaseFolder
@@ -38,6 +37,8 @@ from medlora.sweep.results import (
 )
 from medlora.sweep.space import Choice, Range, parse_domain, validate
 from medlora.sweep.suggest import Suggester, measure_importance
+from tests.support import ROOT
+from tests.support.hostile import XSS, Markup
 
 
 def question(i: int) -> dict[str, Any]:
@@ -550,6 +551,7 @@ def test_the_results_hold_what_happened_and_the_page_no_markup_of_the_data(
     table = pyarrow.parquet.read_table(folder / "trials.parquet").to_pylist()
     assert [row["state"] for row in table] == ["finished", "finished", "stopped", "failed"]
     assert [row["lora.r"] for row in table] == [8, 8, 16, 8] and table[1]["score"] == 0.6
+    write_sweep_page(folder / "sweep.html", summary)
     page = (folder / "sweep.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
     assert page.count("</style>") == 1 and "http://" not in page and "https://" not in page
@@ -571,9 +573,9 @@ def test_markup_in_values_and_errors_stays_text(tmp_path: Path, run: dict[str, A
             trial = ledger.begin(params)
             ledger.report(trial.id, 25, n / 100, stop=False)
             ledger.end(trial.id, "failed" if n % 5 == 4 else "finished", words[n - 1] if n % 5 == 4 else "")
-        write_results(
-            tmp_path / name, swept, ledger, compare_with_start(make_report({"000": 0.5, "001": 0.6})), None, 2
-        )
+        comparison = compare_with_start(make_report({"000": 0.5, "001": 0.6}))
+        summary = write_results(tmp_path / name, swept, ledger, comparison, None, 2)
+        write_sweep_page(tmp_path / name / "sweep.html", summary)
         pages.append(Markup((tmp_path / name / "sweep.html").read_text(encoding="utf-8")))
     plain, hostile = pages
     assert (hostile.tags, hostile.attributes) == (plain.tags, plain.attributes) and "script" not in hostile.tags

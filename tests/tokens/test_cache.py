@@ -106,7 +106,7 @@ def test_two_phases_with_two_styles_keep_both_in_the_cache(
     styles = ("answer", "reasoning", "kormedmcqa")
     said: list[str] = []
     made = {
-        style: list(prepare(made_from(source, tokenizer, tmp_path, style), tokenizer, say=said.append))
+        style: list(prepare(made_from(source, tokenizer, tmp_path, style), tokenizer, note=said.append))
         for style in styles
     }
     assert len({str(tokens) for tokens in made.values()}) == 3
@@ -114,7 +114,7 @@ def test_two_phases_with_two_styles_keep_both_in_the_cache(
     monkeypatch.setattr(cache_module, "tokenise", lambda *_: pytest.fail("tokenised again"))
     for style in (*styles, *reversed(styles)):
         plan = made_from(source, tokenizer, tmp_path, style)
-        assert plan.done and list(prepare(plan, tokenizer, say=said.append)) == made[style]
+        assert plan.done and list(prepare(plan, tokenizer, note=said.append)) == made[style]
     assert len(said) == 3
 
 
@@ -162,8 +162,8 @@ def test_parts_in_any_number_hold_the_same_tokens(tokenizer: Any, tmp_path: Path
 def test_dropped_records_are_left_out_by_id(tokenizer: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", "translation", 10)
     store = prepare(plan_preparation(source, "reasoning", tokenizer, tmp_path), tokenizer)
-    assert store.find_kept([]) == list(range(10))
-    assert store.find_kept(["rows.jsonl-1", "rows.jsonl-4", "no such"]) == [1, 2, 4, 5, 6, 7, 8, 9]
+    assert store.find_included([]) == list(range(10))
+    assert store.find_included(["rows.jsonl-1", "rows.jsonl-4", "no such"]) == [1, 2, 4, 5, 6, 7, 8, 9]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tokenizer: Any, tmp_path: Path) -> None:

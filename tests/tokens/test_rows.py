@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import FAMILIES
 
 from medlora.config.model import BaseModelConfig
 from medlora.model.base import load_base
@@ -14,6 +13,7 @@ from medlora.records import McqRecord, TextRecord
 from medlora.tokens.encode import encode_prompts, needs_bos
 from medlora.tokens.rows import IGNORED, Row, encode
 from medlora.training.batches import Collator
+from tests.support.tiny import FAMILIES
 
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.batches import BATCHES, PREFIX, make_row, measure
-from support.tiny import FAMILIES
 
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.kernels import attention
@@ -16,6 +14,8 @@ from medlora.model.chain import add_adapter
 from medlora.model.tokenizer import load_tokenizer
 from medlora.tokens.rows import IGNORED, Row
 from medlora.training.batches import Collator, FlatCollator, flatten
+from tests.support.batches import BATCHES, PREFIX, make_row, measure
+from tests.support.tiny import FAMILIES
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_run import configure, run_all, weights
 
 from medlora.config.run import RunConfig
 from medlora.model.adapter_files import find_non_finite, write_adapter
@@ -20,6 +19,7 @@ from medlora.training import trainer
 from medlora.training.divergence import Diverged, StepWatch
 from medlora.training.segment import Segment
 from medlora.training.trainer import _AdapterTrainer, find_checkpoint
+from tests.support.tiny_run import configure, run_all, weights
 
 
 class Killed(BaseException):

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.batches import build, make_row
 
 from medlora.config.model import LoraSettings
 from medlora.config.phase import PhaseConfig
 from medlora.training import memory_fit
 from medlora.training.batches import FlatCollator
+from tests.support.batches import build, make_row
 
 GIB = 2**30
 

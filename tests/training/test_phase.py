@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny_run import configure, run_all, weights
 
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link, extend_chain
@@ -21,6 +20,7 @@ from medlora.runs.manifests import check_files, read_manifest
 from medlora.training.callbacks import Leaving
 from medlora.training.phase import run_phase
 from medlora.training.trainer import _AdapterTrainer, find_checkpoint
+from tests.support.tiny_run import configure, run_all, weights
 
 
 class Killed(BaseException):
@@ -392,5 +392,5 @@ def test_a_phase_that_must_leave_its_node_goes_on_from_where_it_left(
     assert find_checkpoint(folder.checkpoints / "normal") == folder.checkpoints / "normal" / "checkpoint-3"
     said: list[str] = []
     run_phase(job, folder, lambda event: said.append(event.get("text", "")), is_leaving=lambda: False)
-    assert "goes on from step 3 of 6" in said
+    assert "resumes from step 3 of 6" in said
     assert weights(tmp_path, "00") == weights(finished, "00")
