@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from medlora.config.model import BaseModelConfig
 from medlora.errors import InputError
@@ -19,6 +19,7 @@ from medlora.kernels import attention
 from medlora.kernels.elementwise_cpu import lighten_elementwise
 from medlora.model.files import explain_load_errors, find_local_folder, load_quietly
 from medlora.model.tokenizer import load_base_tokenizer
+from medlora.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from medlora.model.miniature_base.pretraining import OnProgress
@@ -36,9 +37,7 @@ def locate_base(base: BaseModelConfig, cache: str, seed: int, report: OnProgress
 log = logging.getLogger(__name__)
 
 
-def load_base(
-    base: BaseModelConfig, tokenizer: PreTrainedTokenizerBase, device: str | torch.device = "cpu"
-) -> PreTrainedModel:
+def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The base model on `device`, quantized as configured, every parameter frozen, in eval mode.
 
     A token of `tokenizer` that the base's own tokenizer lacks gets the mean of the rows of its old pieces, in the input
@@ -114,9 +113,7 @@ def _keep_four_bit_weights(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _extend_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizerBase
-) -> None:
+def _extend_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, original: Tokenizer) -> None:
     """Give every token that `original` lacks a row: the mean of its pieces (Hewitt 2021, mean initialisation)."""
     old = original.get_vocab()
     new = {token: i for token, i in tokenizer.get_vocab().items() if token not in old}

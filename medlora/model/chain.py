@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from medlora.artifacts.adapter_checks import ROWS, Checked, check_adapter
 from medlora.artifacts.adapters import find_adapter
@@ -34,6 +34,7 @@ from medlora.model.targets import (
     decoder_name,
     has_turned_weights,
 )
+from medlora.tokens.tokenizer import Tokenizer
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 Number = TypeVar("Number", int, float)
@@ -125,13 +126,14 @@ def activate(model: Model, names: Sequence[str], trainable: str | None = None) -
 
 
 def save_adapter(
-    model: PeftModel,
+    model: Model,
     name: str,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     base_model_name: str | None = None,
 ) -> None:
     """Write one adapter as an ordinary PEFT folder of deterministic bytes, the tokenizer beside it when given."""
+    model = cast(PeftModel, model)
     key = _key(name)
     absent = _absent_rows(model, key)
     state = {f"{row}.{key}": empty for row, empty in absent.items()}
@@ -146,11 +148,11 @@ def save_adapter(
         tokenizer.save_pretrained(str(folder))
 
 
-def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
+def load_adapter_weights(model: Model, name: str, folder: str | Path) -> None:
     """Load a saved adapter's tensors into the adapter of that name; raises InputError when they do not fit it."""
     folder = find_adapter(folder)
     check_adapter(folder)
-    _set_tensors(model, name, folder, read_tensors(folder))
+    _set_tensors(cast(PeftModel, model), name, folder, read_tensors(folder))
 
 
 def _set_tensors(model: PeftModel, name: str, folder: Path, tensors: dict[str, torch.Tensor]) -> None:

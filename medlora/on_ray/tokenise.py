@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from medlora import events
 from medlora.config.sources import TrainSource
@@ -14,9 +14,7 @@ from medlora.data.sources import cut_pieces, scan
 from medlora.events import OnEvent
 from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
 from medlora.tokens.cache import Preparation, finish, new_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from medlora.tokens.tokenizer import Tokenizer
 
 LEAST_RECORDS = 5_000
 """A smaller source is tokenised by the phase's own worker sooner than Ray has started."""
@@ -60,11 +58,11 @@ def prepare_on_ray(job: PhaseJob, cluster: Cluster, on_event: OnEvent) -> None:
             _prepare(job, plan, source, cluster, on_event)
 
 
-def _load_tokenizer(job: PhaseJob) -> PreTrainedTokenizerBase:
+def _load_tokenizer(job: PhaseJob) -> Tokenizer:
     from medlora.model.base import locate_base
     from medlora.training.phase import load_phase_tokenizer
 
-    tokenizer: PreTrainedTokenizerBase = load_phase_tokenizer(job, locate_base(job.base, job.cache, job.seed))
+    tokenizer: Tokenizer = load_phase_tokenizer(job, locate_base(job.base, job.cache, job.seed))
     return tokenizer
 
 
@@ -100,7 +98,7 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
     on_event(events.note(phase, f"tokens of {source.source}: {rate}"))
 
 
-_TOKENIZERS: dict[str, PreTrainedTokenizerBase] = {}
+_TOKENIZERS: dict[str, Tokenizer] = {}
 
 
 def _write_piece(row: _Piece) -> dict[str, int]:

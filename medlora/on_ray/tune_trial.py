@@ -71,7 +71,7 @@ class RunPhase(Protocol):
     """`training.phase.run_phase`, bound to what asks its workers to leave."""
 
     def __call__(
-        self, job: PhaseJob, folder: PhaseFolder, report: OnEvent, device: str, *, kept: ReusedParts | None = None
+        self, job: PhaseJob, folder: PhaseFolder, report: OnEvent, device: str, *, reuse: ReusedParts | None = None
     ) -> object:
         """Train a phase."""
 
