@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from medlora import events, pulse
 from medlora.artifacts.adapter_origin import write_card
@@ -47,8 +48,6 @@ from medlora.training.segment import FittedFigures, SegmentFigures, SegmentRows,
 from medlora.training.validation import Validator
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from medlora.model.miniature_base.pretraining import Progress
 
 log = logging.getLogger("medlora.phase")
