@@ -30,7 +30,7 @@ _SHOWN_CHARS, _SHOWN_NAMES = 200, 20
 _ROW_CHARS, _ROW_PARTS, _ROW_DEPTH = 20_000, 200, 8
 
 
-def shorten(value: Any, chars: int = _SHOWN_CHARS) -> str:
+def shorten(value: object, chars: int = _SHOWN_CHARS) -> str:
     """A value as a message shows it: as Python writes it, cut where it is long, nothing that a terminal would obey."""
     if isinstance(value, str | bytes):
         cut = len(value) - chars
@@ -54,11 +54,11 @@ def list_names(names: Any) -> str:
     return shown + (f", and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else "")
 
 
-def bound_row(row: Any, chars: int = _ROW_CHARS) -> Any:
+def bound_row(row: object, chars: int = _ROW_CHARS) -> object:
     """A row as the quarantine holds it: the same shape, long texts cut, at most _ROW_PARTS parts, _ROW_DEPTH deep."""
     room = [chars, _ROW_PARTS]
 
-    def bound(value: Any, depth: int) -> Any:
+    def bound(value: object, depth: int) -> object:
         if isinstance(value, Mapping | list | tuple) and depth == 0:
             return "..."
         if isinstance(value, Mapping):
@@ -105,7 +105,7 @@ def check_growth(name: str, packed: int, unpacked: int) -> None:
         )
 
 
-def name_type(value: Any) -> str:
+def name_type(value: object) -> str:
     """What a message calls the kind of a value."""
     kinds: list[tuple[Any, str]] = [(type(None), "nothing"), (bool, "true or false"), (int | float, "a number")]
     kinds += [(str, "a text"), (Mapping, "a mapping"), (list | tuple, "a list")]

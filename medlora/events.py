@@ -7,7 +7,7 @@ Make one with the function of its kind. No reader decides by the wording of a te
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 NoteKind = Literal["run", "training", "data", "actor"]
 """What a note is about: the run, the progress of one training, what is in the data, an actor that is ready."""
@@ -162,20 +162,24 @@ class Leaving(TypedDict):
     rank: int
 
 
-class Failed(TypedDict):
-    """A worker's own exception, as text: what a message and a log need."""
+class Failure(TypedDict):
+    """An exception as text: what a message and a log need."""
 
-    event: Literal["failed"]
-    rank: int
     text: str
     host: str
     at: str
     traceback: str
-    kind: str
 
 
-class Beat(TypedDict):
-    """A process is alive: what it works at, and how often that has changed."""
+class Failed(Failure):
+    """A worker's own exception."""
+
+    event: Literal["failed"]
+    rank: int
+
+
+class WatchedProcess(TypedDict):
+    """A process that is watched, and how it is found on its node."""
 
     event: Literal["beat"]
     who: str
@@ -184,10 +188,15 @@ class Beat(TypedDict):
     node: str
     host: str
     stacks: str
+
+
+class Beat(WatchedProcess):
+    """A process is alive: what it works at, and how often that has changed."""
+
     count: int
     doing: str
     slow: bool
-    thread: int
+    thread: tuple[str, int, int]
 
 
 class Search(TypedDict):
@@ -283,7 +292,7 @@ def phase_started(phase: str, device: str) -> PhaseStarted:
     return {"event": "phase", "phase": phase, "device": device}
 
 
-def building(phase: str, progress: Mapping[str, Any]) -> Building:
+def building(phase: str, progress: Mapping[str, object]) -> Building:
     """What `model.miniature_base.build` reports, as an event of a phase."""
     return {"event": "build", "phase": phase, **progress}  # type: ignore[typeddict-item]
 
@@ -298,12 +307,12 @@ def training(phase: str, segment: str) -> Training:
     return {"event": "training", "phase": phase, "segment": segment}
 
 
-def step(phase: str, row: Mapping[str, Any]) -> Step:
+def step(phase: str, row: Mapping[str, object]) -> Step:
     """A row of metrics.jsonl as an event."""
     return {"event": "step", "phase": phase, **row}  # type: ignore[typeddict-item]
 
 
-def validation(phase: str, row: Mapping[str, Any], seconds: float) -> Validation:
+def validation(phase: str, row: Mapping[str, object], seconds: float) -> Validation:
     """A row of validation.jsonl as an event."""
     return {"event": "validation", "phase": phase, **row, "seconds": seconds}  # type: ignore[typeddict-item]
 
@@ -353,9 +362,9 @@ def leaving(why: str, rank: int) -> Leaving:
     return {"event": "leaving", "why": why, "rank": rank}
 
 
-def failed(rank: int, described: Mapping[str, str]) -> Failed:
+def failed(rank: int, described: Failure) -> Failed:
     """A worker's exception, as `on_ray.workers.failures.describe_exception` gives it."""
-    return {"event": "failed", "rank": rank, **described}  # type: ignore[typeddict-item]
+    return {"event": "failed", "rank": rank, **described}
 
 
 def search(concurrency: int) -> Search:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from medlora.bounds import name_type
 
@@ -39,7 +38,7 @@ class RecordError(ValueError):
         self.kind = kind
 
 
-def _check_text(value: Any, name: str, most: int = MAX_FIELD_CHARS) -> None:
+def _check_text(value: object, name: str, most: int = MAX_FIELD_CHARS) -> None:
     if not isinstance(value, str):
         raise RecordError(f"`{name}` must be text, found {name_type(value)}", "wrong type")
     if not value.strip():

@@ -21,7 +21,7 @@ Turn = tuple[str, str]
 Render = Callable[..., str]
 """What a template makes of messages, called with them and `add_generation_prompt`."""
 
-OPTIONS: dict[str, Any] = {
+OPTIONS: dict[str, object] = {
     # Each family has its own name for an answer without reasoning.
     "enable_thinking": False,
     "thinking": False,
@@ -109,7 +109,7 @@ def write_prompt(render: Render, convention: Convention, turns: Sequence[Turn], 
     return prompt + convention.closes + convention.lead
 
 
-def _pack(turns: Sequence[Turn], parts: bool) -> list[dict[str, Any]]:
+def _pack(turns: Sequence[Turn], parts: bool) -> list[dict[str, object]]:
     return [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns]
 
 
@@ -170,7 +170,7 @@ def check_template(folder: Path, key: str = "base.model") -> None:
 
 def _read_template(folder: Path, key: str) -> tuple[Path, str, dict[str, str]]:
     """The file that holds the template, the template (empty = none), and the special tokens by name."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if file.is_file():
             with suppress(OSError, ValueError):  # loading the tokenizer has a message for a broken file
@@ -216,7 +216,7 @@ def _make_renderer(template: str, words: Mapping[str, str], name: str) -> Render
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def dump(x: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    def dump(x: object, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(

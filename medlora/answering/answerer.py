@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,10 @@ from medlora.prompts import ANSWER_FIELD, KORMEDMCQA_FIELD, KORMEDMCQA_STOPS, re
 from medlora.records import McqRecord
 from medlora.seeds import derive_seed
 from medlora.tokens.encode import encode_prompts, encode_texts
+from medlora.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ANSWER_MARK = ANSWER_FIELD.strip()
 
@@ -114,7 +118,9 @@ class McqAnswerer:
     raises InputError when the tokenizer cannot answer with the letters.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: AnswerSettings = AnswerSettings()) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, settings: AnswerSettings = AnswerSettings()
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.scoring, self.style = settings.scoring, settings.style
         self._batchers: dict[str, Batcher] = {}
@@ -252,7 +258,7 @@ class McqAnswerer:
         return find_letter_ids(self.tokenizer, self.style, letters)
 
 
-def find_letter_ids(tokenizer: Any, style: McqStyle, letters: str) -> list[int]:
+def find_letter_ids(tokenizer: Tokenizer, style: McqStyle, letters: str) -> list[int]:
     """The token of each letter where a prompt of that style is answered; raises InputError when one has none."""
     before, space = _locate_letter(style)
     if _split_off_space(tokenizer, style):
@@ -267,7 +273,7 @@ def _locate_letter(style: McqStyle) -> tuple[str, str]:
     return (ANSWER_FIELD if style in _REASONING_STYLES else ""), ""
 
 
-def _split_off_space(tokenizer: Any, style: McqStyle) -> list[int]:
+def _split_off_space(tokenizer: Tokenizer, style: McqStyle) -> list[int]:
     """The tokens of the space before a letter where the tokenizer keeps it apart; none where ` A` is one token."""
     before, space = _locate_letter(style)
     plain, spaced, whole = encode_texts(tokenizer, [before, before + space, f"{before}{space}A"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -14,6 +14,10 @@ from medlora.answering.prefix_cache import Prefix, compute_last_logits, make_bat
 from medlora.answering.token_budget import Batcher, find_token_budget
 from medlora.kernels.modes import in_eval_mode
 from medlora.model.tokenizer import stop_token_ids
+from medlora.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +47,15 @@ class Sampling:
     seeds: Sequence[int]
 
 
-def get_pad_id(tokenizer: Any) -> int:
+def get_pad_id(tokenizer: Tokenizer) -> int:
     """The padding token, or EOS for tokenizers without one."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 @torch.no_grad()
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     max_tokens: int,
     *,
@@ -68,7 +72,8 @@ def generate(
     done: list[Generated | None] = [None] * len(prompts)
     if not prompts:
         return []
-    known = torch.zeros(model.get_input_embeddings().weight.shape[0], dtype=torch.bool)
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
+    known = torch.zeros(embeddings.weight.shape[0], dtype=torch.bool)
     known[list(tokenizer.get_vocab().values())] = True
     writer = _Writer(
         model, tokenizer, max_tokens, stops, ~known.to(model.device), sampling.temperature if sampling else 0.0
@@ -91,7 +96,7 @@ def generate(
     return [made for made in done if made is not None]
 
 
-def find_generation_budget(model: Any, longest: int, cached_tokens: int) -> int:
+def find_generation_budget(model: PreTrainedModel, longest: int, cached_tokens: int) -> int:
     """A token budget for generation: on CPU 64 rows, as a step costs one pass over the weights however many rows."""
     if torch.device(model.device).type != "cuda":
         return 64 * longest
@@ -110,7 +115,13 @@ def split_by_prefix(rows: Sequence[Sequence[int]], prefix: Prefix | None) -> lis
 
 class _Writer:
     def __init__(
-        self, model: Any, tokenizer: Any, max_tokens: int, stops: Stops, unknown: torch.Tensor, temperature: float
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        stops: Stops,
+        unknown: torch.Tensor,
+        temperature: float,
     ) -> None:
         self.model, self.tokenizer, self.max_tokens, self.stops = model, tokenizer, max_tokens, stops
         self.unknown, self.temperature = unknown, temperature

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.rotations import predict
@@ -15,6 +15,10 @@ from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.statistics import Accuracy, Breakdown, accuracy, breakdown
 from medlora.records import McqRecord
 from medlora.seeds import derive_seed
+from medlora.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Evaluation", "MCQEvaluator", "evaluate_mcq_batch", "extract_answer_letter"]
 
@@ -38,8 +42,8 @@ class Evaluation:
 
 
 def evaluate_mcq_batch(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     records: Sequence[McqRecord],
     style: McqStyle = "reasoning",
     rotations: bool = False,
@@ -60,8 +64,8 @@ class MCQEvaluator:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
         records: Sequence[McqRecord],
         style: McqStyle = "reasoning",
         rotations: bool = False,

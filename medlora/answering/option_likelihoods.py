@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from medlora.answering.generation import split_by_prefix
-from medlora.answering.prefix_cache import Prefix, compute_last_logits, fork, make_batch, select_rows
+from medlora.answering.prefix_cache import ModelInputs, Prefix, compute_last_logits, fork, make_batch, select_rows
 from medlora.answering.token_budget import Batcher, find_token_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HEAD_BYTES = 256 * 2**20
 """Most bytes of float32 logits at a time."""
@@ -17,7 +20,7 @@ _HEAD_BYTES = 256 * 2**20
 
 @torch.no_grad()
 def score_continuations(
-    model: Any,
+    model: PreTrainedModel,
     contexts: Sequence[list[int]],
     continuations: Sequence[Sequence[list[int]]],
     pad_id: int,
@@ -61,7 +64,7 @@ def score_continuations(
 
 
 def _score_tails(
-    model: Any, inputs: dict[str, Any], tails: Sequence[tuple[list[int], int, int]], pad_id: int
+    model: PreTrainedModel, inputs: ModelInputs, tails: Sequence[tuple[list[int], int, int]], pad_id: int
 ) -> list[float]:
     """Log-likelihood of all but the first token of each (ids, row of the batch, _), continuing the batch's cache.
 
@@ -83,4 +86,5 @@ def _score_tails(
     ).logits.float()
     scores = logits.gather(-1, padded[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
     counted = torch.tensor([[i < len(ids) - 1 for i in range(longest - 1)] for ids, _, _ in tails], device=device)
-    return (scores * counted).sum(-1).tolist()
+    summed: list[float] = (scores * counted).sum(-1).tolist()
+    return summed

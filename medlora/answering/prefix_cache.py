@@ -5,13 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ModelInputs(TypedDict):
+    """What a batch is asked with."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    use_cache: bool
+    past_key_values: NotRequired[DynamicCache]
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Prefix:
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-def share_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+def share_prefix(rows: Sequence[list[int]]) -> list[int]:
     """The longest run of tokens that all rows begin with."""
     shortest, longest = min(rows), max(rows)
     for i, (a, b) in enumerate(zip(shortest, longest, strict=False)):
@@ -31,7 +44,7 @@ def share_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
     return list(shortest)
 
 
-def can_reuse(model: Any) -> bool:
+def can_reuse(model: PreTrainedModel) -> bool:
     """Whether every layer keeps plain keys and values, in a sliding window or not (recurrent layers do not)."""
     return {type(layer) for layer in DynamicCache(config=model.config).layers} <= {
         DynamicLayer,
@@ -39,7 +52,7 @@ def can_reuse(model: Any) -> bool:
     }
 
 
-def identify_weights(model: Any) -> tuple[Any, ...]:
+def identify_weights(model: PreTrainedModel) -> tuple[object, ...]:
     """Differs whenever the model computes something else: another stage is active, or a weight was written to."""
     switches = tuple(
         (tuple(module.active_adapters), module.disable_adapters)
@@ -50,13 +63,28 @@ def identify_weights(model: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
+def compute_prefix(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
     """Run `ids` through the model and cache all keys and values, also those that sliding windows would drop."""
     # Without the config every layer of the cache is a full one; the masks still apply the windows.
     cache = DynamicCache()
     batch = torch.tensor([list(ids)], device=model.device)
     compute_last_logits(model, input_ids=batch, past_key_values=cache, use_cache=True)
-    return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in cache.layers))
+    return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in _list_plain(cache)))
+
+
+class _PlainLayer(Protocol):
+    """A layer of a cache that holds plain keys and values."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> object:
+        """Append to both."""
+
+
+def _list_plain(cache: DynamicCache) -> list[_PlainLayer]:
+    """The layers of a cache of a model that `can_reuse`."""
+    return cast(list[_PlainLayer], cache.layers)
 
 
 def fork(cache: DynamicCache) -> DynamicCache:
@@ -73,11 +101,11 @@ def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
     """Reduce the cache to these rows, in this order."""
     for layer in cache.layers:
         # transformers 5.23 selects keys and values alone; reordering takes a recurrent layer's states along.
-        select = layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices
-        select(rows)
+        name = "reorder_cache" if hasattr(layer, "recurrent_states") else "batch_select_indices"
+        getattr(layer, name)(rows)
 
 
-def compute_last_logits(model: Any, **inputs: Any) -> torch.Tensor:
+def compute_last_logits(model: PreTrainedModel, **inputs: object) -> torch.Tensor:
     """The logits after the last column, [rows, vocabulary]; the head is computed only there.
 
     The slice that `logits_to_keep` takes is not contiguous, so torch would read the whole head once a row (bmm). We make it
@@ -86,14 +114,19 @@ def compute_last_logits(model: Any, **inputs: Any) -> torch.Tensor:
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
     try:
-        return model(**inputs, logits_to_keep=1).logits[:, -1]
+        logits: torch.Tensor = model(**inputs, logits_to_keep=1).logits
+        return logits[:, -1]
     finally:
         hook.remove()
 
 
 def make_batch(
-    model: Any, rows: Sequence[Sequence[int]], pad_id: int, prefix: Prefix | None = None, use_cache: bool = True
-) -> dict[str, Any]:
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    prefix: Prefix | None = None,
+    use_cache: bool = True,
+) -> ModelInputs:
     """The model's inputs for `rows`, all ending in the last column; with `prefix`, what rows begin with comes from it.
 
     The cache holds the first len(prefix) columns of the left-padded batch. A row that is shorter than the longest has
@@ -106,7 +139,7 @@ def make_batch(
     cached = len(prefix.ids) if prefix else 0
     ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
     columns = torch.arange(longest, device=device)
-    batch: dict[str, Any] = {
+    batch: ModelInputs = {
         "input_ids": torch.tensor([row[cached:] for row in ids], device=device),
         "attention_mask": (columns >= pads[:, None]).long(),
         "position_ids": (columns[cached:] - pads[:, None]).clamp(min=0),
@@ -116,7 +149,7 @@ def make_batch(
         batch["past_key_values"] = cache = DynamicCache(config=model.config)
     if prefix:
         sources = (columns[:cached] - pads[:, None]).clamp(min=0)
-        for layer, tensors in zip(cache.layers, prefix.layers, strict=True):
+        for layer, tensors in zip(_list_plain(cache), prefix.layers, strict=True):
             if pads.any():
                 layer.update(*(tensor[0][:, sources].transpose(0, 1) for tensor in tensors))
             else:

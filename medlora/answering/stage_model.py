@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import transformers
+from transformers import PreTrainedModel
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer, find_letter_ids
 from medlora.answering.rotations import predict
@@ -63,7 +65,9 @@ class StageModel:
             temperature=config.temperature,
             seed=seed,
         )
-        self.answerers = {name: McqAnswerer(self.model, each, settings) for name, each in tokenizers.items()}
+        # A PeftModel hands on to the model below it what it does not have itself.
+        whole_model = cast(PreTrainedModel, self.model)
+        self.answerers = {name: McqAnswerer(whole_model, each, settings) for name, each in tokenizers.items()}
 
     def answer(
         self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str] | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from medlora import pulse
 from medlora.kernels.memory import clear_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class Batcher:
             clear_memory()  # outside of `except`, where the traceback would keep the batch's tensors alive
 
 
-def find_token_budget(model: Any, row_tokens: int, cached_tokens: int, head_positions: int) -> int:
+def find_token_budget(model: PreTrainedModel, row_tokens: int, cached_tokens: int, head_positions: int) -> int:
     """Tokens per forward pass that fit into 0.6 of the device's free memory; CPU_TOKENS without a GPU.
 
     `row_tokens` are computed per row, `cached_tokens` are its keys and values in the end, `head_positions` are those

@@ -119,7 +119,7 @@ def check_adapter(folder: Path) -> Checked:
     return checked
 
 
-def _check_start(where: Path, config: Mapping[str, Any]) -> None:
+def _check_start(where: Path, config: Mapping[str, object]) -> None:
     start = config.get("init_lora_weights", True)
     if (
         not isinstance(start, bool | str | None)
@@ -132,7 +132,7 @@ def _check_start(where: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_keys(where: Path, config: Mapping[str, Any]) -> None:
+def _check_keys(where: Path, config: Mapping[str, object]) -> None:
     """Raise InputError for what is not supported, or is of another type than PEFT writes."""
     if len(config) > 500:
         raise InputError(f"{where}: has {len(config):,} keys; a LoRA config has some dozens")
@@ -162,7 +162,7 @@ def _check_keys(where: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"{where}: runtime_config is set, which is not supported; remove it")
 
 
-def _is_names(value: Any, known: set[str] | None = None) -> bool:
+def _is_names(value: object, known: set[str] | None = None) -> bool:
     """Whether a value is a list of plain names, of `known` ones where given; None and an empty list are."""
     return value is None or (
         isinstance(value, list)
@@ -171,8 +171,13 @@ def _is_names(value: Any, known: set[str] | None = None) -> bool:
     )
 
 
-def _is_number(value: Any, least: float, most: float, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+def _is_number(value: object, least: float, most: float, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    return (
+        isinstance(value, kind)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and least <= value <= most
+    )
 
 
 def _check_numbers(where: Path, config: Mapping[str, Any]) -> None:
@@ -208,7 +213,7 @@ def _check_numbers(where: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"{where}: alora_invocation_tokens must be token ids")
 
 
-def _name_values(key: str, where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _name_values(key: str, where: Path, config: Mapping[str, object]) -> dict[str, object]:
     """The values of a pattern's mapping by dotted keys; raises InputError when it is no mapping of patterns."""
     values = config.get(key) or {}
     if not isinstance(values, dict) or len(values) > _MOST_NAMES:
@@ -273,7 +278,7 @@ def _compile(where: Path, key: str, pattern: str) -> NamePattern:
         raise InputError(f"{where}: {key}: {error}") from None
 
 
-def _find_value(where: Path, key: str, values: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
+def _find_value(where: Path, key: str, values: Mapping[str, object], default: Any) -> Callable[[str], Any]:
     """The value that a module's name has by the first key that its end matches, as PEFT looks it up."""
     if len(values) > 1_000 and not all(_PLAIN.fullmatch(name) for name in values):
         raise InputError(f"{where}: {key} has {len(values):,} patterns; at most 1,000 are read, or plain names")
@@ -281,7 +286,7 @@ def _find_value(where: Path, key: str, values: Mapping[str, Any], default: Any) 
     compiled = [] if plain else [(_compile(where, key, name), value) for name, value in values.items()]
     order = {name: i for i, name in enumerate(values)}
 
-    def find(module: str) -> Any:
+    def find(module: str) -> object:
         if plain:
             # A dot in a key stands for any character in PEFT, which no name of a module tells from a dot.
             parts = module.split(".")
@@ -293,7 +298,7 @@ def _find_value(where: Path, key: str, values: Mapping[str, Any], default: Any) 
 
 
 def _check_tensors(
-    where: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], targets: Targets
+    where: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, object], targets: Targets
 ) -> dict[str, tuple[int, int]]:
     """The modules that an adapter's tensors sit on, each with the size of its inputs and outputs.
 
@@ -331,7 +336,7 @@ def _check_tensors(
     return {module: _check_module(where, module, shapes, config, targets) for module, shapes in parts.items()}
 
 
-def _check_rows(where: Path, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> None:
+def _check_rows(where: Path, name: str, shape: tuple[int, ...], config: Mapping[str, object]) -> None:
     ids = find_row_ids(config.get("trainable_token_indices"), name.removesuffix(f".{ROWS}"))
     if len(shape) != 2 or shape[0] != len(ids):
         raise InputError(
@@ -357,7 +362,7 @@ def _check_whole(where: Path, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _check_module(
-    where: Path, module: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], targets: Targets
+    where: Path, module: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object], targets: Targets
 ) -> tuple[int, int]:
     """The sizes of inputs and outputs of a module, from its tensors' shapes."""
     if not targets.matches(module):

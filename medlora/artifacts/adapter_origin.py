@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Origin:
 
     stage: str
     """The stage that it completes, as an evaluation names it: `runs/x:02`."""
-    base: dict[str, Any]
+    base: dict[str, object]
     """What identifies the base, see `identify_weights`."""
     below: tuple[str, ...]
     """Hashes of the adapters that were active under it, oldest first."""
@@ -68,7 +68,7 @@ def _shorten(folder: Path) -> str:
     return str(folder) if relative.startswith("..") else relative
 
 
-def _describe(manifest: dict[str, Any]) -> dict[str, Any] | None:
+def _describe(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     fingerprint = manifest.get("fingerprint") or {}
     if "base" not in fingerprint or "chain" not in manifest:
         return None
@@ -87,7 +87,7 @@ def _describe(manifest: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def write_card(adapter: Path, manifest: dict[str, Any]) -> None:
+def write_card(adapter: Path, manifest: dict[str, object]) -> None:
     """Write the card of an adapter that stands on others, from what its phase's manifest is going to hold."""
     about = _describe(manifest)
     if about is None or not about["below"]:
@@ -118,8 +118,8 @@ def _read_card(card: Path) -> dict[str, Any] | None:
 
 def identify_adapter(adapter: Path) -> str:
     """What an adapter is known by where others stand on it."""
-    manifest = read_manifest(adapter.parent) or {}
-    known = manifest.get("adapter_hash") if adapter.name == "adapter" else None
+    manifest = read_manifest(adapter.parent)
+    known = manifest.get("adapter_hash") if manifest and adapter.name == "adapter" else None
     return str(known or hash_adapter(adapter))
 
 
@@ -159,7 +159,7 @@ def find_foreign_bases(adapters: Sequence[Path]) -> list[str]:
     return doubts
 
 
-def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def differ(one: dict[str, object], other: dict[str, object]) -> bool:
     """Whether two bases have other weights, as far as can be told: by a sample of them, else by their files, else by name."""
     if one.get("weights") and other.get("weights"):
         return bool(one["weights"] != other["weights"])
@@ -169,13 +169,13 @@ def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return Path(str(one.get("model"))).name != Path(str(other.get("model"))).name
 
 
-def _find_kind(base: dict[str, Any]) -> str:
+def _find_kind(base: dict[str, object]) -> str:
     if base.get("model") == "miniature":
         return "miniature"
     return "hub" if str(base.get("files")).startswith("hub:") else "folder"
 
 
-def name_base(base: dict[str, Any]) -> str:
+def name_base(base: dict[str, object]) -> str:
     """A base in words that tell it from another of its name."""
     known = [f"seed {base['seed']}"] if base.get("seed") is not None else []
     if found := base.get("weights") or base.get("files"):
@@ -183,7 +183,7 @@ def name_base(base: dict[str, Any]) -> str:
     return f"{base.get('model')} ({', '.join(known)})" if known else str(base.get("model"))
 
 
-def find_base_doubts(base: dict[str, Any], adapters: Sequence[Path]) -> list[str]:
+def find_base_doubts(base: dict[str, object], adapters: Sequence[Path]) -> list[str]:
     """Which adapters were made for another base; those of other tools are known by its name alone."""
     doubts = []
     for adapter in dict.fromkeys(adapters):
@@ -200,7 +200,7 @@ def find_base_doubts(base: dict[str, Any], adapters: Sequence[Path]) -> list[str
     return doubts
 
 
-def _read_config(adapter: Path) -> dict[str, Any]:
+def _read_config(adapter: Path) -> dict[str, object]:
     try:
         return read_mapping(adapter / CONFIG, _CARD_BYTES * 4)
     except InputError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from medlora.artifacts.headers import CONFIG, WEIGHTS, read_mapping
 from medlora.errors import InputError
@@ -45,6 +44,6 @@ def find_adapter(folder: str | Path) -> Path:
     raise InputError(f"{found}: has no {WEIGHTS}; the adapter was not saved completely")
 
 
-def read_adapter_json(folder: Path) -> dict[str, Any]:
+def read_adapter_json(folder: Path) -> dict[str, object]:
     """The adapter's config as it stands in its file; raises InputError when it is no JSON mapping."""
     return read_mapping(folder / CONFIG, _CONFIG_BYTES)

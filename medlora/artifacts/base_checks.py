@@ -151,7 +151,7 @@ def check_tokenizer(folder: Path, trust_remote_code: bool = False, complete: boo
         check_template(name, template)
 
 
-def _list_templates(folder: Path, about: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _list_templates(folder: Path, about: Mapping[str, object]) -> list[tuple[str, str]]:
     """A tokenizer's chat templates: where each stands, and its text."""
     found: list[tuple[str, str]] = []
     written = about.get("chat_template")

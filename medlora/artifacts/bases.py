@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from medlora import miniature
 from medlora.artifacts.base_checks import check_base, sample_weights
@@ -75,9 +74,9 @@ def check_base_files(base: BaseModelConfig) -> None:
         check_base(folder, base.trust_remote_code, complete)
 
 
-def identify_weights(base: BaseModelConfig, seed: int) -> dict[str, Any]:
+def identify_weights(base: BaseModelConfig, seed: int) -> dict[str, object]:
     """What tells a base's weights from those of another of the same name, see `adapter_origin.differ`."""
-    about: dict[str, Any] = {"model": base.model, "files": identify_base(base)}
+    about: dict[str, object] = {"model": base.model, "files": identify_base(base)}
     folder = find_base_folder(base)
     if folder is None:
         about["seed"] = seed

@@ -69,7 +69,7 @@ def find_not_finite(path: Path, tensors: Mapping[str, TensorInfo]) -> str | None
     return None
 
 
-def read_mapping(path: Path, most_bytes: int) -> dict[str, Any]:
+def read_mapping(path: Path, most_bytes: int) -> dict[str, object]:
     """The JSON mapping in a file of at most so many bytes; raises InputError for anything else."""
     if not path.is_file():
         raise InputError(f"{path}: {'is no regular file' if path.exists() else 'is missing'}")

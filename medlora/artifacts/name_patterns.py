@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from re import _constants as ops
-from re import _parser as parser
+from re import _constants as ops  # type: ignore[attr-defined]  # typeshed leaves both out
+from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from medlora.errors import InputError
@@ -30,7 +30,7 @@ _WORD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 _ASSERTIONS = (ops.ASSERT, ops.ASSERT_NOT)
 
 
-_CATEGORIES: dict[Any, Callable[[str], bool]] = {
+_CATEGORIES: dict[object, Callable[[str], bool]] = {
     ops.CATEGORY_DIGIT: str.isdigit,
     ops.CATEGORY_NOT_DIGIT: lambda c: not c.isdigit(),
     ops.CATEGORY_SPACE: str.isspace,
@@ -64,7 +64,7 @@ class NamePattern:
         starts = {0, *(i + 1 for i, c in enumerate(name) if c == ".")}
         return len(name) in self._match(self.tree, name[:_LONGEST_NAME], starts)
 
-    def _match(self, nodes: Iterable[tuple[Any, Any]], name: str, places: set[int]) -> set[int]:
+    def _match(self, nodes: Iterable[tuple[object, object]], name: str, places: set[int]) -> set[int]:
         for op, argument in nodes:
             self.steps += 1 + len(places)
             if self.steps > _STEPS:
@@ -74,7 +74,7 @@ class NamePattern:
             places = self._step(op, argument, name, places)
         return places
 
-    def _step(self, op: Any, argument: Any, name: str, places: set[int]) -> set[int]:
+    def _step(self, op: object, argument: Any, name: str, places: set[int]) -> set[int]:
         if op is ops.SUBPATTERN:
             group, add, remove, inner = argument
             if add or remove:
@@ -83,7 +83,8 @@ class NamePattern:
         if op is ops.BRANCH:
             return set[int]().union(*(self._match(branch, name, places) for branch in argument[1]))
         if op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
-            return self._repeat(*argument, name, places)
+            least, most, inner = argument
+            return self._repeat(least, most, inner, name, places)
         if op in _ASSERTIONS:
             direction, inner = argument
             if direction < 0:
@@ -113,7 +114,7 @@ class NamePattern:
             places = following
         return ends
 
-    def _is_at(self, where: Any, name: str, place: int) -> bool:
+    def _is_at(self, where: object, name: str, place: int) -> bool:
         if where in (ops.AT_BEGINNING, ops.AT_BEGINNING_STRING):
             return place == 0
         if where in (ops.AT_END, ops.AT_END_STRING):
@@ -124,16 +125,16 @@ class NamePattern:
             return (before != after) is (where is ops.AT_BOUNDARY)
         raise InputError(f"{self.pattern[:100]!r}: {str(where).lower()} is not supported in a pattern of module names")
 
-    def _is_char(self, op: Any, argument: Any, char: str) -> bool:
+    def _is_char(self, op: object, argument: Any, char: str) -> bool:
         if op is ops.ANY:
             return char != "\n"
         if op is ops.LITERAL:
-            return ord(char) == argument
+            return bool(ord(char) == argument)
         if op is ops.NOT_LITERAL:
-            return ord(char) != argument
+            return bool(ord(char) != argument)
         return self._is_in(argument, char)
 
-    def _is_in(self, members: Sequence[tuple[Any, Any]], char: str) -> bool:
+    def _is_in(self, members: Sequence[tuple[object, Any]], char: str) -> bool:
         negated = members[0][0] is ops.NEGATE
         for op, argument in members[negated:]:
             hit = (

@@ -22,6 +22,7 @@ from medlora.data.rows.schemas import EXAMS, SCHEMAS
 from medlora.data.sources import Scan, scan, stream
 from medlora.errors import InputError
 from medlora.prompts import render
+from medlora.tokens.tokenizer import Tokenizer
 
 _SAMPLES = 3
 
@@ -83,7 +84,7 @@ def _make_source(name: str, arguments: argparse.Namespace) -> TrainSource:
         raise InputError(f"{name}: {'; '.join(explain(error, TrainSource))}") from None
 
 
-def _load_tokenizer(model: str) -> Any:
+def _load_tokenizer(model: str) -> Tokenizer:
     from medlora.artifacts.bases import find_base
     from medlora.model.base import locate_base
     from medlora.model.tokenizer import load_tokenizer
@@ -100,7 +101,7 @@ def _print_schemas(console: Console) -> None:
     console.print(table)
 
 
-def _print_source(console: Console, source: TrainSource, tokenizer: Any) -> None:
+def _print_source(console: Console, source: TrainSource, tokenizer: Tokenizer | None) -> None:
     found = scan(source)
     table = Table(title=source.source, show_header=False, title_justify="left")
     for name, value in describe(found).items():
@@ -154,7 +155,7 @@ def describe(found: Scan) -> dict[str, str]:
     return lines
 
 
-def measure(source: TrainSource, tokenizer: Any) -> dict[str, str]:
+def measure(source: TrainSource, tokenizer: Tokenizer | None) -> dict[str, str]:
     """Lengths of the examples as the model sees them: in characters, and in tokens where there is a tokenizer."""
     import numpy
 

@@ -44,7 +44,7 @@ class PhaseJob(Section):
     """Ids of the training records that are left out, by source."""
     scans: tuple[dict[str, Any], ...] = ()
     """What `sources.scan` found in each source, so that a worker need not look again."""
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, object]
 
 
 def make_job(
@@ -81,7 +81,7 @@ def make_job(
     return job.model_copy(update={"fingerprint": _describe(job)})
 
 
-def _describe(job: PhaseJob) -> dict[str, Any]:
+def _describe(job: PhaseJob) -> dict[str, object]:
     """What the phase's result depends on, as nested plain values, so that a difference can be named."""
     sources = {f"{i}:{source.source}": source for i, source in enumerate(job.phase.sources)}
     for name, replayed in job.replayed.items():
@@ -95,14 +95,14 @@ def _describe(job: PhaseJob) -> dict[str, Any]:
         "prompts": prompts.version(),
         "seed": job.seed,
         "parent": [
-            (read_manifest(Path(link.folder).parent) or {}).get("adapter_hash")
+            (manifest.get("adapter_hash") if (manifest := read_manifest(Path(link.folder).parent)) else None)
             or hash_json(hash_files(Path(link.folder)))
             for link in job.parent
         ],
     }
 
 
-def _dump_phase(phase: PhaseConfig) -> dict[str, Any]:
+def _dump_phase(phase: PhaseConfig) -> dict[str, object]:
     """What of a phase's config its result depends on; keys that came later are left out while they say nothing."""
     dumped = phase.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
     if dumped["weights"] == "records":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from medlora.config.run import RunConfig
 from medlora.config.sources import DataConfig, SourceConfig
@@ -16,6 +16,10 @@ from medlora.errors import InputError
 from medlora.records import McqRecord, Record, TextRecord
 from medlora.runs.files import read_mapping
 from medlora.runs.manifests import as_json, hash_json
+
+if TYPE_CHECKING:
+    from medlora.data.overlap import Overlap
+    from medlora.data.personal import Finding
 
 _SHOWN, _RECORDED = 10, 1000
 """Most pairs that a message shows, and that the card holds."""
@@ -31,12 +35,48 @@ _EXCERPT = 100
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
-    overlaps: tuple[Any, ...]
+    overlaps: tuple[Overlap, ...]
     excerpts: tuple[tuple[str, str, str], ...]
     """Of the first pairs: where the training record stands, how it begins, how the question begins."""
     duplicates: dict[str, tuple[str, ...]]
-    personal: tuple[tuple[str, Any], ...]
+    personal: tuple[tuple[str, Finding], ...]
     """Where a record stands, and what was found in it."""
+
+
+class SourceCard(TypedDict):
+    """One source in a data card."""
+
+    source: str
+    licence: str | None
+    schema: str
+    first_option: int | None
+    rows: int
+    records: int
+    hash: str
+    quarantine: dict[str, int]
+    odd: dict[str, int]
+
+
+class OverlapCard(TypedDict):
+    """Test and dev questions that were found in training data."""
+
+    mode: str
+    records: int
+    pairs: int
+    kinds: dict[str, int]
+    shown: list[dict[str, object]]
+
+
+class DataCard(TypedDict):
+    """What `data.json` of a run holds."""
+
+    made_from: str
+    training: dict[str, SourceCard]
+    held_out: dict[str, SourceCard]
+    overlap: OverlapCard
+    duplicates: dict[str, int]
+    dropped: dict[str, int]
+    personal: dict[str, int]
 
 
 def list_training(config: RunConfig) -> dict[str, SourceConfig]:
@@ -96,18 +136,18 @@ def stream_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> I
         )
 
 
-def read_card(path: Path) -> dict[str, Any] | None:
+def read_card(path: Path) -> DataCard | None:
     """The data card of an earlier start, None when it is absent or damaged; raises InputError when it is something else."""
     card = read_mapping(path)
     for part in _PARTS if card else ():
         if not isinstance((card or {}).get(part, {}), dict):
             raise InputError(f"{path}: {part} must be a mapping; remove the file, it is written again")
-    return card if card and set(_PARTS) <= set(card) else None
+    return cast(DataCard, card) if card and set(_PARTS) <= set(card) else None
 
 
 def check_data(
-    config: RunConfig, known: Mapping[str, Any] | None = None, tell: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+    config: RunConfig, known: DataCard | None = None, tell: Callable[[str], None] = lambda text: None
+) -> DataCard:
     """The run's data card, as plain JSON values; `known`, the card of an earlier start, is taken where it still stands.
 
     `tell` hears what is looked through: about 2,500 records are in a second.
@@ -119,7 +159,7 @@ def check_data(
     tests = {key: _describe(source) for key, source in held_out.items()}
     made_from = hash_json(as_json([sources, tests, config.data.model_dump(mode="json"), _RULES]))
     if known and known.get("made_from") == made_from:
-        return dict(known)
+        return known.copy()
     counts = [sum(part["records"] for part in parts.values()) for parts in (sources, tests)]
     tell(f"looking through {counts[0]:,} training records for {counts[1]:,} test and dev questions")
     survey = _survey(config.model_dump_json())
@@ -127,7 +167,7 @@ def check_data(
     _stop_at_personal(config.data, survey)
     dropped = find_dropped(config)
     records = {(hit.source, hit.record) for hit in survey.overlaps}
-    card: dict[str, Any] = as_json(
+    card: DataCard = as_json(
         {
             "made_from": made_from,
             "training": sources,
@@ -147,10 +187,10 @@ def check_data(
     return card
 
 
-def describe_overlap(card: Mapping[str, Any]) -> list[str]:
+def describe_overlap(card: DataCard | None) -> list[str]:
     """What every report made from the run has to say; nothing where no training record held a test question."""
-    found = card.get("overlap", {})
-    if not found.get("records") or found["mode"] != "allow":
+    found = card["overlap"] if card else None
+    if not found or not found.get("records") or found["mode"] != "allow":
         return []
     return [
         f"{found['records']} training records hold questions of the tests or of dev (data.overlap: allow); "
@@ -158,7 +198,7 @@ def describe_overlap(card: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def describe_findings(card: Mapping[str, Any]) -> list[str]:
+def describe_findings(card: DataCard) -> list[str]:
     """What was found and let pass, a sentence each, for the terminal and the log."""
     overlap = card["overlap"]
     said = (
@@ -183,7 +223,7 @@ _RULES = 2
 """Counts up when overlaps, duplicates or personal data are looked for in another way."""
 
 
-def _describe(source: SourceConfig) -> dict[str, Any]:
+def _describe(source: SourceConfig) -> SourceCard:
     found = scan(source)
     return {
         "source": source.source,
@@ -210,9 +250,9 @@ def _survey(config_json: str) -> _Survey:
     }
     index = TestIndex(questions)
     asked = {(key, record.id): record.question for key, records in questions.items() for record in records}
-    overlaps: list[Any] = []
+    overlaps: list[Overlap] = []
     excerpts: list[tuple[str, str, str]] = []
-    personal: list[tuple[str, Any]] = []
+    personal: list[tuple[str, Finding]] = []
     duplicates: dict[str, tuple[str, ...]] = {}
     for source in list_training(config).values():
         seen, twice = Duplicates(), []

@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
 
@@ -262,7 +262,7 @@ def _hash_shingles(text: str) -> numpy.ndarray:
     return hashed
 
 
-def _sketch(shingles: numpy.ndarray) -> Any:
+def _sketch(shingles: numpy.ndarray) -> object:
     from datasketch import MinHash
 
     sketch = MinHash(num_perm=PERMUTATIONS, hashfunc=int, seed=1)

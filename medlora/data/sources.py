@@ -43,7 +43,7 @@ class BadRow:
     where: str
     kind: str
     reason: str
-    row: Any
+    row: object
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -134,7 +134,7 @@ def _sign(source: SourceConfig, files: Sequence[str]) -> str:
     return json.dumps([{**reading, "subject": reading.get("subject")}, *map(sign_file, files)], sort_keys=True)
 
 
-def pack_scan(source: SourceConfig) -> dict[str, Any]:
+def pack_scan(source: SourceConfig) -> dict[str, object]:
     """The scan of a source as plain values, for a process that shall not look again: `remember` takes it there."""
     found = scan(source)
     plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(found).items()}
@@ -214,7 +214,7 @@ def _scan(source: SourceConfig, files: list[str], on_bad: Callable[[BadRow], Non
     return found
 
 
-def _read(source: SourceConfig, file: str, start: int = 0) -> Iterator[tuple[str, Any]]:
+def _read(source: SourceConfig, file: str, start: int = 0) -> Iterator[tuple[str, object]]:
     return read_file(file, start, source.encoding, source.separator)
 
 

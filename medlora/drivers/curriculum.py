@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medlora import events
 from medlora.config.phase import PhaseConfig
@@ -21,12 +21,14 @@ from medlora.errors import InputError
 from medlora.evaluation.ledger import find_report
 from medlora.evaluation.plan import EvaluationTask, describe_other_task
 from medlora.evaluation.questions import read_asked
+from medlora.evaluation.reports import Report
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
 from medlora.runs.files import read_mapping, remove, set_aside, sweep_temporary, write_sealed, write_yaml
 from medlora.runs.folders import RunFolder, find_finished
+from medlora.runs.manifests import PhaseManifest
 
 if TYPE_CHECKING:
     from medlora.drivers.early_scoring import EarlyScoring
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 class Outcome:
     """A finished run: each phase's manifest, the evaluation's report, and whether anything had to be done."""
 
-    phases: dict[str, dict[str, Any]]
-    report: dict[str, Any] | None
+    phases: dict[str, PhaseManifest]
+    report: Report | None
     worked: bool
 
 
@@ -63,11 +65,11 @@ class Begun:
     run: RunFolder
     redo: str | None
     on_event: OnEvent
-    done: dict[str, dict[str, Any]]
+    done: dict[str, PhaseManifest]
     left: list[PhaseConfig]
     chain: tuple[Link, ...]
     stages: dict[str, tuple[Link, ...]]
-    report: dict[str, Any] | None
+    report: Report | None
     """The report that stands where no phase is left."""
 
     @property
@@ -99,7 +101,7 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
     if redo is not None and (moved := set_aside(run.phase(redo).root)) is not None:
         on_event(events.note(redo, f"the old phase is kept in {mirror.name_place(moved)}"))
     mirror.push(run.root)
-    done: dict[str, dict[str, Any]] = {}
+    done: dict[str, PhaseManifest] = {}
     chain = start_chain(config)
     stages: dict[str, tuple[Link, ...]] = {"base": (), **({"start": chain} if chain else {})}
     left = list(config.phases)
@@ -199,9 +201,9 @@ def _find_finished(
     run: RunFolder,
     phase: PhaseConfig,
     chain: Sequence[Link],
-    done: Mapping[str, Any],
+    done: Mapping[str, PhaseManifest],
     redo: str | None,
-) -> dict[str, Any] | None:
+) -> PhaseManifest | None:
     """The manifest of a phase that still stands; None when it has to be trained (on).
 
     A phase whose parent was redone and came out otherwise is set aside; any other difference is refused.
@@ -236,13 +238,13 @@ def _describe_run(config: RunConfig, run: RunFolder) -> None:
     write_sealed(run.about, {**about, "seed": config.seed, "versions": get_versions(), "git_commit": get_git_commit()})
 
 
-def _find_report(config: RunConfig, run: RunFolder, stages: Stages) -> dict[str, Any] | None:
+def _find_report(config: RunConfig, run: RunFolder, stages: Stages) -> Report | None:
     """The report that is still valid; an outdated one is set aside by the next evaluation."""
     task = _make_task(config, stages)
     return find_report(run.evaluation, task.fingerprint) if task else None
 
 
-def _evaluate(begun: Begun, cluster: Cluster) -> dict[str, Any] | None:
+def _evaluate(begun: Begun, cluster: Cluster) -> Report | None:
     """Score all stages in one pass, but for what was answered early; None where the config has no evaluation."""
     from medlora.drivers.early_scoring import take_over
     from medlora.drivers.evaluation import score_afresh
@@ -262,7 +264,7 @@ def _evaluate(begun: Begun, cluster: Cluster) -> dict[str, Any] | None:
         "config": config.model_dump(mode="json"),
         "notes": [
             *describe_other_task(stages, task.config),
-            *describe_overlap(read_card(run.data) or {}),
+            *describe_overlap(read_card(run.data)),
             *describe_quarantine(task.config),
         ],
         "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in begun.done.items()},

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from medlora import endings, events
 from medlora.config.placement import ActorPlacement, Placement
@@ -21,8 +21,8 @@ from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.statistics import accuracy
 from medlora.events import Event
 from medlora.on_ray.answer_questions import Actors, Build, make_builder
-from medlora.on_ray.cluster import Node
-from medlora.on_ray.inbox import listen
+from medlora.on_ray.cluster import Cluster, Node
+from medlora.on_ray.inbox import Inbox, listen
 from medlora.on_ray.placement import count_gpus, count_room, find_free, is_group_waiting
 from medlora.on_ray.workers.background import BackgroundTask
 from medlora.runs import mirror
@@ -129,14 +129,14 @@ class EarlyScoring:
                     thread.join(timeout=60)
                     self._cancel()
 
-    def _watch(self, inbox: Any) -> None:
+    def _watch(self, inbox: Inbox) -> None:
         try:
             while not self.ended.wait(POLL_S):
                 self._look(inbox)
         except Exception as error:  # the training goes on
             self._note("evaluation", f"every stage is scored after the training: {error!r}")
 
-    def _look(self, inbox: Any) -> None:
+    def _look(self, inbox: Inbox) -> None:
         with self.lock:
             phase, ready = self.phase, self.trains and self.waiting and not self.scoring
         if self.scoring:
@@ -152,7 +152,7 @@ class EarlyScoring:
         room = _count(phase.placement, phase.gpus, self.actors.cluster.there)
         return is_group_waiting() and room >= phase.placement.workers
 
-    def _begin(self, workers: int, inbox: Any) -> None:
+    def _begin(self, workers: int, inbox: Inbox) -> None:
         stage = self.waiting.popleft()
         task = self.stages[stage]
         placement = self.actors.placement.model_copy(update={"workers": workers, "min_workers": None})
@@ -201,7 +201,7 @@ class EarlyScoring:
         self.actors.on_event(events.note(stage, text))
 
 
-def take_over(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> list[Prediction]:
+def take_over(folder: Path, stages: Mapping[str, Mapping[str, object]]) -> list[Prediction]:
     """What stages have answered early, by their names and fingerprints."""
     found: list[Prediction] = []
     for stage, fingerprint in stages.items():
@@ -219,9 +219,9 @@ def _score_alone(
     task: EvaluationTask,
     build: Build,
     placement: ActorPlacement,
-    cluster: Any,
+    cluster: Cluster,
     log_file: Path,
-    inbox: Any,
+    inbox: Inbox,
 ) -> None:
     """What the task's process does. That of a killed driver may live on for seconds, and holds the lock so long."""
     (stage,) = task.stages

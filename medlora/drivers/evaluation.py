@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from medlora import events, prompts
 from medlora.config.evaluation import EvaluateConfig
@@ -26,6 +25,7 @@ from medlora.evaluation.ledger import (
 )
 from medlora.evaluation.plan import EvaluationPlan, EvaluationTask
 from medlora.evaluation.predictions import Prediction, sum_seconds, write_predictions, write_seconds
+from medlora.evaluation.reports import Report
 from medlora.events import OnEvent
 from medlora.on_ray.answer_questions import Actors, Build, answer_on_ray, make_builder
 from medlora.on_ray.cluster import connect
@@ -43,10 +43,10 @@ def score_afresh(
     task: EvaluationTask,
     folder: Path,
     actors: Actors,
-    about: Mapping[str, Any],
+    about: Mapping[str, object],
     label: str,
     known: Sequence[Prediction] = (),
-) -> dict[str, Any]:
+) -> Report:
     """Score a task into a folder of a run or a sweep, and report its begin and end as those of a phase.
 
     What another task, or an earlier finished one, left in the folder is set aside.
@@ -66,9 +66,9 @@ def score_stages(
     folder: Path,
     build: Build,
     actors: Actors,
-    about: Mapping[str, Any],
+    about: Mapping[str, object],
     known: Sequence[Prediction] = (),
-) -> dict[str, Any]:
+) -> Report:
     """Ask what is not known yet (see `ask_stages`), and write predictions, report and manifest; returns the report."""
     answers = ask_stages(task, folder, build, actors, known)
     ordered = sort_predictions(answers.predictions, list(task.stages), task.asked.tests)
@@ -144,7 +144,7 @@ def ask_stages(
     return Answers(list(answers.values()), left, len(batches), time.monotonic() - started, first_s)
 
 
-def run_evaluation(config: EvaluateConfig, plan: EvaluationPlan, out: RunFolder, on_event: OnEvent) -> dict[str, Any]:
+def run_evaluation(config: EvaluateConfig, plan: EvaluationPlan, out: RunFolder, on_event: OnEvent) -> Report:
     """Connect to Ray and score the plan's stages into `out`; returns the report. The caller holds the folder's lock."""
     began = time.monotonic()
     write_quarantine(out.quarantine, {test.name: test for test in config.evaluation.tests})

@@ -5,23 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medlora import events
 from medlora.config.placement import Placement
 from medlora.config.run import RunConfig
 from medlora.curriculum.jobs import PhaseJob
-from medlora.data.card import check_data, describe_findings, read_card
+from medlora.data.card import DataCard, check_data, describe_findings, read_card
 from medlora.data.quarantine import check_rows
 from medlora.events import OnEvent
 from medlora.runs.folders import RunFolder
+from medlora.runs.manifests import PhaseManifest
 
 if TYPE_CHECKING:
     from medlora.on_ray.cluster import Cluster
     from medlora.on_ray.train_phase import PlaceWatcher
 
 
-def look_through_data(config: RunConfig, folder: RunFolder, on_event: OnEvent) -> dict[str, Any]:
+def look_through_data(config: RunConfig, folder: RunFolder, on_event: OnEvent) -> DataCard:
     """Check every row that the run reads, report what is new in it, and return the data card, which is not written yet.
 
     Raises InputError for rows, overlaps and personal data that the config does not allow.
@@ -54,7 +55,7 @@ def train_and_report(
     cluster: Cluster,
     on_event: OnEvent,
     watcher: PlaceWatcher | None = None,
-) -> dict[str, Any]:
+) -> PhaseManifest:
     """Train a phase on Ray, report that it is finished, and return its manifest."""
     from medlora.on_ray.train_phase import train_on_ray
 

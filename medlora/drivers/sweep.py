@@ -7,12 +7,12 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medlora import endings, events
 from medlora.curriculum.chains import Link, extend_chain, start_chain
 from medlora.curriculum.jobs import find_obstacle, make_job, refuse
-from medlora.data.card import describe_overlap
+from medlora.data.card import DataCard, describe_overlap
 from medlora.data.sources import pack_scan
 from medlora.drivers.steps import connect_and_report, look_through_data, train_and_report
 from medlora.drivers.sweep_finals import Finals, score_best, score_once
@@ -23,7 +23,7 @@ from medlora.on_ray.inbox import listen
 from medlora.on_ray.placement import check_placement, count_gpus, find_concurrency
 from medlora.on_ray.tokenise import prepare_on_ray
 from medlora.on_ray.tune_search import Halving, Search, search_on_ray
-from medlora.on_ray.tune_trial import run_trial
+from medlora.on_ray.tune_trial import Common, TrialSpec, run_trial
 from medlora.on_ray.workers.stalls import StallWatch, find_beat_s
 from medlora.reporting.sweep_page import write_sweep_page
 from medlora.runs import mirror
@@ -35,6 +35,7 @@ from medlora.sweep.plan import SweepPlan, describe_sweep, list_earlier
 from medlora.sweep.population import Population, Proposal, find_lineage, name_generation
 from medlora.sweep.results import find_winner, read_record, write_results
 from medlora.sweep.suggest import Suggester
+from medlora.sweep.summary import Summary
 from medlora.sweep.trackers import TrialLogs
 
 
@@ -45,7 +46,7 @@ def run_sweep(
     final_test: bool,
     on_event: OnEvent,
     reuse_actors: bool = True,
-) -> dict[str, Any]:
+) -> Summary:
     """Do what is left of the sweep in `folder` and return its summary, what `sweep.json` holds.
 
     The caller holds the folder's lock. Raises InputError for what only the user can mend.
@@ -125,7 +126,7 @@ class TrialMaker:
             return next((Proposal(None, params, {}) for params in self.grid if params not in tried), None)
         return Proposal(*found, {}) if (found := self.suggester.suggest()) else None
 
-    def describe(self, trial: Trial) -> dict[str, Any]:
+    def describe(self, trial: Trial) -> TrialSpec:
         """A trial as plain values for its process; raises InputError where its values together make no valid config."""
         plan = self.plan
         *before, _ = lineage = find_lineage(self.ledger, trial)
@@ -172,7 +173,7 @@ class _Receiver:
 def _search(
     maker: TrialMaker,
     chain: Sequence[Link],
-    card: dict[str, Any],
+    card: DataCard,
     concurrency: int,
     cluster: Cluster,
     receiver: _Receiver,
@@ -186,7 +187,7 @@ def _search(
         receiver.stalls.watching(),
         endings.saving(inbox.ask_to_leave, placement.grace_s) as receiver.saved,
     ):
-        common = {
+        common: Common = {
             "folder": str(maker.folder),
             "scans": _pack_scans(plan),
             "dropped": plan.dropped,
@@ -227,7 +228,7 @@ def _make_halving(maker: TrialMaker) -> Halving | None:
     return Halving(scheduler.grace_steps or config.dev.every_steps, scheduler.reduction, known)
 
 
-def _pack_scans(plan: SweepPlan) -> list[dict[str, Any]]:
+def _pack_scans(plan: SweepPlan) -> list[dict[str, object]]:
     """The scan of every source that a trial reads, so that no trial scans it again."""
     sources = {source.model_dump_json(): source for phase in plan.run.phases for source in phase.sources}
     return [pack_scan(source) for source in [*sources.values(), *plan.dev]]

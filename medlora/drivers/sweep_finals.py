@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from medlora import events
 from medlora.config.evaluation import EvaluationConfig
@@ -17,6 +17,7 @@ from medlora.errors import InputError
 from medlora.evaluation.ledger import find_report
 from medlora.evaluation.plan import EvaluationTask
 from medlora.evaluation.questions import read_asked
+from medlora.evaluation.reports import Report
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.on_ray.answer_questions import Actors
@@ -26,6 +27,7 @@ from medlora.runs.folders import RunFolder
 from medlora.sweep.ledger import START, Ledger, Trial
 from medlora.sweep.plan import SweepPlan
 from medlora.sweep.results import compare_with_start, read_record
+from medlora.sweep.summary import Comparison, Record
 
 
 def _make_stages(folder: RunFolder, trials: Sequence[Trial]) -> Stages:
@@ -61,7 +63,7 @@ class Finals:
     on_event: OnEvent
 
 
-def score_best(finals: Finals, notes: Sequence[str]) -> dict[str, Any]:
+def score_best(finals: Finals, notes: Sequence[str]) -> Comparison:
     """The config as it is and the best trials on all of dev, each compared with the first question by question."""
     ledger, plan = finals.ledger, finals.plan
     first = ledger.trials[START]
@@ -76,7 +78,7 @@ def score_best(finals: Finals, notes: Sequence[str]) -> dict[str, Any]:
     return compare_with_start(report)
 
 
-def score_once(finals: Finals, winner: str) -> dict[str, Any]:
+def score_once(finals: Finals, winner: str) -> Record:
     """The winner on the tests of the run config, once: a second look would make them a dev split."""
     plan, root = finals.plan, finals.folder.root
     assert plan.run.evaluation is not None
@@ -92,10 +94,10 @@ def score_once(finals: Finals, winner: str) -> dict[str, Any]:
         finals.on_event(events.note("evaluation", text))
     stages = _make_stages(finals.folder, [finals.ledger.trials[winner]])
     _score(finals, "test", stages, plan.run.evaluation, [])
-    return read_record(root) or {}
+    return cast(Record, read_record(root) or {})
 
 
-def _score(finals: Finals, name: str, stages: Stages, config: EvaluationConfig, notes: Sequence[str]) -> dict[str, Any]:
+def _score(finals: Finals, name: str, stages: Stages, config: EvaluationConfig, notes: Sequence[str]) -> Report:
     """The report of trials on dev or on the tests, in the sweep's folder `name`; reused where it is still valid."""
     plan, into = finals.plan, finals.folder.root / name
     asked = read_asked(config, plan.run.seed, plan.run.data.max_bad_fraction)

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.questions import Question
+from medlora.evaluation.reports import Report
 from medlora.records import McqRecord
 from medlora.runs.files import read_json_lines, read_mapping
 from medlora.runs.manifests import check_files, find_differences, read_manifest
@@ -103,11 +104,11 @@ def sort_predictions(
     return [by_key[key] for key in wanted]
 
 
-def find_report(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_report(folder: Path, fingerprint: Mapping[str, object]) -> Report | None:
     """The report of a finished evaluation that still stands; None when there is none, or it is of something else."""
     manifest = read_manifest(folder)
     if manifest is None or check_files(folder, manifest):
         return None
     if find_differences(manifest["fingerprint"], fingerprint):
         return None
-    return read_mapping(folder / REPORT)
+    return cast(Report | None, read_mapping(folder / REPORT))

@@ -40,8 +40,10 @@ def describe_other_task(stages: Stages, evaluation: EvaluationConfig) -> list[st
 
 def _was_trained_to_reason(adapter: Path) -> bool:
     """Whether one of our phases made the adapter from questions with rationales, in a style that shows them."""
-    manifest = read_manifest(adapter.parent) or {}
-    return bool(manifest.get("rationale")) and bool(_find_trained_styles(adapter) & {"reasoning", "reasoning_full"})
+    manifest = read_manifest(adapter.parent)
+    return bool(manifest and manifest.get("rationale")) and bool(
+        _find_trained_styles(adapter) & {"reasoning", "reasoning_full"}
+    )
 
 
 def describe_evaluation(
@@ -124,7 +126,7 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
     return EvaluationPlan(task, [*notes, *describe_quarantine(config.evaluation)])
 
 
-def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+def refuse_other(folder: Path, fingerprint: Mapping[str, object]) -> None:
     """Raise InputError when the folder holds another evaluation, finished or not."""
     was = read_mapping(folder / FINGERPRINT)
     if was is not None and (differences := find_differences(was, fingerprint)):

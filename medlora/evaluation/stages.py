@@ -70,7 +70,7 @@ def find_notes(config: EvaluateConfig) -> list[str]:
     """What the data cards of the runs have to say that the stages were taken from."""
     folders = {stage.rpartition(":")[0] for stage in config.stages if isinstance(stage, str)}
     found = {name: RunFolder(find_run(name, config.storage.cache)) for name in sorted(folders)}
-    cards = [(name, read_card(run.data) or {}) for name, run in found.items()]
+    cards = [(name, read_card(run.data)) for name, run in found.items()]
     return [f"{name}: {note}" for name, card in cards for note in describe_overlap(card)]
 
 
@@ -88,9 +88,10 @@ def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationCon
 
 def _find_trained_styles(adapter: Path) -> set[str]:
     """The styles of the questions that one of our phases trained on; empty for others' adapters and for plain text."""
-    manifest = read_manifest(adapter.parent) or {}
-    described: dict[str, Any] = next(
-        (v for k, v in manifest.get("fingerprint", {}).items() if k.startswith("phases.")), {}
-    )
+    manifest = read_manifest(adapter.parent)
+    if manifest is None:
+        return set()
+    fingerprint: dict[str, Any] = manifest.get("fingerprint", {})
+    described: dict[str, Any] = next((v for k, v in fingerprint.items() if k.startswith("phases.")), {})
     questions = set(manifest.get("question_sources", []))
     return {source["style"] for source in described.get("sources", []) if source["source"] in questions}

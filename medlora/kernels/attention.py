@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from medlora.kernels.autograd import Context
 
 Span = tuple[int, int, int]
 """Where a segment begins and ends in the flat sequence, and how many tokens of the first segment, all or none, it sees, too."""
@@ -87,7 +89,9 @@ def _make_bias(first: int, queries: int, low: int, high: int, window: int | None
     return None if seen.all() else torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, None]
 
 
-def _cut(segments: Sequence[Span], groups: int, window: int | None) -> Iterator[tuple[slice, list[slice], Any]]:
+def _cut(
+    segments: Sequence[Span], groups: int, window: int | None
+) -> Iterator[tuple[slice, list[slice], torch.Tensor | None]]:
     """Pieces of queries, where in the sequence the keys that they see stand, and the bias of their scores or None."""
     for start, stop, shared in segments:
         offset = shared - start  # from places in the sequence to positions in the row
@@ -115,12 +119,18 @@ def _score(
     return torch.softmax(scores, 1, out=scores)
 
 
+class _Segmented(Context, Protocol):
+    segments: tuple[Span, ...]
+    window: int | None
+    scale: float
+
+
 class _SegmentAttention(torch.autograd.Function):
     """[1, heads, tokens, size], twice with the heads of the keys -> [1, tokens, heads, size]."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Segmented,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -151,7 +161,7 @@ class _SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Segmented, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         queries, key, value, *saved = ctx.saved_tensors
         known = iter(saved)
         _, tokens, heads, size = gradient.shape

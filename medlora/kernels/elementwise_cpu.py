@@ -13,13 +13,61 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from inspect import signature
-from types import MethodType
-from typing import Any
+from types import MethodType, ModuleType
+from typing import Protocol, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from medlora.kernels.autograd import Context
+
 log = logging.getLogger(__name__)
+
+Tried = TypeVar("Tried", torch.nn.Module, ModuleType)
+Seen = TypeVar("Seen")
+
+
+class _Norm(Protocol):
+    """What is read here of an RMS norm."""
+
+    weight: torch.Tensor
+    shift: float
+
+    def forward(self, x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        """The family's own way."""
+
+
+class _Mlp(Protocol):
+    """What is read here of a gated MLP."""
+
+    gate_proj: torch.nn.Module
+    up_proj: torch.nn.Module
+    down_proj: torch.nn.Module
+    gate: tuple[float, float]
+
+    def forward(self, x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        """The family's own way."""
+
+
+class _Rotate(Protocol):
+    """The signature that all families give to `apply_rotary_pos_emb`."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *arguments: object,
+        **options: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, turned."""
+
+
+class _GatedContext(Context, Protocol):
+    a: float
+    b: float
+    shape: torch.Size
 
 
 PIECE = 2**16
@@ -43,16 +91,16 @@ def lighten_elementwise(model: torch.nn.Module) -> None:
         if kind.__name__.endswith("RMSNorm"):
             if (shift := _try(_find_shift, module)) is not None:
                 module.forward = MethodType(_normalise, module)
-                module.shift = shift
+                module.shift = shift  # type: ignore[assignment]
         elif {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             if (gate := _try(_find_gate, module)) is not None:
                 module.forward = MethodType(_run_mlp, module)
-                module.gate = gate
+                module.gate = gate  # type: ignore[assignment]
         elif kind.__name__.endswith("Attention"):
             _try(_lighten_rotation, sys.modules[kind.__module__])
 
 
-def _try(find: Callable[[Any], Any], module: Any) -> Any:
+def _try(find: Callable[[Tried], Seen], module: Tried) -> Seen | None:
     """What `find` sees in a module; None, which leaves the module as it is, where trying it raises."""
     try:
         return find(module)
@@ -85,28 +133,29 @@ class _RmsNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + epsilon) * weight for a frozen weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(ctx: Context, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         size = x.shape[-1]
         root = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(epsilon).rsqrt_()
-        normal = x * root
+        normal: torch.Tensor = x * root
         ctx.save_for_backward(normal, root, weight)
         return normal * weight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normal, root, weight = ctx.saved_tensors
         gradient = gradient * weight
         along = (gradient * normal).mean(-1, keepdim=True)
         return gradient.addcmul_(normal, along, value=-1).mul_(root), None, None
 
 
-def _get_epsilon(norm: Any) -> float:
-    return float(getattr(norm, "eps", None) or norm.variance_epsilon)
+def _get_epsilon(norm: object) -> float:
+    epsilon: float = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
+    return float(epsilon)
 
 
 @torch.no_grad()
-def _find_shift(norm: Any) -> float | None:
+def _find_shift(norm: torch.nn.Module) -> float | None:
     """What an RMS norm adds to its weight (Gemma 1, Llama 0), or None."""
     weight = getattr(norm, "weight", None)
     if (
@@ -122,12 +171,13 @@ def _find_shift(norm: Any) -> float | None:
     return None
 
 
-def _normalise(norm: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+def _normalise(norm: _Norm, x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
     """Takes the place of an RMS norm's `forward`."""
     plain = not (arguments or options) and _is_plain(x, norm.weight) and not norm.weight.requires_grad
     if not plain or x.shape[-1:] != norm.weight.shape:
         return type(norm).forward(norm, x, *arguments, **options)
-    return _RmsNorm.apply(x, norm.shift + norm.weight, _get_epsilon(norm))
+    normal: torch.Tensor = _RmsNorm.apply(x, norm.shift + norm.weight, _get_epsilon(norm))
+    return normal
 
 
 class _Gated(torch.autograd.Function):
@@ -135,7 +185,7 @@ class _Gated(torch.autograd.Function):
     they are the outputs of layers that nobody else reads, and a second one through the same graph is refused by torch."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, a: float, b: float) -> torch.Tensor:
+    def forward(ctx: _GatedContext, gate: torch.Tensor, up: torch.Tensor, a: float, b: float) -> torch.Tensor:
         gates, ups = gate.view(-1), up.view(-1)
         out, buffer = torch.empty_like(gates), gates.new_empty(min(PIECE, len(gates)))
         for at in _cut(len(gates)):
@@ -148,7 +198,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _GatedContext, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gates, ups = ctx.saved_tensors
         gradients = gradient.reshape(-1)
         buffers = gates.new_empty(3, min(PIECE, len(gates)))
@@ -175,7 +225,7 @@ def _weigh(x: torch.Tensor, a: float, b: float, out: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
-def _find_gate(mlp: Any) -> tuple[float, float] | None:
+def _find_gate(mlp: torch.nn.Module) -> tuple[float, float] | None:
     """The a and b of a gated MLP's activation, or None; its layers, which may be quantized, are not run."""
     probe = mlp.__class__.__new__(mlp.__class__)
     probe.__dict__ = {**vars(mlp), "_modules": {**mlp._modules}}
@@ -189,27 +239,28 @@ def _find_gate(mlp: Any) -> tuple[float, float] | None:
     return None
 
 
-def _run_mlp(mlp: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+def _run_mlp(mlp: _Mlp, x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
     """Takes the place of a gated MLP's `forward`."""
     if arguments or options or not _is_plain(x):
         return type(mlp).forward(mlp, x, *arguments, **options)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     if gate.shape != up.shape or not _is_plain(gate, up):
         return type(mlp).forward(mlp, x)
-    return mlp.down_proj(_Gated.apply(gate, up, *mlp.gate))
+    down: torch.Tensor = mlp.down_proj(_Gated.apply(gate, up, *mlp.gate))
+    return down
 
 
 class _Rotated(torch.autograd.Function):
     """Queries or keys [rows, heads, tokens, size] turned by `cos` and `sin` [rows or 1, tokens, size] (Su et al. 2021)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Context, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         return _turn(x, cos, sin, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turn(gradient, cos, sin.roll(sin.shape[-1] // 2, -1), 1), None, None
 
@@ -241,13 +292,20 @@ def _fits(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     )
 
 
-def _lighten_rotation(module: Any) -> None:
+def _lighten_rotation(module: ModuleType) -> None:
     """Put a lean `apply_rotary_pos_emb` into a module of transformers, if it does what all know by that name."""
-    own: Any = getattr(module, "apply_rotary_pos_emb", None)
+    own: _Rotate | None = getattr(module, "apply_rotary_pos_emb", None)
     if own is None or hasattr(own, "own") or list(signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return
 
-    def rotate(q: Any, k: Any, cos: Any, sin: Any, *arguments: Any, **options: Any) -> Any:
+    def rotate(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *arguments: object,
+        **options: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         lean = not (arguments or options) and _is_plain(q, k, cos, sin) and all(_fits(x, cos, sin) for x in (q, k))
         if not lean:
             return own(q, k, cos, sin, *arguments, **options)
@@ -259,4 +317,4 @@ def _lighten_rotation(module: Any) -> None:
         cos, sin = torch.linspace(0, 1, 24).view(1, 3, 8).cos(), torch.linspace(1, 2, 24).view(1, 3, 8).sin()
         pairs = zip(own(q, k, cos, sin), rotate(q, k, cos, sin), strict=True)
         if all(torch.allclose(one, other, atol=1e-6) for one, other in pairs):
-            module.apply_rotary_pos_emb = rotate
+            vars(module)["apply_rotary_pos_emb"] = rotate

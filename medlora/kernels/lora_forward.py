@@ -6,13 +6,16 @@ rows of it that are trained. What comes out is the same within float error; `tes
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import MethodType
-from typing import Any
+from typing import Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch.autograd.function import once_differentiable
+
+from medlora.kernels.autograd import Context
 
 
 def lighten(model: torch.nn.Module) -> None:
@@ -20,9 +23,32 @@ def lighten(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
             if _is_look_up(module.base_layer):
-                module.forward_adapters = MethodType(_look_up_rows, module)
+                module.forward_adapters = MethodType(_look_up_rows, module)  # type: ignore[method-assign]
         elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear):
             module.forward = MethodType(_add_branches, module)
+
+
+class _LoraParts(Protocol):
+    """What is read here of PEFT's LoRA layer on a linear one."""
+
+    active_adapters: Sequence[str]
+    disable_adapters: bool
+    merged: bool
+    base_layer: torch.nn.Linear
+    lora_A: Mapping[str, torch.nn.Linear]
+    lora_B: Mapping[str, torch.nn.Linear]
+    scaling: Mapping[str, float]
+    lora_variant: Mapping[str, object]
+    lora_bias: Mapping[str, bool]
+    lora_dropout: Mapping[str, torch.nn.Module]
+    training: bool
+
+    def forward(self, x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        """PEFT's own way."""
+
+
+class _Shaped(Context, Protocol):
+    shape: torch.Size
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -30,7 +56,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Shaped,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -47,7 +73,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Shaped, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, thin, weight, a, b = ctx.saved_tensors
         gradient = gradient.flatten(0, -2)
         through = gradient @ b
@@ -57,7 +83,7 @@ class _LoraLinear(torch.autograd.Function):
         return to_x, None, None, to_a, to_b
 
 
-def _add_branches(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+def _add_branches(layer: _LoraParts, x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
     """Takes the place of a LoRA layer's `forward`; what it has no lean way for (DoRA, dropout, mixed types) is PEFT's."""
     keys = [key for key in layer.active_adapters if key in layer.lora_A]
     base = layer.base_layer
@@ -75,21 +101,24 @@ def _add_branches(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) 
     b = torch.cat([b * scale for _, b, scale in pairs], dim=1)
     weight = base.weight
     if type(base) is torch.nn.Linear and not weight.requires_grad and weight.dtype == x.dtype:
-        return _LoraLinear.apply(x, weight, base.bias, a, b)
-    out = base(x)
+        lean: torch.Tensor = _LoraLinear.apply(x, weight, base.bias, a, b)
+        return lean
+    out: torch.Tensor = base(x)
     if out.dtype != x.dtype:
         return type(layer).forward(layer, x)
     thin = torch.nn.functional.linear(x, a)
     return torch.addmm(out.flatten(0, -2), thin.flatten(0, -2), b.T).view(out.shape)
 
 
-def find_rows(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def find_rows(layer: TrainableTokensLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The vocabulary rows [r] (sorted) that the active adapters of a layer have, and their values [r, size]; else None."""
     keys = [key for key in layer.active_adapters if key in layer.token_indices]
     if not keys or layer.disable_adapters or layer.merged:
         return None, None
     known = vars(layer).setdefault("_medlora_rows", {})
-    device = layer.base_layer.weight.device
+    weight = layer.base_layer.weight
+    assert isinstance(weight, torch.Tensor)
+    device = weight.device
     name = (tuple(keys), device)
     if name not in known:
         layer._check_overlapping_tokens(keys)
@@ -99,7 +128,7 @@ def find_rows(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 
 
 @torch.no_grad()
-def _is_look_up(base: Any) -> bool:
+def _is_look_up(base: torch.nn.Module) -> bool:
     """Whether a layer of trained rows is a head, or an embedding that gives its rows, scaled where it has a scale."""
     if not isinstance(base, torch.nn.Embedding):
         return isinstance(base, torch.nn.Linear)
@@ -108,17 +137,19 @@ def _is_look_up(base: Any) -> bool:
     return torch.allclose(found.float(), _scale(rows, base).float(), rtol=1e-2)
 
 
-def _scale(rows: torch.Tensor, base: Any) -> torch.Tensor:
+def _scale(rows: torch.Tensor, base: torch.nn.Module) -> torch.Tensor:
     scale = getattr(base, "embed_scale", None)
     return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
 
 
-def _look_up_rows(layer: Any, x: torch.Tensor, active: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+def _look_up_rows(
+    layer: TrainableTokensLayer, x: torch.Tensor, active: Sequence[str], *arguments: object, **options: object
+) -> torch.Tensor:
     """Takes the place of a token layer's `forward_adapters`: what the base layer gives, but for the trained rows."""
     rows, values = find_rows(layer)
     if rows is None or values is None or list(active) != list(layer.active_adapters):
         return type(layer).forward_adapters(layer, x, active, *arguments, **options)
-    out = layer.base_layer(x)
+    out: torch.Tensor = layer.base_layer(x)
     if isinstance(layer.base_layer, torch.nn.Embedding):
         place = torch.searchsorted(rows, x).clamp(max=len(rows) - 1)
         found = _scale(torch.nn.functional.embedding(place, values.to(out.dtype)), layer.base_layer)

@@ -10,19 +10,27 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
+from medlora.kernels.autograd import Context
 from medlora.kernels.elementwise_cpu import log_once
 from medlora.kernels.lora_forward import find_rows
 from medlora.kernels.modes import in_eval_mode
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """Most memory of the float32 logits that exist at a time; each chunk reads the head twice, whatever its size."""
+
+
+class HasLogits(Protocol):
+    """What a causal model returns."""
+
+    logits: torch.Tensor
 
 
 class SupervisedHead:
@@ -33,20 +41,22 @@ class SupervisedHead:
     capping, scaling) computes them itself, at these positions.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.head = model.get_output_embeddings()
         self.positions: torch.Tensor | None = None
-        self.compute = self.head.forward
+        self.compute: Callable[[torch.Tensor], torch.Tensor] = self.head.forward
         self.deferred = self._is_last(model)
         self.last_layer, pointwise = _find_pointwise(model)
         # Made once: torch.compile would compile a step anew for every new function that it meets in the model.
-        self.replacements = [(module, partial(_run_at, module.forward, self)) for module in pointwise]
+        self.replacements: list[tuple[torch.nn.Module, Callable[..., torch.Tensor]]] = [
+            (module, partial(_run_at, module.forward, self)) for module in pointwise
+        ]
         if pointwise and not self._is_pointwise(model):
             self.replacements = []
         self.replacements.append((self.head, self._pick))
 
     @torch.no_grad()
-    def _is_last(self, model: Any) -> bool:
+    def _is_last(self, model: PreTrainedModel) -> bool:
         """Whether the model's logits are what its head gives, asked with one token."""
         given = torch.linspace(10, 20, 8, device=model.device)
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -61,7 +71,7 @@ class SupervisedHead:
         return torch.equal(logits.flatten().float(), given)
 
     @torch.no_grad()
-    def _is_pointwise(self, model: Any) -> bool:
+    def _is_pointwise(self, model: PreTrainedModel) -> bool:
         """Whether the last layer's parts may run at some positions alone, tried once a model with four tokens."""
         known = vars(self.last_layer)
         if "_medlora_pointwise" in known:
@@ -71,6 +81,7 @@ class SupervisedHead:
         self.positions = torch.tensor([1, 3], device=model.device)
 
         def look(hidden: torch.Tensor) -> torch.Tensor:
+            assert self.positions is not None
             seen.append(hidden.flatten(0, -2).index_select(0, self.positions).float())
             return self.compute(hidden)
 
@@ -108,11 +119,12 @@ class SupervisedHead:
 
     def _pick(self, hidden: torch.Tensor) -> torch.Tensor:
         """Takes the place of the head's `forward`."""
+        assert self.positions is not None
         chosen = hidden.flatten(0, 1).index_select(0, self.positions)
         return chosen if self.deferred else self.compute(chosen)
 
     def compute_loss(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+        self, outputs: HasLogits, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Cross-entropy summed over the positions of `at` and divided by their number in the whole accumulated batch.
 
@@ -131,14 +143,17 @@ class SupervisedHead:
         weight = self.head.weight if isinstance(self.head, torch.nn.Linear) else None
         rows = values = None
         if isinstance(self.head, TrainableTokensWrapper):
-            weight = self.head.token_adapter.base_layer.weight
+            inner = self.head.token_adapter.base_layer.weight
+            assert isinstance(inner, torch.Tensor)
+            weight = inner
             rows, values = find_rows(self.head.token_adapter)
         vocabulary = self.head.original_module.weight.shape[0] if weight is None else weight.shape[0]
         most = max(1, CHUNK_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary))
         chunks = max(1, math.ceil(len(hidden) / most))
         size = max(1, math.ceil(len(hidden) / chunks))  # all alike: a last one of a few positions would cost as much
         if weight is not None and not weight.requires_grad and getattr(self.head, "bias", None) is None:
-            return _ChunkedLoss.apply(hidden, weight, targets, rows, values, size)
+            lean: torch.Tensor = _ChunkedLoss.apply(hidden, weight, targets, rows, values, size)
+            return lean
         total = hidden.sum() * 0.0
         for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             total = total + checkpoint(self._sum_plain, part, wanted, use_reentrant=False)
@@ -149,7 +164,7 @@ class SupervisedHead:
 
 
 @contextmanager
-def _replaced(module: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def _replaced(module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -161,7 +176,7 @@ def _replaced(module: Any, forward: Callable[..., torch.Tensor]) -> Iterator[Non
             module.forward = own
 
 
-def _find_pointwise(model: Any) -> tuple[Any, list[Any]]:
+def _find_pointwise(model: PreTrainedModel) -> tuple[torch.nn.Module | None, list[torch.nn.Module]]:
     """The last layer of a model's decoder, and the parts of it whose output at a position is read there alone.
 
     These are its queries, the product behind attention, and the MLP; none where a layer is more than norms, attention and
@@ -180,6 +195,7 @@ def _run_at(forward: Callable[[torch.Tensor], torch.Tensor], head: SupervisedHea
     """`forward` at the head's positions of the flattened x [rows, length, size]; zeros elsewhere."""
     if torch.compiler.is_compiling():
         return forward(x)
+    assert head.positions is not None
     rows = x.flatten(0, -2)
     out = forward(rows.index_select(0, head.positions)[None])[0]
     whole = out.new_zeros(len(rows), out.shape[-1]).index_copy(0, head.positions, out)
@@ -195,7 +211,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
@@ -217,7 +233,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = torch.mm(part, weight.T, out=buffer[: len(part)])
             else:
                 logits = (part @ weight.T).float()
-            if trained is not None:
+            if trained is not None and rows is not None:
                 logits.index_copy_(1, rows, (part @ trained.T).float())
             highest = logits.amax(1, keepdim=True)
             aimed = logits.gather(1, wanted)
@@ -229,7 +245,7 @@ class _ChunkedLoss(torch.autograd.Function):
             shares.scatter_add_(1, wanted, torch.full_like(aimed, -1.0))
             shares = shares.to(weight.dtype)
             back = shares @ weight
-            if change is not None:
+            if change is not None and rows is not None:
                 of_rows = shares.index_select(1, rows)
                 back.addmm_(of_rows, change)
                 if values_gradient is not None:
@@ -240,7 +256,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Context, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, values_gradient = ctx.saved_tensors
         to_values = None if values_gradient is None else values_gradient * upstream
         return gradient * upstream, None, None, None, to_values, None

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 OPTIONS = 5
 """Of a question."""
 STATEMENT_REPEATS = 8
@@ -30,7 +32,26 @@ CHAT_TEMPLATE = (
 """Gemma 3's turns, without its folding of a system message into the user's turn (the miniature has no system turn)."""
 
 INITIAL_STD = 0.1
-SHAPE = {
+
+
+class NetworkShape(TypedDict):
+    """The arguments of transformers' Gemma3TextConfig that are set here."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer_types: list[str]
+    sliding_window: int
+    query_pre_attn_scalar: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    initializer_range: float
+
+
+SHAPE: NetworkShape = {
     "hidden_size": 96,
     "intermediate_size": 192,
     "num_hidden_layers": 4,

@@ -21,9 +21,10 @@ def read_config(folder: Path) -> LoraConfig:
     """The adapter's config as PEFT knows it; raises InputError when it is not valid."""
     values = read_adapter_json(folder)
     try:
-        return LoraConfig.from_peft_type(**values)
+        config: LoraConfig = LoraConfig.from_peft_type(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG}: is no valid LoRA config: {error}") from None
+    return config
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

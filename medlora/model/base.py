@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from medlora.config.model import BaseModelConfig
 from medlora.errors import InputError
@@ -18,9 +19,13 @@ from medlora.kernels import attention
 from medlora.kernels.elementwise_cpu import lighten_elementwise
 from medlora.model.files import explain_load_errors, find_local_folder, load_quietly
 from medlora.model.tokenizer import load_base_tokenizer
+from medlora.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from medlora.model.miniature_base.pretraining import OnProgress
 
 
-def locate_base(base: BaseModelConfig, cache: str, seed: int, report: Any = None) -> BaseModelConfig:
+def locate_base(base: BaseModelConfig, cache: str, seed: int, report: OnProgress | None = None) -> BaseModelConfig:
     """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet."""
     if base.model != "miniature":
         return base
@@ -32,9 +37,7 @@ def locate_base(base: BaseModelConfig, cache: str, seed: int, report: Any = None
 log = logging.getLogger(__name__)
 
 
-def load_base(
-    base: BaseModelConfig, tokenizer: PreTrainedTokenizerBase, device: str | torch.device = "cpu"
-) -> PreTrainedModel:
+def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The base model on `device`, quantized as configured, every parameter frozen, in eval mode.
 
     A token of `tokenizer` that the base's own tokenizer lacks gets the mean of the rows of its old pieces, in the input
@@ -75,19 +78,25 @@ def load_base(
         _keep_four_bit_weights(model)
     _extend_vocabulary(model, tokenizer, load_base_tokenizer(base))
     lighten_elementwise(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
-def _load_weights(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_weights(folder: str, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Iterable[str]]]:
     """The model with sdpa, which flat batches need, else with the attention that its family supports."""
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)  # type: ignore[return-value]
     except ValueError as error:
         # Gemma 2 caps its scores, gpt-oss has sinks, Bloom has biases: transformers computes them without sdpa alone.
         if "scaled_dot_product_attention" not in str(error):
             raise
     log.info("%s: its family has no sdpa attention, eager is used; training batches are padded", folder)
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+    # With `output_loading_info` it returns a pair, which its annotation leaves out.
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)  # type: ignore[return-value]
+
+
+def _get_weight(embeddings: torch.nn.Module) -> torch.Tensor:
+    return cast(torch.Tensor, embeddings.weight)
 
 
 def _keep_four_bit_weights(model: PreTrainedModel) -> None:
@@ -104,19 +113,18 @@ def _keep_four_bit_weights(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _extend_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizerBase
-) -> None:
+def _extend_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, original: Tokenizer) -> None:
     """Give every token that `original` lacks a row: the mean of its pieces (Hewitt 2021, mean initialisation)."""
     old = original.get_vocab()
     new = {token: i for token, i in tokenizer.get_vocab().items() if token not in old}
     if not new:
         return
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _get_weight(model.get_input_embeddings()).shape[0]
     if max(new.values()) >= rows:
         model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
         model.requires_grad_(False)
-    embeddings = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(weight): weight for weight in map(_get_weight, both)}
     for token, i in new.items():
         pieces = original.encode(token.replace("▁", " "), add_special_tokens=False)
         for weight in embeddings.values():

@@ -11,13 +11,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from medlora.artifacts.adapter_checks import ROWS, Checked, check_adapter
 from medlora.artifacts.adapters import find_adapter
@@ -33,8 +34,15 @@ from medlora.model.targets import (
     decoder_name,
     has_turned_weights,
 )
+from medlora.tokens.tokenizer import Tokenizer
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
+Number = TypeVar("Number", int, float)
+
+
+def _get_base(model: Model) -> PreTrainedModel:
+    """The model below the adapters."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def _key(name: str) -> str:
@@ -50,12 +58,12 @@ def add_adapter(
     where the active adapters left them. One seed gives the same initial bytes whatever ran before.
     Raises InputError for a target that the decoder does not have, a name that is taken, or DoRA on int8 weights on CPU.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _get_base(model)
     below = _active(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes a fraction, too
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         lora_dropout=lora.dropout,
@@ -87,7 +95,7 @@ def load_chain(model: Model, adapters: Sequence[tuple[str, str | Path]], trainab
         config, tensors = read_config(folder), read_tensors(folder)
         config.inference_mode = False
         config.base_model_name_or_path = None  # PEFT would warn that the base has another name where it was trained
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = _get_base(model)
         exact = check_fit(base, folder, tensors, checked)
         adopt_embeddings(base, folder, config, tensors)
         try:
@@ -118,13 +126,14 @@ def activate(model: Model, names: Sequence[str], trainable: str | None = None) -
 
 
 def save_adapter(
-    model: PeftModel,
+    model: Model,
     name: str,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     base_model_name: str | None = None,
 ) -> None:
     """Write one adapter as an ordinary PEFT folder of deterministic bytes, the tokenizer beside it when given."""
+    model = cast(PeftModel, model)
     key = _key(name)
     absent = _absent_rows(model, key)
     state = {f"{row}.{key}": empty for row, empty in absent.items()}
@@ -132,16 +141,18 @@ def save_adapter(
     # Without the last argument PEFT adds the whole embedding after a resize, and asks the hub about it.
     tensors = get_peft_model_state_dict(model, state, adapter_name=key, save_embedding_layers=False)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in absent}
-    write_adapter(Path(folder), model.peft_config[key], tensors, base_model_name)
+    config = model.peft_config[key]
+    assert isinstance(config, LoraConfig)
+    write_adapter(Path(folder), config, tensors, base_model_name)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
 
-def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
+def load_adapter_weights(model: Model, name: str, folder: str | Path) -> None:
     """Load a saved adapter's tensors into the adapter of that name; raises InputError when they do not fit it."""
     folder = find_adapter(folder)
     check_adapter(folder)
-    _set_tensors(model, name, folder, read_tensors(folder))
+    _set_tensors(cast(PeftModel, model), name, folder, read_tensors(folder))
 
 
 def _set_tensors(model: PeftModel, name: str, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -153,8 +164,10 @@ def _set_tensors(model: PeftModel, name: str, folder: Path, tensors: dict[str, t
         raise InputError(f"{folder}: this adapter does not fit the base or its own config: {error}") from error
     # A tied head names its rows once more; named_parameters has them once.
     own = {name for name, _ in model.named_parameters() if key in name.split(".")}
-    missing = sorted(own & set(result.missing_keys))
-    unexpected = sorted(set(result.unexpected_keys) - set(absent) - {f"{row}.{key}" for row in absent})
+    # PEFT makes the class of this pair within the function that returns it.
+    missing = sorted(own & set(result.missing_keys))  # type: ignore[attr-defined]
+    strange = set(result.unexpected_keys)  # type: ignore[attr-defined]
+    unexpected = sorted(strange - set(absent) - {f"{row}.{key}" for row in absent})
     if missing or unexpected:
         wrong = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which has no place there"
         raise InputError(f"{folder}: this adapter does not fit the base or its own config: it {wrong}")
@@ -192,9 +205,10 @@ def _inject_exact(model: Model, name: str, config: LoraConfig, checked: Checked,
     ranks = {layer: checked.targets.find_rank(layer) for layer in layers}
     alphas = {layer: checked.targets.find_alpha(layer) for layer in layers}
     plain = copy.copy(config)
-    plain.target_modules, plain.exclude_modules = set(layers), None
+    plain.target_modules, plain.exclude_modules = set(layers), None  # type: ignore[assignment]  # PEFT makes a set of it
     plain.layers_to_transform = plain.layers_pattern = None
-    plain.r, plain.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    plain.r = _most_common(ranks.values())
+    plain.lora_alpha = _most_common(alphas.values())  # type: ignore[assignment]  # PEFT takes a fraction, too
     plain.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != plain.r}
     plain.alpha_pattern = {layer: alpha for layer, alpha in alphas.items() if alpha != plain.lora_alpha}
     model = _inject(model, name, plain)
@@ -204,7 +218,7 @@ def _inject_exact(model: Model, name: str, config: LoraConfig, checked: Checked,
     return model
 
 
-def _most_common(values: Iterable[Any]) -> Any:
+def _most_common(values: Iterable[Number]) -> Number:
     return Counter(values).most_common(1)[0][0]
 
 
@@ -215,9 +229,10 @@ def _active(model: Model) -> list[str]:
 
 def _switch(model: PeftModel, keys: list[str], trainable: str | None) -> None:
     """PEFT's own set_adapter refuses two adapters with vocabulary rows and makes all that it activates trainable."""
+    tuner = cast(BaseTuner, model.base_model)
     if keys:
-        model.base_model.enable_adapter_layers()
-        model.base_model.active_adapter = keys
+        tuner.enable_adapter_layers()
+        tuner.active_adapter = keys
         model.active_adapter = keys[-1]
         for module in model.modules():
             if isinstance(module, TrainableTokensWrapper):
@@ -227,8 +242,8 @@ def _switch(model: PeftModel, keys: list[str], trainable: str | None) -> None:
             elif isinstance(module, LoraLayer):
                 module.set_adapter(keys)
     else:
-        model.base_model.disable_adapter_layers()
-    decoder = f"base_model.model.{decoder_name(model.get_base_model())}."
+        tuner.disable_adapter_layers()
+    decoder = f"base_model.model.{decoder_name(_get_base(model))}."
     for name, parameter in model.named_parameters():
         # An adapter from elsewhere may sit on a vision tower too, which text never gives a gradient.
         reached = ".lora_" not in name or name.startswith(decoder)

@@ -25,7 +25,7 @@ def find_local_folder(base: BaseModelConfig, weights: bool = False) -> str:
     files += ["*.py"] if base.trust_remote_code else []
     try:
         # One request without retries tells whether there is a hub; transformers alone would try for most of a minute.
-        return snapshot_download(base.model, revision=base.revision, allow_patterns=files, ignore_patterns=["*/*"])
+        return str(snapshot_download(base.model, revision=base.revision, allow_patterns=files, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         raise InputError(
             f"base.model: {base.model} is no folder here, and the hub does not give it (no connection, unknown or "

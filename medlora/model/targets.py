@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -25,12 +26,13 @@ def decoder_name(base: PreTrainedModel) -> str:
 
 
 def _name_of(base: PreTrainedModel, wanted: torch.nn.Module) -> str:
-    return next(name for name, module in base.named_modules() if module is wanted)
+    names: Iterator[str] = (name for name, module in base.named_modules() if module is wanted)
+    return next(names)
 
 
 def list_linear(base: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The linear layers of a base by name, whether or not adapters sit on them; GPT-2's Conv1D is one with its weight turned."""
-    found = {}
+    found: dict[str, torch.nn.Module] = {}
     for name, module in base.named_modules():
         layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if isinstance(layer, torch.nn.Linear | Conv1D) and not re.search(r"\.(base_layer$|lora_[AB]\.)", name):
@@ -128,7 +130,7 @@ def choose_rows(base: PreTrainedModel, ids: Sequence[int]) -> list[int] | dict[s
 
 def _bare(embeddings: torch.nn.Module) -> torch.Tensor:
     """The base's own embeddings, whatever wraps them."""
-    return getattr(embeddings, "original_module", embeddings).weight
+    return cast(torch.Tensor, getattr(embeddings, "original_module", embeddings).weight)
 
 
 def adopt_embeddings(base: PreTrainedModel, folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from medlora.artifacts.base_checks import check_tokenizer
 from medlora.config.model import BaseModelConfig
@@ -18,9 +18,10 @@ from medlora.errors import InputError
 from medlora.model.files import explain_load_errors, find_local_folder, load_quietly
 from medlora.prompts import ANSWER_FIELD
 from medlora.tokens.encode import find_end_tokens
+from medlora.tokens.tokenizer import Tokenizer
 
 
-def load_stage_tokenizer(base: BaseModelConfig, chain: Sequence[Link]) -> Any:
+def load_stage_tokenizer(base: BaseModelConfig, chain: Sequence[Link]) -> Tokenizer:
     """The tokenizer of a stage: the extended one that its newest adapter was saved with, else the base's own."""
     for link in reversed(chain):
         if (Path(link.folder) / "tokenizer_config.json").is_file():
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def load_tokenizer(
     base: BaseModelConfig, folder: str | Path | None = None, extra_tokens: Sequence[str] = ()
-) -> PreTrainedTokenizerBase:
+) -> Tokenizer:
     """The tokenizer of the base, or the extended one saved in `folder`, with `extra_tokens` added to its vocabulary.
 
     A word that is one token already is skipped with a note in the log. Without a pad token, EOS serves.
@@ -46,7 +47,8 @@ def load_tokenizer(
             raise InputError(f"{folder}: holds no tokenizer (no tokenizer_config.json)")
         check_tokenizer(Path(folder), base.trust_remote_code)
         with explain_load_errors(str(folder)), load_quietly():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
+            found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
+        tokenizer = cast(Tokenizer, found)
     known = {word for word in extra_tokens if _is_token(tokenizer, word)}
     if known:
         shown = ", ".join(sorted(known)[:5]) + (", ..." if len(known) > 5 else "")
@@ -67,35 +69,33 @@ def load_tokenizer(
     return tokenizer
 
 
-def added_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
+def added_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
     """The sorted ids of those `words` that were added to the vocabulary: the rows `train_extra_tokens` trains."""
     added = tokenizer.get_added_vocab()
     return sorted({added[content] for word in words if (content := _content(tokenizer, word)) in added})
 
 
-def load_base_tokenizer(base: BaseModelConfig) -> PreTrainedTokenizerBase:
+def load_base_tokenizer(base: BaseModelConfig) -> Tokenizer:
     folder = find_local_folder(base)
     with explain_load_errors(f"base.model: {folder}"), load_quietly():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code))
 
 
-def _marks_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _marks_spaces(tokenizer: Tokenizer) -> bool:
     """Whether the normalizer writes spaces as U+2581, as that of Gemma does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return bool(backend and backend.normalizer and backend.normalizer.normalize_str("x x") == "x▁x")
 
 
-def _content(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
+def _content(tokenizer: Tokenizer, word: str) -> str:
     return f"▁{word}" if _marks_spaces(tokenizer) else word
 
 
-def _is_token(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+def _is_token(tokenizer: Tokenizer, word: str) -> bool:
     return any(len(tokenizer.encode(text, add_special_tokens=False)) == 1 for text in (word, f" {word}"))
 
 
-def letter_token_ids(
-    tokenizer: PreTrainedTokenizerBase, letters: Sequence[str], before: str = ANSWER_FIELD
-) -> list[int]:
+def letter_token_ids(tokenizer: Tokenizer, letters: Sequence[str], before: str = ANSWER_FIELD) -> list[int]:
     """The id of each option letter as the one token that stands right after `before`, in the order of `letters`.
 
     Raises InputError when a letter is no single token there or shares its token with another.
@@ -113,7 +113,7 @@ def letter_token_ids(
     return ids
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:
+def stop_token_ids(tokenizer: Tokenizer, model: PreTrainedModel | None = None) -> list[int]:
     """Sorted ids that end an answer: EOS, `<end_of_turn>` where known, what the chat template writes behind an assistant's
     turn, and what the model's generation config lists."""
     stops = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<end_of_turn>")}

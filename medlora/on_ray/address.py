@@ -66,7 +66,7 @@ def _probe(address: str, source: str) -> None:
         raise InputError(f"{source} names a Ray at {address}, which did not answer in {PROBE_S:.0f} s; {advice}")
     if "://" in address:
         return
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub leaves it out
     from ray.exceptions import AuthenticationError
 
     try:

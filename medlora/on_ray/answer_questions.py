@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import ray
 import ray.data
@@ -31,14 +31,17 @@ from medlora.evaluation.ledger import Batch, name_batch, pack_prediction, unpack
 from medlora.evaluation.plan import EvaluationTask
 from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.questions import Question
-from medlora.events import Event, Failed, OnEvent
+from medlora.events import Event, Failed, Failure, OnEvent
 from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
-from medlora.on_ray.inbox import beside_driver, listen
+from medlora.on_ray.inbox import Inbox, beside_driver, listen
 from medlora.on_ray.placement import count_gpus, say_while_waiting
 from medlora.on_ray.workers.failures import describe_exception, tell_failure
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.records import McqRecord
 from medlora.runs.disk_errors import explaining
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 log = logging.getLogger("medlora.run")
 
@@ -169,7 +172,7 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
 
 def _explain(failure: Exception, failed: Sequence[Failed], log_file: Path) -> RunError:
     """The one message for an evaluation whose model cannot be loaded; the traceback goes to the log."""
-    first: Mapping[str, Any] = failed[0] if failed else describe_exception(getattr(failure, "cause", None) or failure)
+    first: Failure = failed[0] if failed else describe_exception(getattr(failure, "cause", None) or failure)
     log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
     return RunError(
         f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "
@@ -178,7 +181,7 @@ def _explain(failure: Exception, failed: Sequence[Failed], log_file: Path) -> Ru
 
 
 def _map_batches(
-    batches: Sequence[Batch], placement: ActorPlacement, gpus: float, constructor: dict[str, Any]
+    batches: Sequence[Batch], placement: ActorPlacement, gpus: float, constructor: dict[str, object]
 ) -> ray.data.Dataset:
     """The batches as a Ray Data set whose rows are answered by an actor pool."""
     most = min(placement.workers, len(batches))
@@ -237,7 +240,12 @@ class BatchAnswerer:
     """The Ray Data actor: loads the model once, answers batch after batch, and isolates a question that breaks it."""
 
     def __init__(
-        self, build: Callable[[], AnswersQuestions], attempts: Any, retries: int, inbox: Any, beat_s: float = 5.0
+        self,
+        build: Callable[[], AnswersQuestions],
+        attempts: ActorHandle,
+        retries: int,
+        inbox: Inbox,
+        beat_s: float = 5.0,
     ) -> None:
         self.attempts, self.retries, self.inbox = attempts, retries, inbox
         inbox.put(events.loading())
@@ -260,7 +268,7 @@ class BatchAnswerer:
         pulse.begin("")
         inbox.put(events.ready(socket.gethostname()))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, row: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """One batch as JSON -> its predictions as JSON."""
         batch: list[Question] = []
         for test, record in json.loads(row["batch"][0]):

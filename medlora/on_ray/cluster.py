@@ -25,7 +25,7 @@ from medlora.runs.files import read_json
 _ACCELERATOR = "accelerator_type:"
 
 
-_OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+_OPTIONS: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ import asyncio
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from medlora import endings
-from medlora.events import OnEvent
+from medlora.events import Event, OnEvent
 
 
-def beside_driver() -> dict[str, Any]:
+def beside_driver() -> dict[str, object]:
     """Options of a helper actor that must not be lost with a worker's node: it lives and dies with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": here}
@@ -56,13 +55,13 @@ class _Mailbox:
     """The actor between a driver and its workers: their events, and the driver's wish that they leave."""
 
     def __init__(self) -> None:
-        self.events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.leave = asyncio.Event()
 
-    async def put(self, event: dict[str, Any] | None) -> None:
+    async def put(self, event: Event | None) -> None:
         await self.events.put(event)
 
-    async def get(self) -> dict[str, Any] | None:
+    async def get(self) -> Event | None:
         return await self.events.get()
 
     async def ask_to_leave(self) -> None:
@@ -75,10 +74,10 @@ class _Mailbox:
 class Inbox:
     """Where workers put what happens, an actor with these options; travels to them."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, object]) -> None:
         self.actor = ray.remote(**options)(_Mailbox).remote()
 
-    def put(self, event: dict[str, Any]) -> None:
+    def put(self, event: Event) -> None:
         """Hand over an event, a plain dict; returns once it has arrived."""
         ray.get(self.actor.put.remote(event))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from medlora import events
 from medlora.config.sources import TrainSource
@@ -14,12 +14,30 @@ from medlora.data.sources import cut_pieces, scan
 from medlora.events import OnEvent
 from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
 from medlora.tokens.cache import Preparation, finish, new_folder
+from medlora.tokens.tokenizer import Tokenizer
 
 LEAST_RECORDS = 5_000
 """A smaller source is tokenised by the phase's own worker sooner than Ray has started."""
 
 
 _PIECES_PER_CPU = 4
+
+
+class _Common(TypedDict):
+    """What all pieces of a source share."""
+
+    job: str
+    source: str
+    cwd: str
+
+
+class _Piece(_Common):
+    """A Ray Data row: which rows of a file become which part."""
+
+    file: str
+    start: int
+    stop: int
+    part: str
 
 
 def prepare_on_ray(job: PhaseJob, cluster: Cluster, on_event: OnEvent) -> None:
@@ -40,11 +58,12 @@ def prepare_on_ray(job: PhaseJob, cluster: Cluster, on_event: OnEvent) -> None:
             _prepare(job, plan, source, cluster, on_event)
 
 
-def _load_tokenizer(job: PhaseJob) -> Any:
+def _load_tokenizer(job: PhaseJob) -> Tokenizer:
     from medlora.model.base import locate_base
     from medlora.training.phase import load_phase_tokenizer
 
-    return load_phase_tokenizer(job, locate_base(job.base, job.cache, job.seed))
+    tokenizer: Tokenizer = load_phase_tokenizer(job, locate_base(job.base, job.cache, job.seed))
+    return tokenizer
 
 
 def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Cluster, on_event: OnEvent) -> None:
@@ -56,8 +75,8 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
     on_event(events.note(phase, text))
     quiet_ray_data()
     with new_folder(plan) as folder:
-        common = {"job": job.model_dump_json(), "source": source.model_dump_json(), "cwd": os.getcwd()}
-        pieces = [
+        common: _Common = {"job": job.model_dump_json(), "source": source.model_dump_json(), "cwd": os.getcwd()}
+        pieces: list[_Piece] = [
             {**common, "file": file, "start": start, "stop": stop, "part": str(folder / f"part-{n:05}.arrow")}
             for n, (file, start, stop) in enumerate(cut_pieces(found, max(1, int(cluster.cpus)) * _PIECES_PER_CPU))
         ]
@@ -79,10 +98,10 @@ def _prepare(job: PhaseJob, plan: Preparation, source: TrainSource, cluster: Clu
     on_event(events.note(phase, f"tokens of {source.source}: {rate}"))
 
 
-_TOKENIZERS: dict[str, Any] = {}
+_TOKENIZERS: dict[str, Tokenizer] = {}
 
 
-def _write_piece(row: dict[str, Any]) -> dict[str, int]:
+def _write_piece(row: _Piece) -> dict[str, int]:
     """What one Ray task does: its rows of one file, as tokens, into a part of its own."""
     from medlora.data.sources import remember, stream_piece
     from medlora.tokens.cache import write_part

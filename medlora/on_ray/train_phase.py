@@ -7,9 +7,9 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, cast
 
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -40,7 +40,21 @@ from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
 from medlora.runs.files import remove
 from medlora.runs.folders import PhaseFolder, RunFolder
-from medlora.runs.manifests import read_manifest
+from medlora.runs.manifests import PhaseManifest, read_manifest
+
+
+class _Loop(TypedDict):
+    """What travels to each worker of a phase."""
+
+    job: dict[str, object]
+    folder: str
+    run: str
+    nonce: str
+    inbox: Inbox
+    cwd: str
+    gpu: bool
+    say_host: bool
+    beat_s: float
 
 
 class PlaceWatcher(Protocol):
@@ -56,7 +70,7 @@ class PlaceWatcher(Protocol):
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Leaves SIGINT to `endings`: Ray Train's handler says nothing and exits with 1, whatever happens."""
 
-    def _register_sigint_handler(self, controller: Any) -> None:
+    def _register_sigint_handler(self, controller: object) -> None:
         pass
 
 
@@ -67,7 +81,7 @@ def train_on_ray(
     cluster: Cluster,
     on_event: OnEvent,
     watcher: PlaceWatcher | None = None,
-) -> dict[str, Any]:
+) -> PhaseManifest:
     """Train one phase on the workers its placement asks for and return its manifest.
 
     A worker or node that dies costs one of `placement.retries`: the phase resumes from its last whole checkpoint, which
@@ -215,7 +229,7 @@ class _Training:
         )
 
 
-def _read_manifest(run: RunFolder, phase: str) -> dict[str, Any]:
+def _read_manifest(run: RunFolder, phase: str) -> PhaseManifest:
     folder = run.phase(phase).root
     mirror.pull(folder)
     manifest = read_manifest(folder)
@@ -224,10 +238,10 @@ def _read_manifest(run: RunFolder, phase: str) -> dict[str, Any]:
             f"phase {phase} ended without a manifest in {folder}: its worker writes elsewhere; "
             "storage.folder must be a mount that every node sees, or s3:// or gs://"
         )
-    return manifest
+    return cast(PhaseManifest, manifest)
 
 
-def _find_deaths(error: Any) -> str:
+def _find_deaths(error: object) -> str:
     """Which workers died (were killed, lost their node), as text; empty where any of them raised an exception of ours."""
     failures = getattr(error, "worker_failures", None)
     if failures is None:
@@ -236,9 +250,7 @@ def _find_deaths(error: Any) -> str:
     return describe_lost(failures, lost) if lost and not own else ""
 
 
-def _explain(
-    error: Any, failed: Sequence[Mapping[str, Any]], phase: str, run: RunFolder, placement: Placement
-) -> RunError:
+def _explain(error: object, failed: Sequence[Failed], phase: str, run: RunFolder, placement: Placement) -> RunError:
     """The one message for a phase that cannot be resumed by itself; tracebacks go to the run's log."""
     log = logging.getLogger(f"medlora.run.{run.name}")
     resume = "the same command resumes from the last checkpoint"
@@ -251,7 +263,7 @@ def _explain(
     if not failed:  # no worker could report it
         failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
         _, own = split_failures(failures)
-        failed = [{"rank": rank, **describe_exception(cause)} for rank, cause in (own or failures).items()]
+        failed = [events.failed(rank, describe_exception(cause)) for rank, cause in (own or failures).items()]
         log.error("phase %s: %s", phase, error)
     for event in failed:
         log.error("phase %s, worker %d on %s:\n%s", phase, event["rank"], event["host"], event["traceback"])
@@ -262,7 +274,7 @@ def _explain(
     )
 
 
-def _train_loop(config: dict[str, Any]) -> None:
+def _train_loop(config: _Loop) -> None:
     """What each Ray Train worker runs: rebuild the job from plain values and hand it to `run_phase`."""
     import ray.train
     import torch.distributed as dist
@@ -282,7 +294,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     watch_inbox(inbox)
     if config["say_host"]:
         text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
-        inbox.put(events.note(config["job"]["phase"]["name"], text))
+        inbox.put(events.note(Path(config["folder"]).name, text))
     try:
         with explaining(Path(config["run"])):
             mirror.check_seen(Path(config["run"]), config["nonce"])

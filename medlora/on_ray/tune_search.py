@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal, Protocol, TypedDict
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
@@ -25,6 +25,7 @@ from medlora.errors import InputError
 from medlora.events import OnEvent
 from medlora.on_ray.cluster import Cluster
 from medlora.on_ray.placement import count_gpus
+from medlora.on_ray.tune_trial import TrialSpec
 from medlora.on_ray.workers.failures import describe_exception, is_death
 from medlora.runs.files import remove
 from medlora.runs.folders import RunFolder
@@ -35,8 +36,29 @@ from medlora.sweep.suggest import Suggester
 log = logging.getLogger("medlora.run")
 
 
+_CONTINUE: str = FIFOScheduler.CONTINUE
+_STOP: str = FIFOScheduler.STOP
+
 _ENDLESS = 10**9
 """More steps than a trial has: there are rungs as far as it goes."""
+
+
+class TuneTrial(Protocol):
+    """What is read of a trial of Tune's."""
+
+    config: TrialSpec
+    error_file: str | None
+
+
+class _Result(TypedDict, total=False):
+    """What a trial reports: a score, or its end."""
+
+    step: int
+    score: float
+    last: bool
+    ended: Literal["finished", "failed", "refused"]
+    why: str
+    traceback: str
 
 
 class Halving:
@@ -67,7 +89,7 @@ class Halving:
             self.added.add(id)
             self.asha.on_trial_add(None, trial)
         action = self.asha.on_trial_result(None, trial, {"step": step, "score": score})
-        return bool(action == FIFOScheduler.STOP) and id != START
+        return bool(action == _STOP) and id != START
 
 
 @dataclass
@@ -83,8 +105,8 @@ class Search:
     halving: Halving | None
     trials: int
     propose: Callable[[], Proposal | Literal["wait"] | None]
-    describe: Callable[[Trial], dict[str, Any]]
-    trainable: Callable[[dict[str, Any]], None]
+    describe: Callable[[Trial], TrialSpec]
+    trainable: Callable[[TrialSpec], None]
     placement: Placement
     concurrency: int
     on_event: OnEvent
@@ -146,7 +168,7 @@ def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, c
         raise InputError(search.refusals[0])
 
 
-def _run_once(trainable: Callable[[dict[str, Any]], None], trial: dict[str, Any]) -> None:
+def _run_once(trainable: Callable[[TrialSpec], None], trial: TrialSpec) -> None:
     """Run a trial; its own exception, which would come again, is its end and no death that Tune retries."""
     try:
         trainable(trial)
@@ -173,16 +195,16 @@ def _own_files(folder: Path) -> Iterator[Path]:
 class _Silent:
     """Tune pickles its parts from time to time; of ours nothing is to be kept."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {}
 
 
-class _Searcher(_Silent, Searcher):
+class _Searcher(_Silent, Searcher):  # type: ignore[misc]
     def __init__(self, search: Search, unfinished: Sequence[Trial]) -> None:
         super().__init__()
         self.search, self.suggestions = search, self._suggest_all(unfinished)
 
-    def _suggest_all(self, unfinished: Sequence[Trial]) -> Iterator[tuple[Trial, Any, dict[str, Any]] | None]:
+    def _suggest_all(self, unfinished: Sequence[Trial]) -> Iterator[tuple[Trial, object, TrialSpec] | None]:
         search = self.search
         for trial in unfinished:
             yield trial, None, search.describe(trial)
@@ -199,16 +221,17 @@ class _Searcher(_Silent, Searcher):
                 search.suggester.end(trial)
                 search.on_event(events.trial_changed(trial.id))
 
-    def suggest(self, trial_id: str) -> Any:
+    def suggest(self, trial_id: str) -> TrialSpec | str | None:
         """The next trial as Tune's config."""
-        found = Searcher.FINISHED if endings.is_ending() else next(self.suggestions, Searcher.FINISHED)
-        if found is None or found == Searcher.FINISHED:
+        finished: str = Searcher.FINISHED
+        found = finished if endings.is_ending() else next(self.suggestions, finished)
+        if found is None or isinstance(found, str):
             return found
         trial, asked, described = found
         self.search.suggester.begin(trial.id, trial.params, asked)
         return described
 
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: object = None, error: bool = False) -> None:
         """The judge knows already."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -221,25 +244,25 @@ class _Searcher(_Silent, Searcher):
         """Nothing: the ledger holds it."""
 
 
-class _Judge(_Silent, FIFOScheduler):
+class _Judge(_Silent, FIFOScheduler):  # type: ignore[misc]
     """Writes every score into the ledger, tells the sampler, and ends a trial that falls behind."""
 
     def __init__(self, search: Search) -> None:
         super().__init__()
         self.search = search
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: object, trial: TuneTrial, result: _Result) -> str:
         """Whether the trial goes on."""
         search, id = self.search, trial.config["id"]
         known = search.ledger.trials[id]
         if endings.is_ending():  # its trials leave, with or without a score; they report again when they resume
-            return self.CONTINUE
+            return _CONTINUE
         if known.ended:  # Tune repeats the last report of a function that has returned
-            return self.CONTINUE
+            return _CONTINUE
         if ended := result.get("ended"):
             if ended == "refused":
                 search.refusals.append(result["why"])
-                return self.CONTINUE
+                return _CONTINUE
             search.ledger.end(id, ended, result["why"])
             if "traceback" in result:
                 log.error("trial %s ends by an exception:\n%s", id, result["traceback"])
@@ -251,28 +274,28 @@ class _Judge(_Silent, FIFOScheduler):
         if known.ended:
             search.suggester.end(known)
         search.on_event(events.trial_changed(id))
-        return self.STOP if known.state == "stopped" else self.CONTINUE
+        return _STOP if known.state == "stopped" else _CONTINUE
 
 
-class _Watch(tune.Callback):
+class _Watch(tune.Callback):  # type: ignore[misc]
     """Writes into the ledger when a trial's process begins and when it dies."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """The trial has a process."""
         self.search.ledger.run(trial.config["id"])
         self.search.on_event(events.trial_changed(trial.config["id"]))
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """Its process died, and it is tried again."""
         self._note(trial, f"{_explain(trial)}; it resumes from its last checkpoint")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """Its process died for the last time."""
         id = trial.config["id"]
         self._note(trial, f"{_explain(trial)}; it is given up")
@@ -280,21 +303,21 @@ class _Watch(tune.Callback):
         self.search.suggester.end(self.search.ledger.trials[id])
         self.search.on_event(events.trial_changed(id))
 
-    def _note(self, trial: Any, text: str) -> None:
+    def _note(self, trial: TuneTrial, text: str) -> None:
         id = trial.config["id"]
         self.search.ledger.die(id)
         log.warning("trial %s: %s", id, text)
         self.search.on_event(events.trial_note(id, text))
 
 
-class _Stopper(tune.Stopper):
+class _Stopper(tune.Stopper):  # type: ignore[misc]
     def __init__(self, search: Search) -> None:
         self.search = search
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {}
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: dict[str, object]) -> bool:
         return False
 
     def stop_all(self) -> bool:
@@ -302,7 +325,7 @@ class _Stopper(tune.Stopper):
         return bool(self.search.refusals)
 
 
-def _explain(trial: Any) -> str:
+def _explain(trial: TuneTrial) -> str:
     """Why a trial's process ended, from the text that Tune kept: its pickle is not opened."""
     # `trial.get_error` reads a copy that is made later; failures stand one below the other.
     path = Path(trial.error_file) if trial.error_file else None

@@ -6,18 +6,20 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from medlora import events
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import extend_chain, start_chain
-from medlora.curriculum.jobs import find_obstacle, make_job
+from medlora.curriculum.jobs import PhaseJob, find_obstacle, make_job
+from medlora.data.card import DataCard
 from medlora.errors import InputError
-from medlora.events import Event
+from medlora.events import Event, OnEvent
 from medlora.on_ray.cluster import enter_folder
+from medlora.on_ray.inbox import Inbox
 from medlora.on_ray.workers.stalls import beating
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explain, explaining
@@ -25,11 +27,56 @@ from medlora.runs.environment import get_versions
 from medlora.runs.files import read_json_lines, set_aside, write_sealed, write_yaml
 from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
 
+if TYPE_CHECKING:
+    from medlora.training.reuse import ReusedParts
+
 _UNWIND_S = 60
 """How long a stopped trial may take to let go of its files and its model before its process is given up."""
 
 
-def run_trial(trial: dict[str, Any], common: dict[str, Any]) -> None:
+class TrialSpec(TypedDict):
+    """A trial as plain values for its process."""
+
+    id: str
+    config: dict[str, object]
+    train: list[str]
+    """The phases that it trains; the last one is judged."""
+    links: dict[str, str]
+    """Where the phases before it are."""
+    offset: int
+    """Steps of generations before."""
+    known: int
+    """The last step whose score is in the ledger."""
+
+
+class Common(TypedDict):
+    """What all trials of a sweep share."""
+
+    folder: str
+    scans: list[dict[str, object]]
+    dropped: Mapping[str, tuple[str, ...]] | None
+    card: DataCard
+    nonce: str
+    inbox: Inbox
+    beat_s: float
+    cwd: str
+    gpu: bool
+
+
+Report = Callable[[Mapping[str, object]], None]
+"""Tune's own `report`."""
+
+
+class RunPhase(Protocol):
+    """`training.phase.run_phase`, bound to what asks its workers to leave."""
+
+    def __call__(
+        self, job: PhaseJob, folder: PhaseFolder, report: OnEvent, device: str, *, reuse: ReusedParts | None = None
+    ) -> object:
+        """Train a phase."""
+
+
+def run_trial(trial: TrialSpec, common: Common) -> None:
     """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
 
     `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
@@ -99,11 +146,11 @@ class _Clock:
 
 
 def _train(
-    trial: dict[str, Any],
+    trial: TrialSpec,
     folder: Path,
-    common: dict[str, Any],
-    report: Callable[[dict[str, Any]], None],
-    run_phase: Callable[..., Any],
+    common: Common,
+    report: Report,
+    run_phase: RunPhase,
     clock: _Clock,
 ) -> None:
     config, run = RunConfig.model_validate(trial["config"]), RunFolder(folder)
@@ -133,7 +180,7 @@ def _train(
 
 
 @cache
-def _get_reused_parts() -> Any:
+def _get_reused_parts() -> ReusedParts:
     """The parts that the trials of this process share."""
     from medlora.training.reuse import ReusedParts
 
@@ -143,7 +190,7 @@ def _get_reused_parts() -> Any:
     return ReusedParts()
 
 
-def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: dict[str, Any]) -> None:
+def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: DataCard) -> None:
     """An ordinary run folder; phases that several trials share are links to where they stand, in a store copies of them."""
     mirror.pull(run.root)
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
@@ -167,10 +214,10 @@ class _Hook:
 
     def __init__(
         self,
-        trial: dict[str, Any],
+        trial: TrialSpec,
         folder: PhaseFolder,
-        report: Callable[[dict[str, Any]], None] | None,
-        inbox: Any,
+        report: Report | None,
+        inbox: Inbox,
         clock: _Clock,
     ) -> None:
         self.id, self.offset, self.known = trial["id"], trial["offset"], trial["known"]
@@ -189,22 +236,22 @@ class _Hook:
             self.clock.turn_to("wait")
             self.clock.move(event["seconds"], "train", "score")
             last = event["segment"] == "normal" and event["step"] == self.steps
-            self._tell(event, last)
+            self._tell(event["segment"], event["step"], event["accuracy"], last)
             self.clock.turn_to("save" if last else "train")
 
     def tell_again(self, finished: bool) -> None:
         """Report the scores of an earlier process that nobody heard, since the driver died before."""
         rows = read_json_lines(self.folder.validation, keys=("segment", "step", "accuracy"))
         for i, row in enumerate(rows):
-            self._tell(row, finished and i + 1 == len(rows))
+            self._tell(row["segment"], row["step"], row["accuracy"], finished and i + 1 == len(rows))
 
-    def _tell(self, row: dict[str, Any], last: bool) -> None:
+    def _tell(self, segment: str, step: int, accuracy: float, last: bool) -> None:
         # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
         before = [
             each["step"]
             for each in read_json_lines(self.folder.metrics, keys=("segment", "step"))
             if each["segment"] == "full"
         ]
-        step = self.offset + row["step"] + (max(before, default=0) if row["segment"] == "normal" else 0)
+        step += self.offset + (max(before, default=0) if segment == "normal" else 0)
         if self.report and step > self.known:
-            self.report({"step": step, "score": float(row["accuracy"]), "last": last})
+            self.report({"step": step, "score": float(accuracy), "last": last})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from medlora.evaluation.predictions import Prediction
+from medlora.evaluation.reports import PairRow, Report
 from medlora.records import McqRecord
 
 _PAGE_BYTES = 2_500_000
@@ -36,7 +36,7 @@ class Card:
 class Change:
     """What one comparison gained and lost: how many, and the first of them as cards."""
 
-    pair: Mapping[str, Any]
+    pair: PairRow
     gained: tuple[Card, ...]
     lost: tuple[Card, ...]
 
@@ -50,7 +50,7 @@ class Listing:
 
 
 def list_changes(
-    report: Mapping[str, Any], predictions: Sequence[Prediction], questions: Mapping[str, Sequence[McqRecord]]
+    report: Report, predictions: Sequence[Prediction], questions: Mapping[str, Sequence[McqRecord]]
 ) -> Listing:
     """Each stage against the one before it and the last against the first, on every test, as much as a page can hold."""
     records = {(test, record.id): record for test, inside in questions.items() for record in inside}
@@ -71,7 +71,7 @@ def list_changes(
     return Listing(tuple(Change(c.pair, c.gained[:limit], c.lost[:limit]) for c in changes), limit)
 
 
-def select_pairs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def select_pairs(report: Report) -> list[PairRow]:
     """Of the comparisons on single tests: each stage against the one before it, and the last against the first."""
     found = []
     for test in dict.fromkeys(row["test"] for row in report["stages"]):

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from medlora.evaluation.predictions import Prediction
+from medlora.evaluation.reports import OverallRow, PairRow, Report, StageRow
 from medlora.records import LETTERS, McqRecord
 from medlora.reporting import svg as shapes
 from medlora.reporting.changes import _TEXT_LIMIT, list_changes
 from medlora.reporting.templates import make_environment
 
-_TIMES = ("seconds", "seconds_to_first_answer", "questions_asked", "questions_per_s")
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_TIMES: tuple[Literal["seconds", "seconds_to_first_answer", "questions_asked", "questions_per_s"], ...] = (
+    "seconds",
+    "seconds_to_first_answer",
+    "questions_asked",
+    "questions_per_s",
+)
 
 
 _ABOUT = (
@@ -33,7 +42,7 @@ _ABOUT = (
 
 def write_page(
     path: Path,
-    report: Mapping[str, Any],
+    report: Report,
     predictions: Sequence[Prediction],
     questions: Mapping[str, Sequence[McqRecord]] | None = None,
 ) -> None:
@@ -64,7 +73,7 @@ def write_page(
 class Drawings:
     """The page's figures, asked for by the template: SVG that needs no escaping, for it holds none of the data's text."""
 
-    def __init__(self, report: Mapping[str, Any], stages: Sequence[str]) -> None:
+    def __init__(self, report: Report, stages: Sequence[str]) -> None:
         self.places = {stage: place for place, stage in enumerate(stages)}
         scored = [*report["stages"], *report["overall"]]
         ends = [end for row in scored for end in row["interval"]]
@@ -74,11 +83,11 @@ class Drawings:
         self.difference = shapes.make_scale([0, *(100 * end for pair in pairs for end in (pair["low"], pair["high"]))])
         self.subject = shapes.make_scale([0, 100])
 
-    def accuracy_of(self, row: Mapping[str, Any]) -> Any:
+    def accuracy_of(self, row: StageRow | OverallRow) -> Markup:
         """One stage's accuracy with its interval; dashed: chance."""
         return _safe(shapes.draw_points([self._point(row["stage"], row)], self.accuracy, _percent(row["chance"])))
 
-    def subject_of(self, rows: Iterable[Mapping[str, Any]], subject: str) -> Any:
+    def subject_of(self, rows: Iterable[StageRow], subject: str) -> Markup:
         """All stages' accuracies on one subject."""
         given = [row for row in rows if subject in row["subjects"]]
         points = [
@@ -89,16 +98,16 @@ class Drawings:
         ]
         return _safe(shapes.draw_points(points, self.subject, _percent(given[0]["chance"])))
 
-    def difference_of(self, pair: Mapping[str, Any]) -> Any:
+    def difference_of(self, pair: PairRow) -> Markup:
         """A difference with its interval; dashed: none."""
         ends = (100 * pair["difference"], 100 * pair["low"], 100 * pair["high"])
         return _safe(shapes.draw_points([shapes.Point(self.places[pair["after"]], *ends)], self.difference, 0))
 
-    def scale_of(self, name: str) -> Any:
+    def scale_of(self, name: str) -> Markup:
         """The numbers under a column of one of the three kinds above."""
         return _safe(shapes.draw_scale(getattr(self, name), signed=name == "difference"))
 
-    def letters_of(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+    def letters_of(self, rows: Sequence[StageRow]) -> Markup:
         """Chosen against gold letters of all stages on one test."""
         golds = rows[0]["letters"]["gold"]
         names = [x for x in LETTERS if any(x in row["letters"]["gold"] for row in rows)]
@@ -106,20 +115,22 @@ class Drawings:
         chosen = [(self.places[row["stage"]], _shares(row["letters"]["chosen"])) for row in rows]
         return _safe(shapes.draw_letters(gold, chosen))
 
-    def reliability_of(self, row: Mapping[str, Any]) -> Any:
+    def reliability_of(self, row: StageRow) -> Markup:
         """Accuracy against confidence of one stage on one test."""
-        return _safe(shapes.draw_reliability(row["calibration"]["bins"], self.places[row["stage"]]))
+        calibration = row["calibration"]
+        assert calibration is not None  # the template draws no other row
+        return _safe(shapes.draw_reliability(calibration["bins"], self.places[row["stage"]]))
 
-    def marker_of(self, stage: str) -> Any:
+    def marker_of(self, stage: str) -> Markup:
         """The stage's sign."""
         return _safe(shapes.draw_marker(self.places[stage]))
 
-    def _point(self, stage: str, row: Mapping[str, Any]) -> shapes.Point:
+    def _point(self, stage: str, row: StageRow | OverallRow) -> shapes.Point:
         value = row["accuracy"] if "accuracy" in row else row["micro"]
         return shapes.Point(self.places[stage], 100 * value, *(100 * end for end in row["interval"]))
 
 
-def _safe(svg: str) -> Any:
+def _safe(svg: str) -> Markup:
     from markupsafe import Markup
 
     return Markup(svg)

@@ -6,17 +6,27 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from medlora.events import Event
 
 log = logging.getLogger("medlora.run")
 
 
 _PLAIN_EVERY_S = 10.0
+
+
+_SCORES: tuple[Literal["accuracy", "format_score", "perplexity", "token_f1"], ...] = (
+    "accuracy",
+    "format_score",
+    "perplexity",
+    "token_f1",
+)
+"""Of a validation, in this order."""
 
 
 class Display:
@@ -62,48 +72,44 @@ class Display:
     ) -> None:
         self.progress.stop()
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show(self, event: Event) -> None:
         """Take one event of a run."""
-        kind, phase = event["event"], event.get("phase", "")
-        if kind == "step":
+        phase = str(event.get("phase", ""))
+        if event["event"] == "step":
             figures = (
                 f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {event['peak_memory_mib']:,.0f} MiB"
             )
             label = phase if event["segment"] == "normal" else f"{phase} {event['segment']}"
             self._advance(label, event["step"], event["steps"], figures)
-        elif kind == "build":
+        elif event["event"] == "build":
             self._advance(event["what"], event["step"], event["total"], f"loss {event['loss']:.3f}")
-        elif kind == "preparing":
+        elif event["event"] == "preparing":
             self._advance(phase, event["done"], event["total"], "records")
-        elif kind == "evaluating":
+        elif event["event"] == "evaluating":
             self._begin("evaluation")
             self.total, self.answered, self.rates = event["total"], event["known"], deque(maxlen=16)
             if event["known"]:
                 self._say(f"evaluation  {event['known']} of {event['total']} questions are answered already")
-        elif kind == "evaluation":
+        elif event["event"] == "evaluation":
             self.answered += event["questions"]
             self.rates.append((time.monotonic(), event["questions"], event["seconds"]))
             self._advance("evaluation", self.answered, self.total, f"{self._measure_rate():.1f} questions/s")
-        elif kind == "validation":
-            scores = "  ".join(
-                f"{name} {event[name]:.3f}"
-                for name in ("accuracy", "format_score", "perplexity", "token_f1")
-                if name in event
-            )
+        elif event["event"] == "validation":
+            scores = "  ".join(f"{name} {event[name]:.3f}" for name in _SCORES if name in event)
             self._say(f"{phase}  dev at step {event['step']}: {scores}")
-        elif kind == "phase":
+        elif event["event"] == "phase":
             self._begin(phase)
             self._say(f"{phase}  on {event['device']}")
-        elif kind == "finished":
+        elif event["event"] == "finished":
             self._begin("")
             around = f", and {event['around_s']:.0f} s to start and end its workers" if event["around_s"] else ""
             self._say(f"{phase}  done in {event['seconds']:.0f} s{around}")
-        elif kind == "reused":
+        elif event["event"] == "reused":
             self._say(f"{phase}  is finished already and reused")
-        elif kind == "cluster":
+        elif event["event"] == "cluster":
             how = "started Ray here" if event["started_here"] else "connected to the running Ray cluster"
             self._say(f"{how}: {event['text']} ({event['seconds']:.1f} s)")
-        elif kind != "training":
+        elif event["event"] == "note" or event["event"] == "refused" or event["event"] == "failed":
             self._say(f"{phase}  {event['text']}")
 
     def _measure_rate(self) -> float:

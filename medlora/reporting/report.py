@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from typing import Any
+from typing import cast
 
 from medlora.evaluation import statistics
 from medlora.evaluation.answers.letter import find_written_letter, score_total
 from medlora.evaluation.predictions import Prediction
+from medlora.evaluation.reports import ByLikelihood, Report, StageRow
 from medlora.records import LETTERS
 from medlora.runs.manifests import as_json
 
@@ -17,7 +18,7 @@ RESAMPLES = 10_000
 """Of the paired bootstrap."""
 
 
-def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def build_report(predictions: Sequence[Prediction], about: Mapping[str, object], seed: int) -> Report:
     """What `report.json` holds and the page shows: the same predictions, `about` and `seed` give the same values.
 
     Computed here:
@@ -34,7 +35,7 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
     """
     stages = list(dict.fromkeys(p.stage for p in predictions))
     rows = summarise(predictions)
-    computed: dict[str, Any] = {
+    computed: dict[str, object] = {
         "seed": seed,
         "resamples": RESAMPLES,
         "stages": rows,
@@ -45,11 +46,11 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, Any], se
     }
     if taken := sorted(set(computed) & set(about)):
         raise ValueError(f"`about` may not name {', '.join(taken)}: computed from the predictions")
-    report: dict[str, Any] = as_json({**about, **computed})
+    report: Report = as_json({**about, **computed})
     return report
 
 
-def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+def summarise(predictions: Sequence[Prediction]) -> list[StageRow]:
     """One row a stage and test: accuracy with its Wilson 95 % interval, n, what failed, accuracy by subject.
 
     `macro` is the mean over subjects; `calibration` is None where the scoring gives no probabilities,
@@ -57,7 +58,7 @@ def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     asked for, `rotations` where only one order of the options was, `by_likelihood` (see `count_by_likelihood`) where
     no letter was taken by likelihood behind a text that the model wrote.
     """
-    rows = []
+    rows: list[StageRow] = []
     groups: dict[tuple[str, str], list[Prediction]] = {}
     for prediction in predictions:
         groups.setdefault((prediction.stage, prediction.test), []).append(prediction)
@@ -65,19 +66,23 @@ def summarise(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
         subjects = statistics.breakdown(group, by="subject")
         calibration, rotations = statistics.calibration(group), statistics.rotations(group)
         rows.append(
-            {
-                "stage": stage,
-                "test": test,
-                **_describe(subjects.micro),
-                "chance": subjects.chance,
-                "macro": subjects.macro,
-                "subjects": {name: asdict(part) for name, part in subjects.groups.items()},
-                "letters": asdict(statistics.letter_bias(group)),
-                "calibration": calibration and asdict(calibration),
-                "rotations": rotations and asdict(rotations),
-                **_score_formats(group),
-                "by_likelihood": count_by_likelihood(group),
-            }
+            # `asdict` gives the fields of a dataclass without their types.
+            cast(
+                StageRow,
+                {
+                    "stage": stage,
+                    "test": test,
+                    **_describe(subjects.micro),
+                    "chance": subjects.chance,
+                    "macro": subjects.macro,
+                    "subjects": {name: asdict(part) for name, part in subjects.groups.items()},
+                    "letters": asdict(statistics.letter_bias(group)),
+                    "calibration": calibration and asdict(calibration),
+                    "rotations": rotations and asdict(rotations),
+                    **_score_formats(group),
+                    "by_likelihood": count_by_likelihood(group),
+                },
+            )
         )
     return rows
 
@@ -90,7 +95,7 @@ def is_by_likelihood(prediction: Prediction) -> bool:
     return find_written_letter(prediction.text, letters) != prediction.choice
 
 
-def count_by_likelihood(group: Sequence[Prediction]) -> dict[str, Any] | None:
+def count_by_likelihood(group: Sequence[Prediction]) -> ByLikelihood | None:
     """How often scoring `reason` took a letter that the text does not give, and accuracy where the format was kept.
 
     `answers` were all taken by likelihood; the text of `unwritten` of them does not give the letter, and
@@ -111,7 +116,7 @@ def count_by_likelihood(group: Sequence[Prediction]) -> dict[str, Any] | None:
     }
 
 
-def describe_saturation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe_saturation(rows: Sequence[StageRow]) -> list[str]:
     """A sentence for each test of which all stages answer nearly every question."""
     said = []
     for test in dict.fromkeys(row["test"] for row in rows):
@@ -133,14 +138,14 @@ def _score_formats(group: Sequence[Prediction]) -> dict[str, float | None]:
     return {"format_score": fmean(formats), "total": fmean(totals)}
 
 
-def _summarise_tests(predictions: Sequence[Prediction], stage: str) -> dict[str, Any]:
+def _summarise_tests(predictions: Sequence[Prediction], stage: str) -> dict[str, object]:
     tests = statistics.breakdown(predictions, by="test")
     micro = {"micro": tests.micro.value, **_describe(tests.micro)}
     del micro["accuracy"]
     return {"stage": stage, "tests": list(tests.groups), **micro, "macro": tests.macro, "chance": tests.chance}
 
 
-def _describe(accuracy: statistics.Accuracy) -> dict[str, Any]:
+def _describe(accuracy: statistics.Accuracy) -> dict[str, object]:
     return {
         "accuracy": accuracy.value,
         "interval": [accuracy.low, accuracy.high],
@@ -151,7 +156,7 @@ def _describe(accuracy: statistics.Accuracy) -> dict[str, Any]:
     }
 
 
-def _compare(predictions: Sequence[Prediction], seed: int) -> list[dict[str, Any]]:
+def _compare(predictions: Sequence[Prediction], seed: int) -> list[dict[str, object]]:
     tests = list(dict.fromkeys(p.test for p in predictions))
     pairs = [
         {"test": test, **asdict(pair)}

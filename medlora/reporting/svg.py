@@ -12,8 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from medlora.evaluation.reports import Bin
 from medlora.evaluation.statistics import wilson
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def draw_letters(gold: Mapping[str, float], chosen: Sequence[tuple[int, Mapping[
     return finish(figure)
 
 
-def draw_reliability(bins: Sequence[Mapping[str, Any]], place: int) -> str:
+def draw_reliability(bins: Sequence[Bin], place: int) -> str:
     """Accuracy against confidence by bin, in %: Wilson intervals, dots whose area grows with the bin's count."""
     figure, axes = start(162, 156, left=32, bottom=22, right=6, top=8)
     axes.set_xlim(0, 100)
@@ -125,10 +126,12 @@ def draw_reliability(bins: Sequence[Mapping[str, Any]], place: int) -> str:
     filled = [b for b in bins if b["count"]]
     most = max(b["count"] for b in filled)
     for b in filled:
-        low, high = wilson(round(b["accuracy"] * b["count"]), b["count"])
-        x, colour = 100 * b["confidence"], role(f"stage-{place % COLOURS}")
+        accuracy, confidence = b["accuracy"], b["confidence"]
+        assert accuracy is not None and confidence is not None  # a bin without answers has neither
+        low, high = wilson(round(accuracy * b["count"]), b["count"])
+        x, colour = 100 * confidence, role(f"stage-{place % COLOURS}")
         axes.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=0.9, solid_capstyle="butt", clip_on=False)
-        _mark(axes, x, 100 * b["accuracy"], place, 2.5 + 4.5 * (b["count"] / most) ** 0.5)
+        _mark(axes, x, 100 * accuracy, place, 2.5 + 4.5 * (b["count"] / most) ** 0.5)
     return finish(figure)
 
 

@@ -12,10 +12,11 @@ from medlora.reporting.svg import TEXT, finish, label_ticks, make_scale, role, s
 from medlora.reporting.templates import make_environment
 from medlora.sweep.ledger import START
 from medlora.sweep.results import describe_pair
-from medlora.sweep.space import Domain, Range, format_value, parse_domain
+from medlora.sweep.space import Domain, Params, Range, format_value, parse_domain
+from medlora.sweep.summary import Summary, TrialRow
 
 
-def write_sweep_page(path: Path, summary: Mapping[str, Any]) -> None:
+def write_sweep_page(path: Path, summary: Summary) -> None:
     """Write the page of a sweep (`medlora.sweep.results.write_results`).
 
     Every text is escaped; the page's policy allows no script and nothing from elsewhere. The same summary gives the same
@@ -48,7 +49,7 @@ def write_sweep_page(path: Path, summary: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
 
 
-def make_line(trial: Mapping[str, Any], winner: str) -> Line:
+def make_line(trial: TrialRow, winner: str) -> Line:
     """A trial as it is drawn."""
     kind = trial["state"] if trial["state"] in ("finished", "stopped") else "failed"
     kind = "start" if trial["id"] == START else "winner" if trial["id"] == winner else kind
@@ -74,7 +75,7 @@ class Line:
     """A trial as it is drawn: what it is (a key of the looks), its values, its scores by step in %."""
 
     kind: str
-    params: Mapping[str, Any]
+    params: Params
     curve: Sequence[tuple[int, float]]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from medlora.events import Event, TrialStep
 from medlora.reporting.progress import Display
 from medlora.reporting.tables import make_table
 from medlora.sweep.ledger import Ledger, Trial
@@ -33,7 +33,7 @@ class SweepDisplay:
         self.console = self.display.console
         self.ledger, self.trials = ledger, trials
         self.live: Live | None = None
-        self.steps: dict[str, Mapping[str, Any]] = {}
+        self.steps: dict[str, TrialStep] = {}
         self.said: dict[str, tuple[str, int]] = {}
         self.started = time.monotonic()
         self.done_before = 0
@@ -50,21 +50,20 @@ class SweepDisplay:
         self._end_table()
         self.display.__exit__(kind, error, trace)
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show(self, event: Event) -> None:
         """Take one event of a sweep."""
         with self.lock:
-            kind = event["event"]
-            if kind == "search":
+            if event["event"] == "search":
                 self._begin_table(event["concurrency"])
-            elif kind == "searched":
+            elif event["event"] == "searched":
                 self._end_table()
-            elif kind == "trial":
+            elif event["event"] == "trial":
                 self._tell(self.ledger.trials[event["trial"]])
-            elif kind == "trial-step":
+            elif event["event"] == "trial-step":
                 self.steps[event["trial"]] = event
-            elif kind == "trial-note":
+            elif event["event"] == "trial-note":
                 self._say(f"trial {event['trial']}  {event['text']}")
-            elif kind == "trial-seconds":
+            elif event["event"] == "trial-seconds":
                 spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in event["seconds"].items())
                 log.info("trial %s: %s", event["trial"], spent)
             else:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from medlora.evaluation.reports import Report, StageRow
+from medlora.events import TrialStep
 from medlora.sweep.ledger import Ledger, Trial
 from medlora.sweep.results import describe_pair
 from medlora.sweep.space import format_value
+from medlora.sweep.summary import Summary
 
 
-def print_report(report: Mapping[str, Any] | None, worked: bool) -> None:
+def print_report(report: Report | None, worked: bool) -> None:
     """The final table (stage, test, accuracy, 95 % interval, n, time) and what to know about its figures."""
     print_reports({"": report}, worked)
 
 
-def print_reports(reports: Mapping[str, Mapping[str, Any] | None], worked: bool) -> None:
+def print_reports(reports: Mapping[str, Report | None], worked: bool) -> None:
     """One table of the reports of several runs by name, and what to know about their figures; the name may be empty."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not worked:
@@ -43,7 +45,7 @@ def print_reports(reports: Mapping[str, Mapping[str, Any] | None], worked: bool)
         failed = sum(row["failed"] for row in report["stages"])
         if failed:
             console.print(f"{said}{failed} answers failed and count as wrong; see predictions.parquet, column error")
-        if unwritten := sum((row.get("by_likelihood") or {}).get("unwritten", 0) for row in report["stages"]):
+        if unwritten := sum(_count_unwritten(row) or 0 for row in report["stages"]):
             console.print(
                 f"{said}{unwritten} letters were taken by likelihood: the text that the model wrote does not give them; "
                 "beside them, accuracy of the answers that kept the whole format"
@@ -55,21 +57,31 @@ def print_reports(reports: Mapping[str, Mapping[str, Any] | None], worked: bool)
             console.print(f"{said}evaluation: {report['seconds']:.0f} s{rate}")
 
 
-_Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+_Column = tuple[str, Callable[[StageRow], str]]
 
 
-def _find_columns(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
+def _find_columns(rows: Sequence[StageRow]) -> list[_Column]:
     """The columns that only some reports need: what was unparsed, and what `reason` took by likelihood."""
     columns: list[_Column] = []
     if any(row.get("unparsed") for row in rows):
         columns.append(("unparsed", lambda row: str(row["unparsed"])))
     if any(row.get("by_likelihood") for row in rows):
-        columns.append(("by likelihood", lambda row: str((row.get("by_likelihood") or {}).get("unwritten", ""))))
+        columns.append(("by likelihood", _show_unwritten))
         columns.append(("format kept", _describe_kept))
     return columns
 
 
-def _describe_kept(row: Mapping[str, Any]) -> str:
+def _count_unwritten(row: StageRow) -> int | None:
+    counted = row.get("by_likelihood")
+    return counted["unwritten"] if counted else None
+
+
+def _show_unwritten(row: StageRow) -> str:
+    unwritten = _count_unwritten(row)
+    return "" if unwritten is None else str(unwritten)
+
+
+def _describe_kept(row: StageRow) -> str:
     counted = row.get("by_likelihood")
     if not counted:
         return ""
@@ -77,9 +89,7 @@ def _describe_kept(row: Mapping[str, Any]) -> str:
     return f"{share}{counted['kept']}"
 
 
-def _add_rows(
-    table: Table, report: Mapping[str, Any], leading: list[str], timed: bool, extra: Sequence[_Column]
-) -> None:
+def _add_rows(table: Table, report: Report, leading: list[str], timed: bool, extra: Sequence[_Column]) -> None:
     rows = report["stages"]
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         low, high = row["interval"]
@@ -91,7 +101,7 @@ def _add_rows(
         table.add_row(*leading, *cells, end_section=following is None or following["stage"] != row["stage"])
 
 
-def make_table(trials: list[Trial], steps: Mapping[str, Mapping[str, Any]] | None = None) -> Table:
+def make_table(trials: list[Trial], steps: Mapping[str, TrialStep] | None = None) -> Table:
     """A row a trial: how far it came, its last dev score, its values."""
     keys = list(trials[0].params) if trials else []
     table = Table("trial", "state", "step", "dev", *keys)
@@ -105,7 +115,7 @@ def make_table(trials: list[Trial], steps: Mapping[str, Mapping[str, Any]] | Non
     return table
 
 
-def print_sweep(summary: Mapping[str, Any], ledger: Ledger, worked: bool) -> None:
+def print_sweep(summary: Summary, ledger: Ledger, worked: bool) -> None:
     """The table of trials, the best first, then how the best compare with the config as it stands on all of dev."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not worked:
@@ -130,9 +140,11 @@ def print_sweep(summary: Mapping[str, Any], ledger: Ledger, worked: bool) -> Non
         if winner == start["trial"]
         else f"the winner is trial {winner}; it was chosen on dev, so its advantage there is likely too large"
     )
-    for row in (summary["test"] or {}).get("tests", []):
-        low, high = row["interval"]
+    if (record := summary["test"]) is None:
+        return
+    for scored in record["tests"]:
+        low, high = scored["interval"]
         console.print(
-            f"test {row['test']}, trial {summary['test']['trial']}, scored once ({summary['test']['created']}): "
-            f"{row['accuracy']:.1%} (95 % {low:.1%} .. {high:.1%}), n = {row['n']:,}"
+            f"test {scored['test']}, trial {record['trial']}, scored once ({record['created']}): "
+            f"{scored['accuracy']:.1%} (95 % {low:.1%} .. {high:.1%}), n = {scored['n']:,}"
         )

@@ -53,7 +53,7 @@ def format_p(p_value: float, named: str = "p") -> str:
     return "\N{NO-BREAK SPACE}".join(words)
 
 
-def format_number(value: Any) -> str:
+def format_number(value: object) -> str:
     """An int with separators, a float with up to two decimals, anything else as it is written."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)

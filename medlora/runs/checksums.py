@@ -9,7 +9,6 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 CRC = "crc"
 """The last key of a line, and a key of a file, that holds the checksum of the rest."""
@@ -18,13 +17,13 @@ CRC = "crc"
 _SEALED = re.compile(rb'(.*?)(?:, )?"([^"]{1,6})": ?"([^"]{0,12})"\}', re.DOTALL)
 
 
-def seal_line(row: Mapping[str, Any]) -> str:
+def seal_line(row: Mapping[str, object]) -> str:
     """The row as a line of JSON whose last key is its checksum."""
     text = json.dumps(row, ensure_ascii=False)
     return f'{text[:-1]}{", " if row else ""}"{CRC}": "{_sum(text.encode())}"}}'
 
 
-def open_line(line: bytes) -> dict[str, Any] | None:
+def open_line(line: bytes) -> dict[str, object] | None:
     """The row of a line that `seal_line` made, or of an older one without checksum; None when it is damaged."""
     try:
         row = json.loads(line)
@@ -45,12 +44,12 @@ def open_line(line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+def seal(content: Mapping[str, object]) -> dict[str, object]:
     """A mapping with the checksum of its other keys."""
     return {**content, CRC: _sum_values({key: value for key, value in content.items() if key != CRC})}
 
 
-def unseal(content: Any) -> Any:
+def unseal(content: object) -> object:
     """What `seal` was given; None when it is damaged. A value without a checksum is as it is."""
     if not isinstance(content, dict):
         return content
@@ -60,13 +59,13 @@ def unseal(content: Any) -> Any:
     return rest if _sum_values(rest) == content[CRC] else None
 
 
-def _is_nearly_ours(key: str, value: Any) -> bool:
+def _is_nearly_ours(key: str, value: object) -> bool:
     """Whether a key is ours but for one character, and its value looks like a checksum."""
     near = len(key) == len(CRC) and sum(a != b for a, b in zip(key, CRC, strict=True)) == 1
     return near and isinstance(value, str) and len(value) == 8
 
 
-def _sum_values(content: Mapping[str, Any]) -> str:
+def _sum_values(content: Mapping[str, object]) -> str:
     # Through JSON and back: keys are text then, and sort as they will when the file is read.
     plain = json.loads(json.dumps(content))
     return _sum(json.dumps(plain, sort_keys=True).encode())

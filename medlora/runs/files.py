@@ -77,17 +77,17 @@ def sync_files(*paths: Path) -> None:
         sync_folder(parent)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON whole or not at all."""
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+def write_sealed(path: Path, content: Mapping[str, object]) -> None:
     """Write a mapping as JSON with a checksum, the key `crc`, which `read_json` checks and takes out again."""
     write_json(path, seal(content))
 
 
-def write_yaml(path: Path, content: Any) -> None:
+def write_yaml(path: Path, content: object) -> None:
     """Write YAML whole or not at all."""
     write_bytes(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
@@ -110,7 +110,7 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
     )
 
 
-def append_json(path: Path, row: Mapping[str, Any]) -> None:
+def append_json(path: Path, row: Mapping[str, object]) -> None:
     """Add one line of JSON with its checksum."""
     with path.open("a", encoding="utf-8") as file:
         file.write(seal_line(row) + "\n")
@@ -124,7 +124,7 @@ def read_json_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]
     return [row for _, row in _read_lines(path, keys)]
 
 
-def _read_lines(path: Path, keys: Sequence[str] = ()) -> list[tuple[bytes, dict[str, Any]]]:
+def _read_lines(path: Path, keys: Sequence[str] = ()) -> list[tuple[bytes, dict[str, object]]]:
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
         row = open_line(line)
@@ -142,7 +142,7 @@ def truncate_json_lines(path: Path, keep: Any, keys: Sequence[str] = ()) -> None
         write_bytes(path, b"".join(line + b"\n" for line in lines))
 
 
-def cut_json_lines(path: Path, take: Callable[[dict[str, Any]], bool]) -> str:
+def cut_json_lines(path: Path, take: Callable[[dict[str, object]], bool]) -> str:
     """Hand every row of a JSON-lines file to `take`, and cut the file before the first that is damaged or not taken.
 
     For a file whose lines build on each other. The file as it was is set aside; returns what was found, or an empty text.

@@ -19,12 +19,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from medlora.errors import InputError
 from medlora.runs.disk_errors import check_open_files, explaining
 from medlora.runs.files import is_temporary
-from medlora.runs.manifests import LIVING, MANIFEST, check_files, read_manifest
+from medlora.runs.manifests import LIVING, MANIFEST, PhaseManifest, check_files, read_manifest
 
 log = logging.getLogger("medlora.run")
 
@@ -210,7 +210,7 @@ def find_home(folder: Path) -> Path:
     return folder
 
 
-def find_finished(folder: PhaseFolder) -> tuple[dict[str, Any] | None, str]:
+def find_finished(folder: PhaseFolder) -> tuple[PhaseManifest | None, str]:
     """The manifest of a finished phase, and what is wrong with it where it can be trained on from a whole checkpoint.
 
     (None, "") is an unfinished phase. (None, reason) is one that was finished and is torn, with a checkpoint to resume
@@ -225,7 +225,7 @@ def find_finished(folder: PhaseFolder) -> tuple[dict[str, Any] | None, str]:
     else:
         wrong = check_files(folder.root, manifest)
     if wrong is None:
-        return manifest, ""
+        return cast(PhaseManifest, manifest), ""
     for sealed in sorted(folder.checkpoints.glob(f"*/checkpoint-*/{MANIFEST}")):
         found = read_manifest(sealed.parent)
         if found and check_files(sealed.parent, found) is None:

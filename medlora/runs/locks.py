@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -70,7 +69,7 @@ def _wait_for_holder(file_lock: FileLock, holder: Path, what: str) -> None:
             continue
 
 
-def _may_run(about: Mapping[str, Any]) -> bool:
+def _may_run(about: Mapping[str, object]) -> bool:
     """Whether the process that a lock names may run still; of another host we cannot see it."""
     pid = about.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
@@ -163,7 +162,7 @@ def check_lock(objects: Objects) -> None:
         )
 
 
-def _read_lock(objects: Objects) -> dict[str, Any] | None:
+def _read_lock(objects: Objects) -> dict[str, object] | None:
     try:
         found = json.loads(objects.read(LOCK) or b"null")
     except ValueError:
@@ -178,7 +177,7 @@ def describe_me(token: str) -> bytes:
     return json.dumps({**about, "since": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))}).encode()
 
 
-def _describe(lock: dict[str, Any]) -> str:
+def _describe(lock: dict[str, object]) -> str:
     return f"process {lock.get('pid', '?')} on {lock.get('host', '?')} since {lock.get('since', '?')}"
 
 
@@ -190,7 +189,7 @@ def _name_machine() -> str:
     return f"{boot.read_text().strip()} {os.readlink(namespace)}"
 
 
-def _count_left(objects: Objects, holder: dict[str, Any]) -> float:
+def _count_left(objects: Objects, holder: dict[str, object]) -> float:
     """Seconds for which a lock still counts; 0 when its process, of this machine, is gone."""
     if holder.get("machine") == _name_machine():
         try:

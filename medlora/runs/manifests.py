@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from medlora.runs.files import is_temporary, read_json, sweep_temporary, sync_files, sync_folder, write_sealed
 
@@ -22,13 +22,37 @@ LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
 """Files at the top of a folder that change after it is finished; no manifest lists them."""
 
 
+class Manifest(TypedDict):
+    """What a finished folder says of itself; what is not required is of a phase, an evaluation or a cache."""
+
+    files: dict[str, str]
+    finished: str
+    fingerprint: NotRequired[dict[str, object]]
+    phase: NotRequired[str]
+    run: NotRequired[str]
+    seed: NotRequired[int]
+    base_weights: NotRequired[str | None]
+    chain: NotRequired[list[str]]
+    adapter_hash: NotRequired[str]
+    question_sources: NotRequired[list[str]]
+    rationale: NotRequired[list[str]]
+    step: NotRequired[int]
+
+
+class PhaseManifest(Manifest):
+    """The manifest of a finished phase."""
+
+    seconds: dict[str, float]
+    """What its time was spent on; `all` and `base` are always there."""
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_json(content: Any) -> str:
+def hash_json(content: object) -> str:
     """sha256 of plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -58,7 +82,7 @@ def hash_adapter(folder: Path) -> str:
     return hash_json(hash_files(folder))
 
 
-def commit(folder: Path, about: Mapping[str, Any], exclude: Sequence[Path] = ()) -> dict[str, Any]:
+def commit(folder: Path, about: Mapping[str, object], exclude: Sequence[Path] = ()) -> Manifest:
     """Write the manifest of a finished folder: `about`, and the hashes of its files except those in the folders `exclude`.
 
     The files and their folders are durable before the manifest that names them, and the manifest when this returns.
@@ -70,19 +94,19 @@ def commit(folder: Path, about: Mapping[str, Any], exclude: Sequence[Path] = ())
     hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
     manifest = {**about, "files": hashes, "finished": time.strftime("%Y-%m-%d %H:%M:%S%z")}
     write_sealed(folder / MANIFEST, manifest)
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a finished folder, or None when the folder is unfinished or its manifest is damaged."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         return None
     whole = all(isinstance(digest, str) for digest in manifest["files"].values())
-    return manifest if whole and isinstance(manifest.get("fingerprint", {}), dict) else None
+    return cast(Manifest, manifest) if whole and isinstance(manifest.get("fingerprint", {}), dict) else None
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+def check_files(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with a finished folder (a file missing or changed), or None when all hashes match."""
     for name, digest in manifest["files"].items():
         path = folder / name
@@ -93,12 +117,12 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     return None
 
 
-def as_json(content: Any) -> Any:
+def as_json(content: object) -> Any:
     """Plain values as they come back from a JSON file: tuples as lists, keys as text."""
     return json.loads(json.dumps(content))
 
 
-def find_differences(was: Any, now: Any, at: str = "") -> list[str]:
+def find_differences(was: object, now: object, at: str = "") -> list[str]:
     """Every dotted key in which two fingerprints differ, as `key: was X, now Y`."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         keys = list(dict.fromkeys([*was, *now]))
@@ -112,6 +136,6 @@ def find_differences(was: Any, now: Any, at: str = "") -> list[str]:
     return [] if was == now else [f"{at}: was {_shorten(was)}, now {_shorten(now)}"]
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -62,7 +62,7 @@ def open_store(uri: str) -> tuple[Any, str]:
     return store, path
 
 
-def _open_gcs(fs: Any) -> Any:
+def _open_gcs(fs: Any) -> object:
     # Left alone, Google's client retries silently for 15 minutes; `_try` logs what it waits for.
     patience = timedelta(seconds=GCS_RETRY_S)
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
@@ -157,7 +157,7 @@ class Objects:
         _try(f"{self.uri}/{name}", act)
 
 
-def _open_patient(uri: str) -> tuple[Any, str]:
+def _open_patient(uri: str) -> tuple[object, str]:
     from pyarrow import fs
 
     store, path = open_store(uri)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -114,7 +113,7 @@ def _check_population(config: SweepConfig, run: RunConfig, searched: Sequence[st
         raise InputError(f"{at}: divides phases.{searched[0]}.max_steps; take it out of the space")
 
 
-def _check_keys(raw: dict[str, Any], space: dict[str, Domain], searched: Sequence[str], everything: bool) -> None:
+def _check_keys(raw: dict[str, object], space: dict[str, Domain], searched: Sequence[str], everything: bool) -> None:
     """Raise InputError for a key that the run config does not have, with the nearest that it has."""
     for key, domain in space.items():
         value = next(iter(domain.list_probes().values()))

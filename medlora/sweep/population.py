@@ -43,7 +43,7 @@ class Population:
     seed: int
 
     def propose(
-        self, ledger: Ledger, suggest: Callable[[], tuple[Any, dict[str, Any]] | None]
+        self, ledger: Ledger, suggest: Callable[[], tuple[object, dict[str, object]] | None]
     ) -> Proposal | Literal["wait"] | None:
         """The next trial; None when there are no more."""
         members = {

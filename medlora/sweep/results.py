@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import yaml
 
 from medlora.evaluation.ledger import REPORT as TEST_REPORT
+from medlora.evaluation.reports import Report
 from medlora.evaluation.statistics import SATURATED, holm, is_saturated
 from medlora.runs.environment import get_versions
 from medlora.runs.files import read_mapping, write_bytes, write_sealed
@@ -19,28 +20,38 @@ from medlora.sweep.plan import SweepPlan
 from medlora.sweep.population import find_lineage, name_generation
 from medlora.sweep.space import format_value
 from medlora.sweep.suggest import measure_importance
+from medlora.sweep.summary import ComparedPair, ComparedRow, Comparison, Record, Summary, TrialRow
 
 
-def compare_with_start(report: Mapping[str, Any]) -> dict[str, Any]:
+def compare_with_start(report: Report) -> Comparison:
     """From an evaluation's report: accuracy of the config as it stands and of the best trials on all of dev, and each
     trial's paired comparison with the first; `p_holm` is corrected for these comparisons alone."""
     several = len({row["test"] for row in report["stages"]}) > 1
-    pairs = [
-        {key: pair[key] for key in ("after", "total", "difference", "low", "high", "p_value")}
-        | {"gained": len(pair["gained"]), "lost": len(pair["lost"])}
+    pairs: list[ComparedPair] = [
+        {
+            "after": pair["after"],
+            "total": pair["total"],
+            "difference": pair["difference"],
+            "low": pair["low"],
+            "high": pair["high"],
+            "p_value": pair["p_value"],
+            "gained": len(pair["gained"]),
+            "lost": len(pair["lost"]),
+            "p_holm": pair["p_value"],
+        }
         for pair in report["comparisons"]
         if pair["before"] == START and (pair["test"] is None) == several
     ]
     for pair, corrected in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
         pair["p_holm"] = corrected
-    stages = [
+    stages: list[ComparedRow] = [
         {"trial": row["stage"], "accuracy": row["micro"], "interval": row["interval"], "n": row["n"]}
         for row in report["overall"]
     ]
     return {"stages": stages, "pairs": pairs, "created": report.get("created")}
 
 
-def describe_saturation(comparison: Mapping[str, Any]) -> list[str]:
+def describe_saturation(comparison: Comparison) -> list[str]:
     """A sentence where all trials answer nearly every question of dev; none otherwise."""
     rows = comparison["stages"]
     if not is_saturated([row["accuracy"] for row in rows]):
@@ -51,23 +62,23 @@ def describe_saturation(comparison: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def find_winner(comparison: Mapping[str, Any]) -> str:
+def find_winner(comparison: Comparison) -> str:
     """The trial with the best accuracy on all of dev; of equal ones the config as it stands, then the earlier."""
     ranked = sorted(comparison["stages"], key=lambda row: (-row["accuracy"], row["trial"]))
     return str(ranked[0]["trial"])
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> Record | None:
     """What the winner scored on the tests, if it ever was: a row a test."""
     report = read_mapping(folder / "test" / TEST_REPORT)
     manifest = read_manifest(folder / "test")
     if report is None or manifest is None or check_files(folder / "test", manifest):
         return None
     rows = [{key: row[key] for key in ("test", "accuracy", "interval", "n")} for row in report["stages"]]
-    return {"trial": report["trial"], "created": report["created"], "tests": rows}
+    return cast(Record, {"trial": report["trial"], "created": report["created"], "tests": rows})
 
 
-def find_summary(folder: Path, plan: SweepPlan, ledger: Ledger, final_test: bool) -> dict[str, Any] | None:
+def find_summary(folder: Path, plan: SweepPlan, ledger: Ledger, final_test: bool) -> Summary | None:
     """The summary of a sweep in which nothing is left to do; None otherwise."""
     summary = read_mapping(folder / REPORT)
     whole = summary is not None and all((folder / name).is_file() for name in (TABLE, PAGE, BEST))
@@ -76,10 +87,10 @@ def find_summary(folder: Path, plan: SweepPlan, ledger: Ledger, final_test: bool
     ended = [trial for trial in ledger.trials.values() if trial.ended]
     as_planned = len(ended) == len(ledger.trials) >= plan.trials or summary["exhausted"]
     known = len(summary["trials"]) == len(ledger.trials) and summary["config"]["best"] == plan.config.best
-    return summary if as_planned and known else None
+    return cast(Summary, summary) if as_planned and known else None
 
 
-def describe_pair(pair: Mapping[str, Any]) -> str:
+def describe_pair(pair: ComparedPair) -> str:
     """ "better by +2.1 points (95 % -0.3 .. 4.4), McNemar p 0.09", with what correcting for several comparisons makes of it."""
     at = f"n = {pair['total']:,}"
     word = "better" if pair["difference"] > 0 else "worse" if pair["difference"] < 0 else f"not distinguishable at {at}"
@@ -98,16 +109,16 @@ def write_results(
     folder: Path,
     plan: SweepPlan,
     ledger: Ledger,
-    comparison: Mapping[str, Any],
-    test: Mapping[str, Any] | None,
+    comparison: Comparison,
+    test: Record | None,
     concurrency: int,
     notes: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Summary:
     """Write `sweep.json`, `trials.parquet`, `best.yaml` and `sweep.html`; returns the summary that the first holds."""
     trials = list(ledger.trials.values())
     winner = find_winner(comparison)
     importance = measure_importance(plan.space, trials)
-    summary: dict[str, Any] = as_json(
+    summary: Summary = as_json(
         {
             "name": plan.config.name,
             "created": time.strftime("%Y-%m-%d %H:%M:%S%z"),
@@ -134,7 +145,7 @@ def write_results(
     return summary
 
 
-def describe_trial(trial: Trial) -> dict[str, Any]:
+def describe_trial(trial: Trial) -> TrialRow:
     """A trial as plain values."""
     return {
         "id": trial.id,
@@ -155,7 +166,7 @@ def write_table(path: Path, trials: Sequence[Trial], keys: Sequence[str]) -> Non
     import pyarrow
     import pyarrow.parquet
 
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         "trial": pyarrow.array([trial.id for trial in trials], pyarrow.string()),
         "state": pyarrow.array([trial.state for trial in trials], pyarrow.string()),
         "step": pyarrow.array([trial.step for trial in trials], pyarrow.int64()),
@@ -173,7 +184,7 @@ def write_table(path: Path, trials: Sequence[Trial], keys: Sequence[str]) -> Non
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def make_best(plan: SweepPlan, ledger: Ledger, trial: Trial, comparison: Mapping[str, Any]) -> str:
+def make_best(plan: SweepPlan, ledger: Ledger, trial: Trial, comparison: Comparison) -> str:
     """The winner as a run config that `jobs/curriculum.py` runs as it is, its reasons in a comment."""
     lineage = find_lineage(ledger, trial)
     raw = plan.make_raw([each.params for each in lineage], whole=not trial.about)

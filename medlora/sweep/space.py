@@ -114,7 +114,7 @@ def is_shape(key: str) -> bool:
     return "lora" in key.split(".")
 
 
-def parse_space(space: Mapping[str, Any], searched: Sequence[str], everything: bool) -> dict[str, Domain]:
+def parse_space(space: Mapping[str, object], searched: Sequence[str], everything: bool) -> dict[str, Domain]:
     """The domains by key; raises InputError for keys that a sweep may not search, or that set the same thing.
 
     `searched` are the phases that are searched, `everything` whether these are all phases of the run.
@@ -246,7 +246,7 @@ def list_keys(raw: Mapping[str, Any], searched: Sequence[str], everything: bool)
     return keys
 
 
-def validate(raw: Mapping[str, Any]) -> RunConfig:
+def validate(raw: Mapping[str, object]) -> RunConfig:
     """The run config of plain values; raises InputError naming every key that is wrong."""
     try:
         return RunConfig.model_validate(raw)

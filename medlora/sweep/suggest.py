@@ -77,7 +77,7 @@ class Suggester:
     def _holds(self, params: Params) -> bool:
         return all(domain.holds(params[key]) for key, domain in self.space.items())
 
-    def _freeze(self, trial: Trial) -> Any:
+    def _freeze(self, trial: Trial) -> object:
         state, value = _judge(trial)
         return _import_optuna().trial.create_trial(
             state=state,
@@ -88,7 +88,7 @@ class Suggester:
         )
 
 
-def _judge(trial: Trial) -> tuple[Any, float | None]:
+def _judge(trial: Trial) -> tuple[object, float | None]:
     """Optuna's state and value of an ended trial.
 
     TPE ranks pruned trials below all complete ones, by how far they came, and takes no notice of failed ones: a diverged
@@ -132,7 +132,7 @@ def _import_optuna() -> Any:
     return optuna
 
 
-def _make_distribution(domain: Domain) -> Any:
+def _make_distribution(domain: Domain) -> object:
     distributions = _import_optuna().distributions
     if isinstance(domain, Choice):
         return distributions.CategoricalDistribution([json.dumps(value, ensure_ascii=False) for value in domain.values])
@@ -141,7 +141,7 @@ def _make_distribution(domain: Domain) -> Any:
     return distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
 
 
-def _encode(domain: Domain, value: Any) -> Any:
+def _encode(domain: Domain, value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(domain, Choice) else value
 
 

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from medlora.config.sweep import SweepConfig
 from medlora.errors import InputError
+from medlora.events import Event
 from medlora.runs import mirror
 from medlora.sweep.ledger import Ledger, Trial
 from medlora.sweep.space import format_value
@@ -21,7 +22,12 @@ from medlora.sweep.space import format_value
 log = logging.getLogger("medlora.run")
 
 
-_SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
+_SHOWN: tuple[Literal["loss", "learning_rate", "grad_norm", "tokens_per_s"], ...] = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_s",
+)
 
 
 class TrialLogs:
@@ -48,7 +54,7 @@ class TrialLogs:
         for writer in self.writers.values():
             writer.close()
 
-    def show(self, event: Mapping[str, Any], ledger: Ledger) -> None:
+    def show(self, event: Event, ledger: Ledger) -> None:
         """Take one event of a sweep; those of the inbox and those of the search come from two threads."""
         with self.lock:
             if event["event"] == "trial-step":

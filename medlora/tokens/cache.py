@@ -31,6 +31,7 @@ from medlora.records import McqRecord, Record
 from medlora.runs.files import remove
 from medlora.runs.manifests import MANIFEST, check_files, commit, find_differences, hash_json, read_manifest
 from medlora.tokens.encode import Tokens, tokenise
+from medlora.tokens.tokenizer import Tokenizer
 
 log = logging.getLogger("medlora.phase")
 
@@ -141,7 +142,7 @@ class Preparation:
         return f"again, since they were made from something else: {'; '.join(differences)}"
 
 
-def plan_preparation(source: SourceConfig, style: str, tokenizer: Any, cache: Path) -> Preparation:
+def plan_preparation(source: SourceConfig, style: str, tokenizer: Tokenizer, cache: Path) -> Preparation:
     """What tokens of a source are made from: its records and how they are read, prompts, tokenizer."""
     found = scan(source)
     fingerprint = {
@@ -157,12 +158,12 @@ def plan_preparation(source: SourceConfig, style: str, tokenizer: Any, cache: Pa
     return Preparation(source, style, fingerprint, cache / "tokens" / hash_json(fingerprint)[:20])
 
 
-def _find_format(tokenizer: Any) -> int:
+def _find_format(tokenizer: Tokenizer) -> int:
     """2 where chat prompts, or the tokens that end them, may differ from those that format 1 wrote into the cache."""
     return 1 if not tokenizer.chat_template or "<end_of_turn>" in tokenizer.get_vocab() else 2
 
 
-def hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
     """What tells a tokenizer from others: its words, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
@@ -172,7 +173,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
 
 def prepare(
     plan: Preparation,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     report: Progress = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> TokenStore:
@@ -207,7 +208,11 @@ def new_folder(plan: Preparation) -> Iterator[Path]:
 
 
 def write_part(
-    path: Path, records: Iterator[Record], style: str, tokenizer: Any, report: Callable[[int], None] = lambda done: None
+    path: Path,
+    records: Iterator[Record],
+    style: str,
+    tokenizer: Tokenizer,
+    report: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Tokenise records into one Arrow file, a few hundred at a time; returns how many there were."""
     done = 0

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from medlora.prompts import Example
+from medlora.tokens.tokenizer import Tokenizer
 from medlora.turns import OPTIONS, Convention, Render, fix_date, learn, write_prompt
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,12 @@ class Tokens:
     is_text: bool
 
 
-def needs_bos(tokenizer: Any) -> bool:
+def needs_bos(tokenizer: Tokenizer) -> bool:
     """Whether this tokenizer's plain texts begin with BOS (Gemma and Llama: yes; Qwen and SmolLM: no)."""
     return find_start(tokenizer)[:1] == [tokenizer.bos_token_id]
 
 
-def find_start(tokenizer: Any) -> list[int]:
+def find_start(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that the tokenizer puts before a plain text: BOS for most, nothing for some.
 
     A chat template writes its own.
@@ -39,7 +39,7 @@ def find_start(tokenizer: Any) -> list[int]:
     return whole[:at]
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text without any special token of the tokenizer's own accord."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.padding or backend.truncation:
@@ -48,7 +48,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def find_convention(tokenizer: Any) -> Convention | None:
+def find_convention(tokenizer: Tokenizer) -> Convention | None:
     """How the tokenizer's chat template writes turns; None without one. Raises InputError where it cannot write any."""
     if not tokenizer.chat_template:
         return None
@@ -61,14 +61,14 @@ def find_convention(tokenizer: Any) -> Convention | None:
     return convention
 
 
-def _make_renderer(tokenizer: Any) -> Render:
+def _make_renderer(tokenizer: Tokenizer) -> Render:
     dated = fix_date(tokenizer.chat_template)
     return lambda messages, **options: str(
         tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, **OPTIONS, **options)
     )
 
 
-def _name_template(tokenizer: Any) -> str:
+def _name_template(tokenizer: Tokenizer) -> str:
     return f"base.model: the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
@@ -77,7 +77,7 @@ def _log_once(text: str) -> None:
     log.warning(text)
 
 
-def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[list[int]]:
     """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain.
 
     A chat prompt begins as the template writes it, plain text as the tokenizer begins it, with BOS at most once. Shots are
@@ -107,7 +107,7 @@ def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int
     return made
 
 
-def find_end_tokens(tokenizer: Any, chat: bool = True) -> list[int]:
+def find_end_tokens(tokenizer: Tokenizer, chat: bool = True) -> list[int]:
     """The tokens that close a completion: what the chat template writes behind an assistant's turn, up to the token that stops it.
 
     EOS for plain text, and where the template writes no token of its own there.
@@ -132,7 +132,7 @@ def find_end_tokens(tokenizer: Any, chat: bool = True) -> list[int]:
     return ids[first : ids.index(eos, first) + 1] if eos in ids[first:] else [ids[first]]
 
 
-def tokenise(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
+def tokenise(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Tokens]:
     """Each example as ids, of whatever length."""
     prompts = encode_prompts(tokenizer, examples)
     completions = encode_texts(tokenizer, [example.completion for example in examples])

@@ -26,6 +26,7 @@ from medlora.tokens.cache import FIRST, plan_preparation, prepare
 from medlora.tokens.encode import tokenise
 from medlora.tokens.mixture import Part, interleave, share_tokens
 from medlora.tokens.rows import Row, Rows, arrange
+from medlora.tokens.tokenizer import Tokenizer
 
 log = logging.getLogger("medlora.phase")
 
@@ -81,7 +82,7 @@ class Drawn(Sequence[Row]):
         """Share of the positions of all batches that hold nothing; a batch is as long as its longest row."""
         sizes = numpy.array([self.prepared[key].rows.sizes[i] for key, i in self.draws])
         batches = [sizes[i : i + batch_size] for i in range(0, len(sizes), batch_size)]
-        return 1 - sizes.sum() / max(1, sum(int(batch.max()) * len(batch) for batch in batches))
+        return 1 - int(sizes.sum()) / max(1, sum(int(batch.max()) * len(batch) for batch in batches))
 
 
 def choose_worked_example(job: PhaseJob, seed: int) -> McqRecord:
@@ -102,7 +103,7 @@ def choose_worked_example(job: PhaseJob, seed: int) -> McqRecord:
 
 
 def prepare_rows(
-    job: PhaseJob, tokenizer: Any, seed: int, report: OnEvent, worked: McqRecord | None = None
+    job: PhaseJob, tokenizer: Tokenizer, seed: int, report: OnEvent, worked: McqRecord | None = None
 ) -> dict[str, PreparedPart]:
     """The rows of every source of the phase, and of what it replays; with `worked`, questions as full prompts."""
     phase = job.phase
@@ -135,7 +136,13 @@ def prepare_rows(
 
 
 def _prepare_part(
-    job: PhaseJob, tokenizer: Any, key: str, source: TrainSource, share: float | None, seed: int, report: OnEvent
+    job: PhaseJob,
+    tokenizer: Tokenizer,
+    key: str,
+    source: TrainSource,
+    share: float | None,
+    seed: int,
+    report: OnEvent,
 ) -> PreparedPart:
     phase, began = job.phase, time.monotonic()
 
@@ -163,7 +170,13 @@ def _prepare_part(
 
 
 def _prepare_full(
-    job: PhaseJob, tokenizer: Any, key: str, source: TrainSource, share: float | None, seed: int, worked: McqRecord
+    job: PhaseJob,
+    tokenizer: Tokenizer,
+    key: str,
+    source: TrainSource,
+    share: float | None,
+    seed: int,
+    worked: McqRecord,
 ) -> PreparedPart:
     """A few questions as full prompts; they depend on the seed, so they are not cached."""
     assert job.phase.full_prompt is not None

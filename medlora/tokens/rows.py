@@ -10,6 +10,7 @@ import numpy
 
 from medlora.prompts import Example
 from medlora.tokens.encode import Tokens, tokenise
+from medlora.tokens.tokenizer import Tokenizer
 
 IGNORED = -100
 """The label of a position that carries no loss."""
@@ -153,7 +154,9 @@ def arrange(tokens: Sequence[Tokens], max_tokens: int, packing: bool, order: Seq
     return Rows(tokens, lengths, prompts, texts, range(len(tokens)) if order is None else order, max_tokens, packing)
 
 
-def encode(tokenizer: Any, examples: Sequence[Example], max_tokens: int, packing: bool) -> tuple[list[Row], Lengths]:
+def encode(
+    tokenizer: Tokenizer, examples: Sequence[Example], max_tokens: int, packing: bool
+) -> tuple[list[Row], Lengths]:
     """Rows of at most `max_tokens` tokens, in the order of the examples, and what became of the examples."""
     rows = arrange(tokenise(tokenizer, examples), max_tokens, packing)
     return list(rows), rows.lengths

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from medlora.kernels.attention import Span
 from medlora.tokens.rows import IGNORED, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def find_supervised(labels: torch.Tensor) -> torch.Tensor:
@@ -139,7 +142,7 @@ class Batching:
         return isinstance(self.collator, FlatCollator)
 
 
-def choose_batching(model: Any, padded: Collator, flat: FlatCollator | None, packed: bool) -> Batching:
+def choose_batching(model: PreTrainedModel, padded: Collator, flat: FlatCollator | None, packed: bool) -> Batching:
     """Flat or packed batches as wanted, if the model computes each row in them as it does alone.
 
     This is tried with a few tokens. Some layers (recurrent ones, eager attention, positions without rotation) would let
@@ -169,7 +172,7 @@ def _make_rows(shared: int) -> list[Row]:
 
 
 def _keeps_apart(
-    model: Any, alone: Collator, together: Collator | FlatCollator, beginning: list[Row], packed: list[Row]
+    model: PreTrainedModel, alone: Collator, together: Collator | FlatCollator, beginning: list[Row], packed: list[Row]
 ) -> bool:
     """Whether `together` gives the logits of each document alone: rows that begin alike, and a row of packed ones."""
     batches = [beginning] if beginning else []
@@ -203,17 +206,18 @@ def _cut_document(row: Row, begin: int, end: int) -> Row:
 
 
 @torch.no_grad()
-def _compute_logits(model: Any, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
+def _compute_logits(model: PreTrainedModel, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
     batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
     del batch["labels"], batch["supervised"]
     was_training = model.training
     try:
-        return model.eval()(**batch, use_cache=False).logits.float()
+        logits: torch.Tensor = model.eval()(**batch, use_cache=False).logits
+        return logits.float()
     finally:
         model.train(was_training)
 
 
-def _arrange_logits(model: Any, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
+def _arrange_logits(model: PreTrainedModel, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
     """The logits of a batch's rows one after another, a shared beginning once for each row."""
     logits = _compute_logits(model, collator, rows)
     if isinstance(collator, Collator):

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from medlora.runs.manifests import commit
 from medlora.training.divergence import StepWatch
 from medlora.training.segment import Segment
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger("medlora.training")
 
 
@@ -39,14 +42,16 @@ class LossLoggingCallback(TrainerCallback):
         self.since = time.monotonic()
         self.last_step = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Start the clock when training starts or resumes."""
         self.since, self.last_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             self.report(events.training(self.phase, self.segment.name))
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: object
     ) -> None:
         """One line in metrics.jsonl, one in the log, one report."""
         if "loss" not in (logs or {}):
@@ -85,20 +90,24 @@ class PulseCallback(TrainerCallback):
     def __init__(self, compiled: bool) -> None:
         self.compiled = compiled
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """The first step compiles the model if the phase asks for it."""
         what = "compiles the model in" if self.compiled else "is in"
         pulse.begin(f"{what} step {state.global_step + 1} of {state.max_steps}", slow=self.compiled)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """One forward pass of several."""
         pulse.beat()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """The next step begins; other callbacks announce their own work."""
         pulse.begin(f"is in step {min(state.global_step + 1, state.max_steps)} of {state.max_steps}")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """The checkpoint is written, so the next step begins."""
         self.on_step_end(args, state, control)
 
@@ -134,9 +143,9 @@ class MCQValidationCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
+        model: PreTrainedModel | None = None,
         lr_scheduler: Any = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         """Validate when it is due; rank 0 decides for every worker whether to stop."""
         config, step = self.phase.validation, state.global_step
@@ -145,6 +154,7 @@ class MCQValidationCallback(TrainerCallback):
         due = step == self.segment.steps or step % self.segment.epoch_steps == 0 or (every and step % every == 0)
         if not due:
             return
+        assert model is not None  # Trainer always passes it
         started = time.monotonic()
         pulse.begin(f"scores dev after step {step}")
         try:
@@ -163,7 +173,7 @@ class MCQValidationCallback(TrainerCallback):
         self.seconds += time.monotonic() - started
         self.logging_callback.since += time.monotonic() - started
 
-    def _validate(self, model: Any, step: int) -> float:
+    def _validate(self, model: PreTrainedModel, step: int) -> float:
         assert self.segment.validate is not None and self.phase.validation is not None
         model = getattr(model, "module", model)  # DistributedDataParallel wraps it
         began = time.monotonic()
@@ -197,7 +207,7 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, folder: PhaseFolder) -> None:
         self.folder = folder
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.world_size > 1:
             _gather_random_states(checkpoint, args)
@@ -222,7 +232,7 @@ class LeaveCallback(TrainerCallback):
         self.is_leaving, self.steps = is_leaving, steps
         self.noticed = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Ask for a checkpoint, unless this was the last step."""
         if state.global_step == self.steps:
             return
@@ -232,7 +242,7 @@ class LeaveCallback(TrainerCallback):
         if any(decisions):
             self.noticed = control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """After CheckpointCallback, which has sealed the checkpoint."""
         if self.noticed:
             log.warning("leaves its node after step %d, with a checkpoint", state.global_step)

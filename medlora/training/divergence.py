@@ -55,7 +55,9 @@ class StepWatch:
         """Note the loss of one forward pass."""
         self.losses.append(loss.detach())
 
-    def check(self, step: int, grad_norm: Any, learning_rate: float, scaled: bool = False) -> None:
+    def check(
+        self, step: int, grad_norm: float | torch.Tensor | None, learning_rate: float, scaled: bool = False
+    ) -> None:
         """Raise Diverged when step number `step` may not be made; reads losses and norm from the device at once."""
         norm = torch.as_tensor(grad_norm, dtype=torch.float32)
         held = [norm, *(loss.to(norm.device, torch.float32) for loss in self.losses)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,13 @@ from medlora.kernels.modes import keeping_modes
 from medlora.kernels.supervised_head import SupervisedHead
 from medlora.runs.folders import PhaseFolder
 from medlora.tokens.rows import Row
-from medlora.training.segment import Segment, Worker
+from medlora.training.segment import Segment, SegmentFigures, Worker
 from medlora.training.trainer import recompute_activations, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from medlora.training.batches import Collator, FlatCollator
 
 log = logging.getLogger("medlora.phase")
 
@@ -29,13 +34,13 @@ _SHARE = 0.85
 
 
 def train_in_memory(
-    model: Any,
+    model: PreTrainedModel,
     segment: Segment,
     phase: PhaseConfig,
-    collator: Any,
+    collator: Collator | FlatCollator,
     folder: PhaseFolder,
     worker: Worker,
-) -> tuple[dict[str, Any], PhaseConfig]:
+) -> tuple[SegmentFigures, PhaseConfig]:
     """Train a segment; when memory runs out, resume from the last checkpoint with smaller forward passes.
 
     The global batch does not change, so the result is the same within float error. Returns the segment's figures and the phase
@@ -94,7 +99,11 @@ def shrink(phase: PhaseConfig) -> PhaseConfig | None:
 
 
 def fit_batch(
-    model: Any, longest: Sequence[Row], phase: PhaseConfig, collator: Any, note: Callable[..., None]
+    model: PreTrainedModel,
+    longest: Sequence[Row],
+    phase: PhaseConfig,
+    collator: Collator | FlatCollator,
+    note: Callable[..., None],
 ) -> PhaseConfig:
     """The phase with a batch size that fits, from a dry run of its longest rows, one and then two, before the first step.
 
@@ -128,7 +137,9 @@ def fit_batch(
     return phase
 
 
-def measure_step(model: Any, rows: Sequence[Row], phase: PhaseConfig, collator: Any) -> int:
+def measure_step(
+    model: PreTrainedModel, rows: Sequence[Row], phase: PhaseConfig, collator: Collator | FlatCollator
+) -> int:
     """Bytes that a forward and backward pass over `rows` takes beside the model.
 
     On CUDA that is the peak, on CPU everything saved for the backward pass. Weights, gradients and random numbers are left

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from medlora import events, pulse
 from medlora.artifacts.adapter_origin import write_card
@@ -25,7 +26,7 @@ from medlora.errors import InputError
 from medlora.events import OnEvent
 from medlora.kernels.memory import clear_memory, describe_device, keep_freed_memory
 from medlora.model.base import load_base, locate_base
-from medlora.model.chain import add_adapter, load_adapter_weights, load_chain, save_adapter
+from medlora.model.chain import Model, add_adapter, load_adapter_weights, load_chain, save_adapter
 from medlora.model.tokenizer import added_token_ids, letter_token_ids, load_stage_tokenizer, load_tokenizer
 from medlora.records import FIELDS, McqRecord
 from medlora.runs import mirror
@@ -34,16 +35,20 @@ from medlora.runs.environment import get_versions, log_to
 from medlora.runs.files import read_json_lines, remove, sweep_temporary, write_sealed
 from medlora.runs.folders import PhaseFolder
 from medlora.runs.locks import hold_file_lock
-from medlora.runs.manifests import commit, hash_adapter
+from medlora.runs.manifests import PhaseManifest, commit, hash_adapter
 from medlora.seeds import derive_seed
 from medlora.tokens.cache import hash_tokenizer
-from medlora.tokens.phase_rows import choose_worked_example, prepare_rows, report_lengths
+from medlora.tokens.phase_rows import PreparedPart, choose_worked_example, prepare_rows, report_lengths
+from medlora.tokens.tokenizer import Tokenizer
 from medlora.training.batches import Batching, Collator, FlatCollator, choose_batching
 from medlora.training.callbacks import Leaving
 from medlora.training.memory_fit import train_in_memory
 from medlora.training.reuse import ReusedParts, describe_base, describe_rows, describe_tokenizer
-from medlora.training.segment import SegmentRows, Worker, count_rows, draw, make_segment
+from medlora.training.segment import FittedFigures, SegmentFigures, SegmentRows, Worker, count_rows, draw, make_segment
 from medlora.training.validation import Validator
+
+if TYPE_CHECKING:
+    from medlora.model.miniature_base.pretraining import Progress
 
 log = logging.getLogger("medlora.phase")
 
@@ -55,7 +60,7 @@ def run_phase(
     device: str = "cpu",
     is_leaving: Callable[[], bool] | None = None,
     reuse: ReusedParts | None = None,
-) -> dict[str, Any]:
+) -> PhaseManifest:
     """Train a phase into its folder and return its manifest; resume from the last complete checkpoint if there is one.
 
     Runs the same in a Ray Train worker, one of several, as in a plain process. `reuse` holds the parts that consecutive
@@ -122,7 +127,7 @@ def _pull(job: PhaseJob, folder: PhaseFolder, worker: Worker) -> None:
 class _Data:
     """What a phase trains on, and the tokenizer that made it."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     tokenizer_hash: str
     worked: McqRecord | None
     """The solved question that full prompts show."""
@@ -134,6 +139,11 @@ class _Data:
         return any(part.rows.is_packed for segment in self.segments for part in segment.parts.values())
 
 
+def _as_whole(model: Model) -> PreTrainedModel:
+    """The model for what knows nothing of adapters: a PeftModel hands on to the model below it what it lacks."""
+    return cast(PreTrainedModel, model)
+
+
 class _PhaseRun:
     """One phase on one worker; `run` lists its steps."""
 
@@ -143,7 +153,7 @@ class _PhaseRun:
         self.reuse = reuse
         self.parts = reuse or ReusedParts()
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> PhaseManifest:
         """Train the phase and return its manifest; empty on every worker but the first."""
         started = time.monotonic()
         hosts = self.announce()
@@ -151,7 +161,9 @@ class _PhaseRun:
         located = time.monotonic()
         data = self.tokenise(base)
         model = self.load_model(base, data)
-        padded = Collator(data.tokenizer.pad_token_id, token_type_ids=model.config.model_type == "gemma3")
+        pad_id = data.tokenizer.pad_token_id
+        assert pad_id is not None  # `load_tokenizer` gives it one
+        padded = Collator(pad_id, token_type_ids=model.config.model_type == "gemma3")
         batching = self.choose_batching(model, data, padded)
         data = self.unpack(data, batching)
         model = self.attach_chain(model, base, data.tokenizer)
@@ -159,7 +171,7 @@ class _PhaseRun:
         results = self.train_segments(model, data, batching, self.make_validator(data.tokenizer, padded))
         best = self.load_best(model)
         if not self.worker.is_first:
-            return {}
+            return cast(PhaseManifest, {})
         self.save_adapter(model, base, data.tokenizer)
         seconds = {"base": located - started, "prepare": prepared - located, "all": time.monotonic() - started}
         about = {"counts": count_rows(data.segments), "segments": results, "best": best, "hosts": hosts}
@@ -169,7 +181,7 @@ class _PhaseRun:
         """Report a line about the phase."""
         self.worker.report(events.note(self.phase.name, text))
 
-    def report_building(self, progress: Any) -> None:
+    def report_building(self, progress: Progress) -> None:
         """Report progress of building the miniature base."""
         self.worker.report(events.building(self.phase.name, progress))
 
@@ -200,11 +212,11 @@ class _PhaseRun:
         report_lengths(count_rows(segments), phase.name, phase.max_tokens, self.worker.report)
         return _Data(tokenizer, digest, worked, segments)
 
-    def prepare(self, job: PhaseJob, tokenizer: Any, worked: McqRecord | None = None) -> dict[str, Any]:
+    def prepare(self, job: PhaseJob, tokenizer: Tokenizer, worked: McqRecord | None = None) -> dict[str, PreparedPart]:
         """The rows of the phase's sources; with `worked`, questions show it as a solved example."""
         return prepare_rows(job, tokenizer, self.seed, self.worker.report, worked)
 
-    def load_model(self, base: BaseModelConfig, data: _Data) -> Any:
+    def load_model(self, base: BaseModelConfig, data: _Data) -> PreTrainedModel:
         """The base model, frozen; a reused one if it was made from the same."""
         pulse.begin("loads the base model", slow=True)
         device = self.worker.device
@@ -213,7 +225,7 @@ class _PhaseRun:
         made_from = describe_base(self.job, data.tokenizer_hash, device)
         return self.reuse.borrow_base(made_from, lambda: load_base(base, data.tokenizer, device))
 
-    def choose_batching(self, model: Any, data: _Data, padded: Collator) -> Batching:
+    def choose_batching(self, model: PreTrainedModel, data: _Data, padded: Collator) -> Batching:
         """Flat or padded batches, as configured and as the model computes them correctly."""
         phase, device = self.phase, self.worker.device
         flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu" and not phase.compile)
@@ -239,19 +251,19 @@ class _PhaseRun:
         ]
         return _Data(data.tokenizer, data.tokenizer_hash, data.worked, segments)
 
-    def attach_chain(self, model: Any, base: BaseModelConfig, tokenizer: Any) -> Any:
+    def attach_chain(self, model: PreTrainedModel, base: BaseModelConfig, tokenizer: Tokenizer) -> PreTrainedModel:
         """The model with the adapters of the chain: those of the parent frozen, one trained."""
         job, phase = self.job, self.phase
         parent = [(link.name, Path(link.folder)) for link in job.parent]
         if phase.chain == "continue":
             *frozen, (_, last) = parent
-            return load_chain(model, [*frozen, (phase.name, last)], trainable=phase.name)
+            return _as_whole(load_chain(model, [*frozen, (phase.name, last)], trainable=phase.name))
         if phase.chain == "stack":
-            model = load_chain(model, parent)
+            model = _as_whole(load_chain(model, parent))
         rows = added_token_ids(tokenizer, job.base.extra_tokens) if phase.train_extra_tokens else []
-        return add_adapter(model, phase.name, job.lora, rows, derive_seed(self.seed, "adapter"))
+        return _as_whole(add_adapter(model, phase.name, job.lora, rows, derive_seed(self.seed, "adapter")))
 
-    def make_validator(self, tokenizer: Any, padded: Collator) -> Validator | None:
+    def make_validator(self, tokenizer: Tokenizer, padded: Collator) -> Validator | None:
         """What scores the dev records; None where the phase has none."""
         config = self.phase.validation
         if config is None:
@@ -262,10 +274,10 @@ class _PhaseRun:
         return Validator(tokenizer, padded, config, dev, self.seed, required, self.phase.max_tokens)
 
     def train_segments(
-        self, model: Any, data: _Data, batching: Batching, validator: Validator | None
-    ) -> list[dict[str, Any]]:
+        self, model: PreTrainedModel, data: _Data, batching: Batching, validator: Validator | None
+    ) -> list[FittedFigures]:
         """Train the segments in turn; returns the figures of each."""
-        phase, results = self.phase, list[dict[str, Any]]()
+        phase, results = self.phase, list[FittedFigures]()
         batch = phase.batch_size * phase.accumulation * self.worker.world
         pulse.begin("draws its rows and tries a step", slow=True)
         for rows in data.segments:
@@ -274,22 +286,28 @@ class _PhaseRun:
             self.note("flat batches, no padding" if batching.is_flat else f"{padding:.1%} of the batches is padding")
             segment = make_segment(rows, drawn, phase, batch, self.seed, rows.bind(validator, data.worked))
             result, phase = train_in_memory(model, segment, phase, batching.collator, self.folder, self.worker)
-            fitted = {key: getattr(phase, key) for key in ("batch_size", "accumulation", "gradient_checkpointing")}
-            results.append({**result, **fitted, "padding": round(padding, 4)})
+            figures: FittedFigures = {
+                **result,
+                "batch_size": phase.batch_size,
+                "accumulation": phase.accumulation,
+                "gradient_checkpointing": phase.gradient_checkpointing,
+                "padding": round(padding, 4),
+            }
+            results.append(figures)
             if rows.name == "full":
                 self.report_switch(result)
         if validator:
-            spent, trained = (sum(part[key] for part in results) for key in ("validation_s", "train_s"))
+            spent, trained = sum(part["validation_s"] for part in results), sum(part["train_s"] for part in results)
             self.note(f"validation took {spent:.1f} s, {spent / max(trained, 1e-9):.0%} of the training")
         return results
 
-    def report_switch(self, full: dict[str, Any]) -> None:
+    def report_switch(self, full: SegmentFigures) -> None:
         """Report that the segment with full prompts is over, and why."""
         why = "the format score reached its threshold" if full["stopped_early"] else "the step budget is spent"
         self.note(f"switches to the normal prompt after {full['steps']} steps: {why}")
         log.info("switches from full to normal prompts after %d steps: %s", full["steps"], why)
 
-    def load_best(self, model: Any) -> dict[str, Any] | None:
+    def load_best(self, model: PreTrainedModel) -> Mapping[str, object] | None:
         """Load the adapter with the best dev score, if the phase asks for it; returns its line of scores."""
         if not (self.phase.validation and self.phase.validation.keep_best):
             return None
@@ -302,13 +320,13 @@ class _PhaseRun:
         scored = [row for row in read_json_lines(self.folder.validation) if row.get("best")]
         return scored[-1] if scored else None
 
-    def save_adapter(self, model: Any, base: BaseModelConfig, tokenizer: Any) -> None:
+    def save_adapter(self, model: PreTrainedModel, base: BaseModelConfig, tokenizer: Tokenizer) -> None:
         """Write the adapter, with the tokenizer if the phase has extended it."""
         pulse.begin("writes the adapter")
         extended = len(tokenizer) != len(load_tokenizer(base))
         save_adapter(model, self.phase.name, self.folder.adapter, tokenizer if extended else None, self.job.base.model)
 
-    def finish(self, results: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    def finish(self, results: Mapping[str, object], seconds: dict[str, float]) -> PhaseManifest:
         """Write the manifest, then remove what only the unfinished phase needed."""
         folder = self.folder
         log.info("phase %s is finished", self.phase.name)
@@ -317,9 +335,9 @@ class _PhaseRun:
         manifest = commit(folder.root, about, exclude=(folder.checkpoints, folder.best))
         remove(folder.checkpoints, folder.best)
         mirror.push(folder.root)
-        return manifest
+        return cast(PhaseManifest, manifest)
 
-    def describe(self, results: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    def describe(self, results: Mapping[str, object], seconds: dict[str, float]) -> dict[str, object]:
         """What the manifest says besides the hashes of the files."""
         job, sources = self.job, self.phase.sources
         chain = extend_chain(job.parent, self.phase, self.folder.adapter)
@@ -344,7 +362,7 @@ class _PhaseRun:
         }
 
 
-def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Any:
+def load_phase_tokenizer(job: PhaseJob, base: BaseModelConfig) -> Tokenizer:
     """The tokenizer that a phase renders and trains with; raises InputError when its chain has no added tokens to train."""
     if job.phase.chain == "new":
         return load_tokenizer(base, extra_tokens=job.base.extra_tokens if job.phase.train_extra_tokens else ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch.distributed as dist
 
@@ -17,6 +17,32 @@ from medlora.seeds import derive_seed
 from medlora.tokens.phase_rows import Drawn, PreparedPart, draw_rows
 from medlora.tokens.rows import Row
 from medlora.training.validation import Validator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SegmentFigures(TypedDict):
+    """What became of a segment, in figures."""
+
+    segment: str
+    steps: int
+    planned_steps: int
+    stopped_early: bool
+    last_loss: float | None
+    train_s: float
+    validation_s: float
+    resumed_from_step: int | None
+    optimizer: str
+
+
+class FittedFigures(SegmentFigures):
+    """The same with what fitted into memory, for the manifest."""
+
+    batch_size: int
+    accumulation: int
+    gradient_checkpointing: bool | Literal["auto"]
+    padding: float
 
 
 @dataclass(frozen=True)
@@ -33,7 +59,7 @@ class Segment:
     epoch_steps: int
     longest: Sequence[Row] = ()
     """The two longest of them; the dry run measures the memory of a step with these."""
-    validate: Callable[[Any], dict[str, float]] | None = None
+    validate: Callable[[PreTrainedModel], dict[str, float]] | None = None
     stop_at_format_score: float | None = None
     name_rows: Callable[[Sequence[int]], list[str]] | None = None
     """Which records the rows at these places are made from."""
@@ -53,7 +79,9 @@ class SegmentRows:
         """Rows of one epoch."""
         return sum(part.part.size for part in self.parts.values())
 
-    def bind(self, validator: Validator | None, worked: McqRecord | None) -> Callable[[Any], dict[str, float]] | None:
+    def bind(
+        self, validator: Validator | None, worked: McqRecord | None
+    ) -> Callable[[PreTrainedModel], dict[str, float]] | None:
         """What scores the model in this segment; full prompts are scored with full prompts."""
         if validator is None:
             return None
@@ -81,7 +109,7 @@ def make_segment(
     phase: PhaseConfig,
     batch: int,
     seed: int,
-    validate: Callable[[Any], dict[str, float]] | None,
+    validate: Callable[[PreTrainedModel], dict[str, float]] | None,
 ) -> Segment:
     """The segment that trains on the rows as they were drawn."""
     full = phase.full_prompt if rows.name == "full" else None

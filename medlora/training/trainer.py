@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -33,7 +33,10 @@ from medlora.training.callbacks import (
     PulseCallback,
 )
 from medlora.training.divergence import StepWatch, check_checkpoint, forget_divergence, read_divergence
-from medlora.training.segment import Segment, Worker
+from medlora.training.segment import Segment, SegmentFigures, Worker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("medlora.training")
 
@@ -49,11 +52,11 @@ _SCHEDULES: dict[str, SchedulerType] = {
 class _AdapterTrainer(Trainer):
     """A Trainer whose checkpoints hold the trained adapter alone instead of every adapter of the chain."""
 
-    def __init__(self, adapter: str, model: Any, watch: StepWatch, **arguments: Any) -> None:
+    def __init__(self, adapter: str, model: PreTrainedModel, watch: StepWatch, **arguments: Any) -> None:
         self.adapter, self.watch, self.head = adapter, watch, SupervisedHead(model)
         super().__init__(model=model, compute_loss_func=self.head.compute_loss, **arguments)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         """Like Trainer's, but logits are computed at supervised positions only."""
         with self.head.at(inputs.pop("supervised")):
             return super().compute_loss(model, inputs, *arguments, **options)
@@ -64,16 +67,19 @@ class _AdapterTrainer(Trainer):
         self.watch.add(loss)
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: float | None = None) -> float | torch.Tensor | None:
         """Like Trainer's, which calls it right before the optimizer's step; raises Diverged."""
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: float | torch.Tensor | None = super()._get_grad_norm(  # type: ignore[no-untyped-call]
+            model, grad_norm=grad_norm
+        )
         scaled = self.accelerator.scaler is not None
-        self.watch.check(self.state.global_step + 1, grad_norm, self._get_learning_rate(), scaled)
-        return grad_norm
+        self.watch.check(self.state.global_step + 1, norm, self._get_learning_rate(), scaled)
+        return norm
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         step, rate = self.state.global_step, self._get_learning_rate()
         pulse.begin(f"writes the checkpoint of step {step}")
+        assert self.model is not None
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         # Every worker looks, so that none waits for one that has stopped; rank 0's writing looks once more.
         if self.args.world_size > 1 and (bad := find_non_finite(trained)):
@@ -89,7 +95,7 @@ class _AdapterTrainer(Trainer):
                 self.accelerator.unwrap_model(self.model), self.adapter, Path(output_dir or str(self.args.output_dir))
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         load_adapter_weights(
             self.accelerator.unwrap_model(model or self.model), self.adapter, Path(resume_from_checkpoint)
         )
@@ -127,13 +133,13 @@ class _Resume:
 
 
 def train(
-    model: Any,
+    model: PreTrainedModel,
     segment: Segment,
     phase: PhaseConfig,
     collator: Collator | FlatCollator,
     folder: PhaseFolder,
     worker: Worker,
-) -> dict[str, Any]:
+) -> SegmentFigures:
     """Train the phase's adapter through a segment, from its last complete checkpoint if there is one.
 
     Returns plain figures: steps done, mean loss, seconds, whether it stopped early. The weights are left in the model.
@@ -205,7 +211,7 @@ def _find_resume(segment: Segment, phase: PhaseConfig, folder: PhaseFolder, work
 
 
 def _make_arguments(
-    model: Any, segment: Segment, phase: PhaseConfig, folder: PhaseFolder, worker: Worker
+    model: PreTrainedModel, segment: Segment, phase: PhaseConfig, folder: PhaseFolder, worker: Worker
 ) -> TrainingArguments:
     """The settings of transformers.Trainer for a segment."""
     cuda = model.device.type == "cuda"
@@ -247,7 +253,7 @@ def _make_arguments(
     return arguments
 
 
-def _choose_optimizer(model: Any, phase: PhaseConfig) -> str:
+def _choose_optimizer(model: PreTrainedModel, phase: PhaseConfig) -> str:
     if phase.optimizer != "auto":
         return phase.optimizer
     return "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_torch"
@@ -270,7 +276,9 @@ def _list_callbacks(
     return callbacks
 
 
-def _optimise(trainer: _AdapterTrainer, model: Any, segment: Segment, phase: PhaseConfig, resume: _Resume) -> None:
+def _optimise(
+    trainer: _AdapterTrainer, model: PreTrainedModel, segment: Segment, phase: PhaseConfig, resume: _Resume
+) -> None:
     """Take the steps that are left; a segment without any only loads its last checkpoint."""
     if resume.checkpoint and (resume.ended_early or resume.step >= segment.steps):
         load_adapter_weights(model, phase.name, resume.checkpoint)
@@ -280,7 +288,7 @@ def _optimise(trainer: _AdapterTrainer, model: Any, segment: Segment, phase: Pha
 
 
 @contextmanager
-def recompute_activations(model: Any, wanted: bool) -> Iterator[None]:
+def recompute_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Within this context, if `wanted`, activations are computed again in the backward pass instead of stored."""
     if not wanted:
         yield
@@ -295,7 +303,7 @@ def recompute_activations(model: Any, wanted: bool) -> Iterator[None]:
         disable()
 
 
-def _get_schedule_options(phase: PhaseConfig, steps: int) -> dict[str, Any]:
+def _get_schedule_options(phase: PhaseConfig, steps: int) -> dict[str, object]:
     if phase.schedule != "wsd":
         return {}
     return {"num_decay_steps": round(phase.decay_ratio * steps), "decay_type": "linear"}

@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +22,11 @@ from medlora.records import McqRecord, Record, TextRecord, TranslationRecord
 from medlora.seeds import derive_seed
 from medlora.tokens.encode import encode_prompts
 from medlora.tokens.rows import Row, encode
+from medlora.tokens.tokenizer import Tokenizer
 from medlora.training.batches import Collator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def sample_records(records: Sequence[Record], n: int, seed: int) -> list[Record]:
@@ -40,7 +44,7 @@ def compute_token_f1(predicted: str, reference: str) -> float:
 
 
 @torch.no_grad()
-def compute_perplexity(model: Any, rows: Sequence[Row], collator: Collator, batch_size: int) -> float:
+def compute_perplexity(model: PreTrainedModel, rows: Sequence[Row], collator: Collator, batch_size: int) -> float:
     """exp of the mean negative log-likelihood of every supervised token."""
     total, count, head = 0.0, 0, SupervisedHead(model)
     for start in range(0, len(rows), batch_size):
@@ -60,7 +64,7 @@ class Validator:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         collator: Collator,
         config: Validation,
         records: Sequence[Sequence[Record]],
@@ -77,7 +81,11 @@ class Validator:
         self.max_tokens = max_tokens
 
     def score(
-        self, model: Any, style: McqStyle | None = None, worked: McqRecord | None = None, batch_size: int = 32
+        self,
+        model: PreTrainedModel,
+        style: McqStyle | None = None,
+        worked: McqRecord | None = None,
+        batch_size: int = 32,
     ) -> dict[str, float]:
         """Plain floats: `accuracy` and `format_score` of questions, `perplexity` of text, `token_f1` of translations,
         and `score`, the one (higher is better) that decides which adapter is the best."""
@@ -102,7 +110,7 @@ class Validator:
                 scores["score"] = scores["accuracy"]
             return scores
 
-    def _score_questions(self, model: Any, style: McqStyle, worked: McqRecord | None) -> dict[str, float]:
+    def _score_questions(self, model: PreTrainedModel, style: McqStyle, worked: McqRecord | None) -> dict[str, float]:
         settings = AnswerSettings(
             scoring=self.config.scoring, style=style, max_tokens=self.config.max_tokens, worked=worked
         )

@@ -101,7 +101,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_raw(path: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     """The config file as a plain mapping with `--set` overrides applied and `phase_defaults` spread over the phases.
 
     Raises InputError when the file is missing, unreadable or not a mapping, or an override names nothing.
@@ -134,12 +134,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig: ...
 def load(path: Path, overrides: Sequence[str], model: type[Config]) -> Config: ...
 
 
-def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig) -> Any:
+def load(path: Path, overrides: Sequence[str] = (), model: type[Any] = RunConfig) -> object:
     """The config at `path` with `KEY=VALUE` overrides; raises InputError that names every wrong key."""
     return validate(path, load_raw(path, overrides), overrides, model)
 
 
-def validate(path: Path, raw: Mapping[str, Any], overrides: Sequence[str], model: type[Config]) -> Config:
+def validate(path: Path, raw: Mapping[str, object], overrides: Sequence[str], model: type[Config]) -> Config:
     """The config of a file's plain values; raises InputError that names every wrong key with its line."""
     try:
         return model.model_validate(raw)
@@ -155,7 +155,7 @@ def validate(path: Path, raw: Mapping[str, Any], overrides: Sequence[str], model
 _MOST_LINES = 20
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _override(raw: dict[str, object], override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -171,7 +171,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: {error}") from None
 
 
-def set_value(raw: dict[str, Any], key: str, value: Any) -> None:
+def set_value(raw: dict[str, object], key: str, value: object) -> None:
     """Put a value at a dotted key, sections made where they are absent; raises InputError when the key leads nowhere."""
     *parents, last = key.split(".")
     node = find_node(raw, parents, make=True)
@@ -181,7 +181,7 @@ def set_value(raw: dict[str, Any], key: str, value: Any) -> None:
         node[last] = value
 
 
-def find_node(raw: dict[str, Any], parts: Sequence[str], make: bool = False) -> Any:
+def find_node(raw: dict[str, object], parts: Sequence[str], make: bool = False) -> Any:
     """The mapping or list at the end of a dotted key's parts, {} where it is absent; raises InputError where there can be none."""
     node: Any = raw
     for depth, part in enumerate(parts):
@@ -198,7 +198,7 @@ def find_node(raw: dict[str, Any], parts: Sequence[str], make: bool = False) -> 
     return node
 
 
-def _position(items: list[Any], part: str) -> int:
+def _position(items: list[object], part: str) -> int:
     """Where `part` points in a list: an item of that name first, then a 0-based index."""
     names = [name_item(item) if isinstance(item, dict) else None for item in items]
     if names.count(part) == 1:
@@ -235,7 +235,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             yield f"{dotted}: {describe_problem(same)}"
 
 
-def schema() -> dict[str, Any]:
+def schema() -> dict[str, object]:
     """The JSON schema of a run config file, for editors; `phase_defaults` takes any key of a phase."""
     made = RunConfig.model_json_schema()
     phase = made["$defs"]["PhaseConfig"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from medlora.errors import InputError
 
@@ -16,7 +15,7 @@ _JOBS = {
 """By the model of a job's config: whose it is, and the job that reads it."""
 
 
-def refuse_other_job(path: Path, raw: Mapping[str, Any], model: type[Any]) -> None:
+def refuse_other_job(path: Path, raw: Mapping[str, object], model: type[object]) -> None:
     """Raise InputError where a config that is not valid for this job is one of another."""
     found = _tell_job(raw)
     if found is None or model.__name__ not in _JOBS or found == model.__name__:
@@ -25,7 +24,7 @@ def refuse_other_job(path: Path, raw: Mapping[str, Any], model: type[Any]) -> No
     raise InputError(f"{path}: this is {whose} config: python {other} --config {path} ({job} reads {wanted} config)")
 
 
-def _tell_job(raw: Mapping[str, Any]) -> str | None:
+def _tell_job(raw: Mapping[str, object]) -> str | None:
     if "base" in raw and "phases" in raw:
         return "RunConfig"
     if "space" in raw or "config" in raw:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 
-def name_item(item: Mapping[str, Any]) -> Any:
+def name_item(item: Mapping[str, object]) -> object:
     """What an item of a list is called: its name, the phase that a replay repeats, the last part of where a source is."""
     for key in ("name", "phase"):
         if key in item:
@@ -57,11 +57,11 @@ def find_lines(root: yaml.Node | None) -> dict[KeyPath, int]:
     """The line of every key and item of a YAML file."""
     lines: dict[KeyPath, int] = {}
 
-    def visit(node: Any, path: KeyPath, depth: int) -> None:
+    def visit(node: object, path: KeyPath, depth: int) -> None:
         if depth > 20:
             return
         if isinstance(node, yaml.SequenceNode):
-            pairs: Iterable[tuple[int | str, Any, Any]] = ((i, part, part) for i, part in enumerate(node.value))
+            pairs: Iterable[tuple[int | str, Any, object]] = ((i, part, part) for i, part in enumerate(node.value))
         elif isinstance(node, yaml.MappingNode):
             pairs = ((key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
         else:
@@ -77,7 +77,7 @@ def find_lines(root: yaml.Node | None) -> dict[KeyPath, int]:
 class Places:
     """Where the keys of a config stand: in its file, in `phase_defaults`, or on the command line."""
 
-    def __init__(self, text: str, raw: Mapping[str, Any], overrides: Iterable[str], loader: Any) -> None:
+    def __init__(self, text: str, raw: Mapping[str, object], overrides: Iterable[str], loader: Any) -> None:
         self._raw = raw
         self._set = {override.partition("=")[0].strip() for override in overrides}
         try:
@@ -111,7 +111,7 @@ class Places:
     def _name(self, path: KeyPath) -> str:
         from medlora.config.loading.places import name_item
 
-        node: Any = self._raw
+        node: object = self._raw
         names: list[str] = []
         for part in path:
             if isinstance(node, list) and isinstance(part, int) and part < len(node):

@@ -39,7 +39,7 @@ _BOUNDS = {
 }
 
 
-def describe_problem(problems: Sequence[Mapping[str, Any]]) -> str:
+def describe_problem(problems: Sequence[Mapping[str, object]]) -> str:
     """What must stand at a key, by all that pydantic says of it (a union complains once for each of its kinds)."""
     wanted = list(dict.fromkeys(_describe_wanted(problem) for problem in problems))
     found = show_value(problems[0]["input"])
@@ -50,7 +50,7 @@ def describe_problem(problems: Sequence[Mapping[str, Any]]) -> str:
     return f"must be {text}, found {found}{hint}"
 
 
-def show_value(value: Any) -> str:
+def show_value(value: object) -> str:
     """A value as a message shows it: as JSON writes it, cut where it is long."""
     if value is None:
         return "nothing"
@@ -106,7 +106,7 @@ def keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     return list(current.model_fields) if current else []
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):

@@ -94,7 +94,7 @@ def _count_bytes(batch: Any) -> int:
     return whole
 
 
-def _take_rows(batch: Any) -> Iterator[Any]:
+def _take_rows(batch: Any) -> Iterator[object]:
     """The rows of a batch as plain values, so many at a time as surely fit."""
     step = max(1, min(len(batch), len(batch) * _BATCH_BYTES // max(1, _count_bytes(batch)) // 4))
     for start in range(0, len(batch), step):

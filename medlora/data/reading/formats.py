@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from medlora.bounds import MAX_ARRAY_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_VALUES, read_bounded_lines, shorten
 from medlora.errors import InputError
 
-FileRow = tuple[str, Any]
+FileRow = tuple[str, object]
 """Where a row stands (`file:line`) and what it holds: a mapping of columns, a Broken, or a finished record."""
 
 
@@ -59,7 +59,7 @@ def read_lines(name: str, file: IO[bytes], start: int, is_json: bool) -> Iterato
             yield f"{name}:{number}", parsed
 
 
-def _parse_json(text: str) -> Any:
+def _parse_json(text: str) -> object:
     try:
         _check_shape(text)
         return json.loads(text, object_pairs_hook=_refuse_twice, parse_int=_read_int)
@@ -112,7 +112,7 @@ def _read_int(digits: str) -> int:
     return int(digits)
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()

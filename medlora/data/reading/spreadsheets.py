@@ -16,7 +16,7 @@ _MAX_BYTES = 2**30
 """Most bytes of a workbook, unpacked."""
 
 
-def read_workbook(name: str, file: Any) -> Iterator[FileRow]:
+def read_workbook(name: str, file: object) -> Iterator[FileRow]:
     """The rows of the one sheet that holds any, by its header; every cell as the text that a CSV would hold.
 
     Raises InputError without openpyxl, for what is no workbook or grows too much, and where several sheets hold rows.
@@ -80,7 +80,7 @@ def _read_sheet(name: str, sheet: Any) -> Iterator[FileRow]:
         yield where, take_cells(header, cells + [""] * (len(header) - len(cells)))
 
 
-def _spell(value: Any) -> str:
+def _spell(value: object) -> str:
     if value is None:
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

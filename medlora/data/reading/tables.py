@@ -128,7 +128,7 @@ def check_header(where: str, cells: list[str]) -> list[str]:
     return header
 
 
-def take_cells(header: list[str], cells: list[str]) -> Any:
+def take_cells(header: list[str], cells: list[str]) -> object:
     """A row by its header, or why it is none."""
     if (bad := next((cell for cell in cells if re.search("[\udc80-\udcff]", cell)), None)) is not None:
         content = ",".join(cells).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -29,7 +29,7 @@ _PICTURES = re.compile(
 )
 
 
-def find_first_number(answers: Iterable[tuple[str, Any, int]]) -> int | None:
+def find_first_number(answers: Iterable[tuple[str, object, int]]) -> int | None:
     """Number of the first option by the data: `answers` are (place, answer, number of options) of every row.
 
     None where no answer is a number. Raises RecordError where the numbers show neither 0 nor as many as there are
@@ -61,7 +61,7 @@ def find_first_number(answers: Iterable[tuple[str, Any, int]]) -> int | None:
     return None if not numbers else 0 if zero is not None else 1
 
 
-def get_answer(row: Any, schema: Schema) -> tuple[Any, int] | None:
+def get_answer(row: Any, schema: Schema) -> tuple[object, int] | None:
     """The answer of a row as it stands and the number of its options, for `find_base`; None where there is neither."""
     try:
         row = _rename(row, schema)
@@ -121,19 +121,19 @@ def _is_picture(name: str) -> bool:
     return _PICTURES.fullmatch(name.strip()) is not None
 
 
-def _holds_picture(name: Any, row: Mapping[str, Any]) -> bool:
+def _holds_picture(name: object, row: Mapping[str, object]) -> bool:
     if not isinstance(name, str) or len(name) > 40 or not _is_picture(name):
         return False
     value = row[name]
     return bool(value) and value == value and str(value).strip().casefold() not in ("", "nan", "none", "null", "[]")
 
 
-def _rename(row: Any, schema: Schema) -> Any:
+def _rename(row: object, schema: Schema) -> object:
     """The row of an exam under our names of columns."""
     return (rename_columns(row) or row) if schema.name in EXAMS and isinstance(row, Mapping) else row
 
 
-def _compose(value: Any) -> Any:
+def _compose(value: object) -> object:
     if isinstance(value, str):
         return unicodedata.normalize("NFC", value)
     if isinstance(value, Mapping):
@@ -142,7 +142,7 @@ def _compose(value: Any) -> Any:
 
 
 def _to_mcq(
-    row: Mapping[str, Any], schema: Schema, identity: str, base: int | None, subject: str | None
+    row: Mapping[str, object], schema: Schema, identity: str, base: int | None, subject: str | None
 ) -> tuple[McqRecord, list[str]]:
     columns, answer = schema.columns, _answer_of(schema)
     if subject is not None and subject not in row:
@@ -188,14 +188,14 @@ def _to_mcq(
     return record, flags
 
 
-def _cut(question: Any, pattern: str) -> Any:
+def _cut(question: object, pattern: str) -> Any:
     return re.sub(rf"(?s){pattern}\Z", "", question) if pattern and isinstance(question, str) else question
 
 
-def _get_options(row: Mapping[str, Any], columns: Columns) -> tuple[tuple[Any, ...], int | None]:
+def _get_options(row: Mapping[str, object], columns: Columns) -> tuple[tuple[Any, ...], int | None]:
     """The options in order, and the number of the first where they are keyed by numbers."""
     named = columns.options
-    found: list[Any]
+    found: list[object]
     if named == LETTER_COLUMNS:
         found = [row[letter] for letter in LETTERS if letter in row]
     elif isinstance(named, str):
@@ -208,7 +208,7 @@ def _get_options(row: Mapping[str, Any], columns: Columns) -> tuple[tuple[Any, .
     return tuple(found), None
 
 
-def _get_rationale(row: Mapping[str, Any], column: str | None) -> dict[str, str]:
+def _get_rationale(row: Mapping[str, object], column: str | None) -> dict[str, str]:
     names = (column,) if column else _RATIONALE_COLUMNS
     found = next((row[name] for name in names if row.get(name)), None)
     if found is None:

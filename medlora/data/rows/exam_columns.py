@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 from medlora.data.rows.option_marks import read_answer
 from medlora.records import LETTERS
@@ -58,7 +57,7 @@ def _say(column: str) -> str:
     return f"option {column}" if column in LETTERS else column
 
 
-def rename_columns(row: Mapping[str, Any]) -> dict[str, Any] | None:
+def rename_columns(row: Mapping[str, object]) -> dict[str, object] | None:
     """The row under our names of columns; None where it is no question of such a table."""
     found, _ = match_columns(tuple(map(str, row)))
     if found is None:

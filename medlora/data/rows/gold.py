@@ -18,7 +18,7 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip().casefold()
 
 
-def read_number(answer: Any) -> int | None:
+def read_number(answer: object) -> int | None:
     """A whole number, also as text or in a list of its own."""
     if isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) == 1:
         answer = answer[0]
@@ -33,7 +33,7 @@ def read_number(answer: Any) -> int | None:
     return answer if isinstance(answer, int) else None
 
 
-def read_gold(answer: Any, options: Sequence[Any], first: int, pinned: bool) -> tuple[str, list[str]]:
+def read_gold(answer: Any, options: Sequence[object], first: int, pinned: bool) -> tuple[str, list[str]]:
     """The letter that an answer means, and flags; raises RecordError where it means none or might mean two."""
     letters = LETTERS[: len(options)]
     if isinstance(answer, Sequence) and not isinstance(answer, str):
@@ -69,7 +69,7 @@ def read_gold(answer: Any, options: Sequence[Any], first: int, pinned: bool) -> 
     raise RecordError(f"answer {shorten(answer)} is none of the options {', '.join(letters)}", "answer is no option")
 
 
-def _count_from(first: int, number: int, answer: Any, letters: str) -> str:
+def _count_from(first: int, number: int, answer: object, letters: str) -> str:
     if not first <= number < first + len(letters):
         raise RecordError(
             f"answer {shorten(answer)} is outside {first}..{first + len(letters) - 1}", "answer out of range"
@@ -93,7 +93,7 @@ def _place(mark: Mark, first: int, answer: str, letters: str) -> str:
     return letters[mark.place - 1]
 
 
-def _agree_with_text(mark: Mark, first: int, answer: str, options: Sequence[Any], letters: str) -> str:
+def _agree_with_text(mark: Mark, first: int, answer: str, options: Sequence[object], letters: str) -> str:
     """The letter of an answer such as `C. text`: mark and text must mean the same option."""
     texts = [letter for letter, option in zip(letters, options, strict=True) if fold(str(option)) == fold(mark.rest)]
     if not texts:
@@ -109,7 +109,7 @@ def _agree_with_text(mark: Mark, first: int, answer: str, options: Sequence[Any]
     return letter
 
 
-def _agree(answer: Any, letter: str, named: Sequence[str]) -> str:
+def _agree(answer: object, letter: str, named: Sequence[str]) -> str:
     if named and letter not in named:
         raise RecordError(
             f"answer {shorten(answer)} is the place of {letter} and the text of {' and '.join(named)}; give a letter, or say "

@@ -29,7 +29,7 @@ _ARRAY = re.compile(r"\barray\((\[[^\[\]]*\])(?:,\s*dtype=[^()\[\]]{1,20})?\)")
 """How pandas writes numpy arrays inside a mapping."""
 
 
-def list_options(found: Any, name: str) -> tuple[tuple[Any, ...], int | None]:
+def list_options(found: Any, name: str) -> tuple[tuple[object, ...], int | None]:
     """The options in order, and the number of the first one where they are keyed by numbers.
 
     Raises RecordError, which names the column, for what is no list of options or has more than one meaning.
@@ -57,15 +57,15 @@ def list_options(found: Any, name: str) -> tuple[tuple[Any, ...], int | None]:
     return tuple(found), None
 
 
-def _get(found: Mapping[Any, Any], keys: Sequence[str]) -> Any:
+def _get(found: Mapping[object, Any], keys: Sequence[str]) -> Any:
     return next((found[key] for key in keys if key in found), None)
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _order(pairs: Sequence[tuple[Any, Any]], name: str) -> tuple[tuple[Any, ...], int | None]:
+def _order(pairs: Sequence[tuple[object, object]], name: str) -> tuple[tuple[object, ...], int | None]:
     """Texts in the order of their labels: A, B, ...; 1, 2, ...; 0, 1, ...; ①, 가 and their like."""
     shown = list_names(label for label, _ in pairs)
     places = [_read_label(label) for label, _ in pairs]
@@ -81,7 +81,7 @@ def _order(pairs: Sequence[tuple[Any, Any]], name: str) -> tuple[tuple[Any, ...]
     return tuple(ordered), first if places and places[0] and places[0][0] == "number" else None
 
 
-def _read_label(label: Any) -> tuple[str, int] | None:
+def _read_label(label: object) -> tuple[str, int] | None:
     text = re.sub(r"(?i)^\s*(?:option|choice|opt|보기|선택지|선지)\s*_?\s*", "", str(label)).strip()
     if re.fullmatch(r"10|[0-9]", text):
         return "number", int(text)
@@ -91,7 +91,7 @@ def _read_label(label: Any) -> tuple[str, int] | None:
     return "number" if mark.family in ("digit", "(digit)", "numbered") else mark.family.strip("()"), mark.place
 
 
-def _parse_text(text: str, name: str) -> Any:
+def _parse_text(text: str, name: str) -> object:
     """A text as the list or mapping that it spells: JSON, Python, or lines that begin with marks."""
     bare = text.strip()
     if bare[:1] in ("[", "{", "("):
@@ -114,7 +114,7 @@ def _parse_text(text: str, name: str) -> Any:
     )
 
 
-def _parse_python(text: str, name: str) -> Any:
+def _parse_python(text: str, name: str) -> object:
     plain = _ARRAY.sub(r"\1", text)
     try:
         parsed = ast.literal_eval(plain)
@@ -130,7 +130,7 @@ def _parse_python(text: str, name: str) -> Any:
     return parsed
 
 
-def _count_texts(value: Any) -> int:
+def _count_texts(value: object) -> int:
     if isinstance(value, str):
         return 1
     if isinstance(value, dict):

@@ -114,7 +114,7 @@ def names_several(text: str) -> bool:
     )
 
 
-def strip_marks(options: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
+def strip_marks(options: Sequence[object]) -> tuple[tuple[Any, ...], bool]:
     """Options without marks that agree with their order, and whether there were any.
 
     Raises RecordError where marks and places disagree: an answer might then mean either.

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from medlora.bounds import list_names, name_type
 from medlora.config.sources import AnswerColumn, Columns
@@ -40,7 +39,7 @@ class Schema:
         return "mcq" if self.columns.question else "text" if self.columns.text else "translation"
 
 
-def _mcq(answer: str, base: Any, options: Any, question: str = "question", **more: Any) -> Columns:
+def _mcq(answer: str, base: object, options: object, question: str = "question", **more: object) -> Columns:
     column = AnswerColumn(column=answer, base=base)
     return Columns(question=question, options=options, answer=column, id="id", **more)
 
@@ -146,7 +145,7 @@ EXAMS = {
 }
 
 
-def find_schema(rows: Iterable[Any], kind: str = "auto") -> Schema | None:
+def find_schema(rows: Iterable[object], kind: str = "auto") -> Schema | None:
     """The schema of the first of `rows` that has all columns of one, of that kind; None when no row has."""
     for row in rows:
         if isinstance(row, Mapping):
@@ -171,13 +170,13 @@ def make_schema(columns: Columns) -> Schema:
     return Schema("columns", "as the config says", tuple(column for column in wanted if column), columns, pinned=pinned)
 
 
-def suggest(name: str, names: Iterable[Any]) -> str | None:
+def suggest(name: str, names: Iterable[object]) -> str | None:
     """The one of the first `names` that is spelled most like `name`."""
     short = [str(each) for each in islice(names, 200) if len(str(each)) <= 60]
     return next(iter(difflib.get_close_matches(name, short, 1, 0.7)), None)
 
 
-def explain_no_schema(row: Any, kind: str = "auto") -> str:
+def explain_no_schema(row: object, kind: str = "auto") -> str:
     """Why no known schema fits a row: its columns, what is nearest, what is known."""
     if not isinstance(row, Mapping):
         return f"a row is a mapping of columns, found {name_type(row)}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -15,10 +14,8 @@ from transformers import GenerationConfig
 
 from medlora.miniature import fingerprint
 from medlora.model.miniature_base.network import start_network
-from medlora.model.miniature_base.pretraining import pretrain
+from medlora.model.miniature_base.pretraining import OnProgress, pretrain
 from medlora.model.miniature_base.tokenizer import train_tokenizer
-
-OnProgress = Callable[[dict[str, Any]], None]
 
 
 def build(folder: Path, seed: int = 0, report: OnProgress | None = None) -> None:

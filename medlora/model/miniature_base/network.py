@@ -6,6 +6,7 @@ import math
 
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from medlora.miniature.settings import SHAPE
 
@@ -34,7 +35,7 @@ def start_network(tokenizer: PreTrainedTokenizerFast) -> Gemma3ForCausalLM:
     return model
 
 
-def _make_induction_head(sliding: torch.nn.Module, full: torch.nn.Module, half: int) -> None:
+def _make_induction_head(sliding: Gemma3Attention, full: Gemma3Attention, half: int) -> None:
     """Lets `sliding` copy the last tokens into the second half, and `full` look a token up there and copy its company.
 
     The two-layer circuit of Olsson et al. 2022, "In-context Learning and Induction Heads". From a random start so small

@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from transformers import Gemma3ForCausalLM, PreTrainedTokenizerFast
@@ -31,6 +31,19 @@ from medlora.records import LETTERS
 REPORT_EVERY = 20
 
 
+class Progress(TypedDict):
+    """How far a build is."""
+
+    what: str
+    step: int
+    total: int
+    loss: float
+    letters: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
 @dataclass(frozen=True, slots=True)
 class LessonBatch:
     """Token ids (batch, length), the loss weight of each as a target, and which targets are answer letters."""
@@ -50,7 +63,10 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[i
     shown = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
     completion.append(tokenizer.convert_tokens_to_ids("<end_of_turn>"))
-    letter_ids, stop = set(tokenizer.convert_tokens_to_ids(list(LETTERS))), tokenizer.convert_tokens_to_ids(".")
+    letter_ids, stop = (
+        {tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS},
+        tokenizer.convert_tokens_to_ids("."),
+    )
     # "B" is an answer, the "B" of "B. option" is not.
     letters = [token in letter_ids and after != stop for token, after in zip(completion, completion[1:], strict=False)]
     letters.append(False)
@@ -74,7 +90,7 @@ def pretrain(
     model: Gemma3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: OnProgress | None = None,
 ) -> None:
     """Trains `model` in place: matching drills until they are mastered, then LESSON_STEPS of mixed lessons.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import ray
 
@@ -14,7 +13,7 @@ from medlora.on_ray.inbox import beside_driver
 class BackgroundTask:
     """A function that runs in another process on the driver's node; its result is what it writes, not what it returns."""
 
-    def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, function: Callable[..., None], *arguments: object) -> None:
         self._task = ray.remote(max_retries=0, **beside_driver())(function).remote(*arguments)
 
     def has_ended(self) -> bool:

@@ -8,9 +8,13 @@ import sysconfig
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from medlora import events
+from medlora.events import Failure
+
+if TYPE_CHECKING:
+    from medlora.on_ray.inbox import Inbox
 
 _LOST_PEER = re.compile(
     r"gloo|NCCL|connection (was )?(closed|reset|refused|aborted)|broken pipe|timed out waiting \d+ ?ms|socket ?timeout"
@@ -34,12 +38,12 @@ class WorkerFailed(Exception):
         return self.text
 
 
-def describe_exception(error: BaseException) -> dict[str, str]:
+def describe_exception(error: BaseException) -> Failure:
     """An exception as plain text: `text` in one line, `at` its innermost place outside of libraries, `traceback`."""
     frames = traceback.extract_tb(error.__traceback__)
     libraries = ("site-packages", sysconfig.get_path("stdlib"))
     ours = [frame for frame in frames if not any(part in frame.filename for part in libraries)]
-    place = (ours or frames or [None])[-1]
+    place = (ours or frames)[-1] if frames else None
     lines = str(error).strip().splitlines()
     return {
         "text": f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__,
@@ -95,6 +99,6 @@ def describe_lost(failures: Mapping[int, BaseException], ranks: list[int]) -> st
     return f"worker {', '.join(map(str, ranks))} lost the connection to another worker"
 
 
-def tell_failure(inbox: Any, error: BaseException, rank: int = 0) -> None:
+def tell_failure(inbox: Inbox, error: BaseException, rank: int = 0) -> None:
     """Send the driver what its message and its log need."""
     inbox.put(events.failed(rank, describe_exception(error)))

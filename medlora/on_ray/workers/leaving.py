@@ -6,12 +6,16 @@ import contextlib
 import signal
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.train.torch import TorchConfig
 
 from medlora.on_ray.inbox import Inbox
+
+if TYPE_CHECKING:
+    from ray.train.backend import BackendConfig
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 _TERMINATED = threading.Event()
 """This process got SIGTERM."""
@@ -70,15 +74,15 @@ def _take_sigterm() -> None:
 
 
 @dataclass
-class LeavingTorchConfig(TorchConfig):
+class LeavingTorchConfig(TorchConfig):  # type: ignore[misc]
     """Ray Train's set-up of workers for torch, after which SIGTERM asks a worker for a checkpoint."""
 
     @property
-    def backend_cls(self) -> Any:
+    def backend_cls(self) -> object:
         """The class that sets the workers up."""
 
         class _Backend(super().backend_cls):  # type: ignore[misc]
-            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            def on_start(self, worker_group: WorkerGroup, backend_config: BackendConfig) -> None:
                 super().on_start(worker_group, backend_config)
                 worker_group.execute(_take_sigterm)
 

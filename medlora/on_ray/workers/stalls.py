@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import psutil
 import ray
@@ -25,7 +25,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from medlora import events, pulse
 from medlora.config.placement import Placement
-from medlora.events import OnEvent
+from medlora.events import Beat, OnEvent, WatchedProcess
+from medlora.on_ray.inbox import Inbox
+
+Found = TypeVar("Found")
 
 NOTE_EVERY_S = 60.0
 """How often a process that stalls is reported."""
@@ -48,13 +51,13 @@ def find_beat_s(placement: Placement) -> float:
 
 
 @contextmanager
-def beating(inbox: Any, who: str, every_s: float) -> Iterator[None]:
+def beating(inbox: Inbox, who: str, every_s: float) -> Iterator[None]:
     """While inside, a thread sends the driver what this process works at; SIGUSR2 writes the stacks of all threads."""
     ended = threading.Event()
     handle, stacks = tempfile.mkstemp(prefix="medlora-stacks-")
     Path(stacks).unlink()  # it is read by way of the process, and gone with it however that ends
     faulthandler.register(signal.SIGUSR2, file=handle, all_threads=True)
-    about = {
+    about: WatchedProcess = {
         "event": "beat",
         "who": who,
         "pid": os.getpid(),
@@ -68,9 +71,16 @@ def beating(inbox: Any, who: str, every_s: float) -> Iterator[None]:
         with suppress(Exception):  # without a driver there is nobody to tell
             while True:
                 now = pulse.read()
-                inbox.put({**about, "count": now.count, "doing": now.doing, "slow": now.slow, "thread": now.thread})
+                beat: Beat = {
+                    **about,
+                    "count": now.count,
+                    "doing": now.doing,
+                    "slow": now.slow,
+                    "thread": now.thread,
+                }
+                inbox.put(beat)
                 if ended.wait(every_s):
-                    inbox.put({**about, "count": -1, "doing": "", "slow": False, "thread": now.thread})
+                    inbox.put({**beat, "count": -1, "doing": "", "slow": False})
                     return
 
     thread = threading.Thread(target=send, name="medlora-beat", daemon=True)
@@ -87,7 +97,7 @@ def beating(inbox: Any, who: str, every_s: float) -> Iterator[None]:
 
 @dataclass
 class _Watched:
-    about: Mapping[str, Any]
+    about: Beat
     moved: float
     """When its work moved last, by the driver's clock."""
     reported: float = -1e9
@@ -101,14 +111,14 @@ class StallWatch:
     phase: str
     on_event: OnEvent
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("medlora.run"))
-    look: Callable[[Mapping[str, Any]], dict[str, str] | None] | None = None
+    look: Callable[[Beat], dict[str, str] | None] | None = None
     """Reads state and stacks of a process where it runs; unset = by a task on its node."""
-    end: Callable[[Mapping[str, Any]], None] | None = None
+    end: Callable[[Beat], None] | None = None
     """Ends it there."""
     known: dict[tuple[str, int], _Watched] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def hear(self, event: Beat) -> None:
         """Take a beat; silence and a beat without progress are the same."""
         key = (event["node"], event["pid"])
         with self.lock:
@@ -171,7 +181,7 @@ class StallWatch:
         with self.lock:
             self.known.pop(key, None)
 
-    def _say(self, about: Mapping[str, Any], silent_s: float, seen: Mapping[str, str]) -> None:
+    def _say(self, about: Beat, silent_s: float, seen: Mapping[str, str]) -> None:
         took = f"{silent_s / 60:.0f} min" if silent_s >= 120 else f"{silent_s:.0f} s"
         what = f"{about['who']} (process {about['pid']} on {about['host']})"
         if about["slow"]:
@@ -204,7 +214,7 @@ def find_place(stacks: str, thread: tuple[str, int, int]) -> str:
     return ""
 
 
-def look_at(about: Mapping[str, Any]) -> dict[str, str] | None:
+def look_at(about: Beat) -> dict[str, str] | None:
     """State and stacks of a process of this machine; None where it is gone.
 
     By py-spy, which needs nothing of the process; where that may not attach, the process is asked to write them itself.
@@ -243,7 +253,7 @@ def _ask(process: psutil.Process, stacks: Path) -> str:
     return stacks.read_text(encoding="utf-8", errors="replace")[before:]
 
 
-def kill_process(about: Mapping[str, Any]) -> None:
+def kill_process(about: Beat) -> None:
     """Kill a process of this machine, if it is still the one."""
     process = _find(about)
     if process is not None:
@@ -251,7 +261,7 @@ def kill_process(about: Mapping[str, Any]) -> None:
             process.kill()
 
 
-def _find(about: Mapping[str, Any]) -> psutil.Process | None:
+def _find(about: Beat) -> psutil.Process | None:
     try:
         process = psutil.Process(about["pid"])
         same = abs(process.create_time() - about["created"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -260,21 +270,21 @@ def _find(about: Mapping[str, Any]) -> psutil.Process | None:
         return None
 
 
-def _run_there(work: Callable[[Mapping[str, Any]], Any], about: Mapping[str, Any]) -> Any:
+def _run_there(work: Callable[[Beat], Found], about: Beat) -> Found:
     """Run on the node of a process, beside whatever runs there."""
     strategy = NodeAffinitySchedulingStrategy(about["node"], soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(work).remote(dict(about))
-    return ray.get(task, timeout=_TASK_S)
-
-
-def _look_there(about: Mapping[str, Any]) -> dict[str, str] | None:
-    try:
-        found: dict[str, str] | None = _run_there(look_at, about)
-    except ray.exceptions.RayError as error:
-        return {"state": "unknown", "stacks": f"no stack could be read: {error!r}"}
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(work).remote(about)
+    found: Found = ray.get(task, timeout=_TASK_S)
     return found
 
 
-def _end_there(about: Mapping[str, Any]) -> None:
+def _look_there(about: Beat) -> dict[str, str] | None:
+    try:
+        return _run_there(look_at, about)
+    except ray.exceptions.RayError as error:
+        return {"state": "unknown", "stacks": f"no stack could be read: {error!r}"}
+
+
+def _end_there(about: Beat) -> None:
     with suppress(ray.exceptions.RayError):
         _run_there(kill_process, about)

@@ -1,0 +1,132 @@
+"""What `report.json` holds: the rows of stages, the comparisons, and what the job says of itself beside them."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict, final
+
+
+class Share(TypedDict):
+    """A `statistics.Accuracy` as JSON."""
+
+    correct: int
+    total: int
+    unparsed: int
+    failed: int
+    value: float
+    low: float
+    high: float
+
+
+class Letters(TypedDict):
+    """A `statistics.LetterBias` as JSON."""
+
+    chosen: dict[str, int]
+    gold: dict[str, int]
+    none: int
+    distance: float
+
+
+class Bin(TypedDict):
+    """A `statistics.ReliabilityBin` as JSON."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+class Calibrated(TypedDict):
+    """A `statistics.Calibration` as JSON."""
+
+    ece: float
+    bins: list[Bin]
+    counted: int
+    without: int
+
+
+class ByLikelihood(TypedDict):
+    """How many letters of scoring `reason` are not in the text that the model wrote."""
+
+    answers: int
+    unwritten: int
+    unwritten_correct: int
+    kept: int
+    kept_accuracy: float | None
+
+
+class _Counted(TypedDict):
+    interval: list[float]
+    n: int
+    correct: int
+    unparsed: int
+    failed: int
+    chance: float | None
+    macro: float
+
+
+@final
+class StageRow(_Counted):
+    """One stage on one test."""
+
+    stage: str
+    test: str
+    accuracy: float
+    subjects: dict[str, Share]
+    letters: Letters
+    calibration: Calibrated | None
+    rotations: NotRequired[dict[str, object] | None]
+    format_score: NotRequired[float | None]
+    total: NotRequired[float | None]
+    by_likelihood: NotRequired[ByLikelihood | None]
+
+
+@final
+class OverallRow(_Counted):
+    """One stage on all its tests."""
+
+    stage: str
+    tests: list[str]
+    micro: float
+
+
+class PairRow(TypedDict):
+    """Two stages on one test, or on all of them together where `test` is None."""
+
+    test: str | None
+    before: str
+    after: str
+    total: int
+    gained: list[list[str]]
+    lost: list[list[str]]
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_holm: float
+
+
+class Report(TypedDict):
+    """A report; what is not required comes from the job that made it."""
+
+    seed: int
+    resamples: int
+    stages: list[StageRow]
+    overall: list[OverallRow]
+    comparisons: list[PairRow]
+    remarks: NotRequired[list[str]]
+    forgetting: dict[str, object]
+    name: NotRequired[str]
+    trial: NotRequired[str]
+    created: NotRequired[str]
+    notes: NotRequired[list[str]]
+    prompts: NotRequired[str]
+    seconds: NotRequired[float]
+    seconds_to_first_answer: NotRequired[float | None]
+    questions_asked: NotRequired[int]
+    questions_per_s: NotRequired[float | None]
+    phase_seconds: NotRequired[dict[str, float]]
+    stage_seconds: NotRequired[dict[str, float]]
+    config: NotRequired[dict[str, object]]
+    versions: NotRequired[dict[str, str]]
+    hashes: NotRequired[dict[str, object]]
