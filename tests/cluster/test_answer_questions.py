@@ -90,9 +90,10 @@ def test_a_question_that_breaks_the_model_fails_alone(ray_cluster: Any, tmp_path
 
 
 DRIVER = """
-import sys, test_evaluate_on_ray as t
+import sys
 from pathlib import Path
 import ray
+from tests.support import ROOT, fake_stages as t
 ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False, logging_level="ERROR")
 from medlora.on_ray.cluster import connect
 with connect() as cluster:

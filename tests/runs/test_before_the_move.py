@@ -161,14 +161,14 @@ def measure(one: bytes, other: bytes) -> float:
 
 def test_an_interrupted_evaluation_asks_only_what_is_missing(before: Path) -> None:
     plan = check_evaluation(load_evaluate_config(Path("evaluate.yaml")), force=False)
-    folder, stages = before / "evaluations/interrupted", list(plan.stages)
+    folder, stages = before / "evaluations/interrupted", list(plan.task.stages)
     assert stages == ["base", "00", "mine"]
-    assert read_json(folder / "fingerprint.json") == plan.fingerprint and read_manifest(folder) is None
+    assert read_json(folder / "fingerprint.json") == plan.task.fingerprint and read_manifest(folder) is None
     known = read_ledger(folder / "ledger.jsonl", stages)
     finished = read_json(before / "evaluations/finished/report.json")
     assert len(known) == 8 * 3 and not any(prediction.error for prediction in known)
     answered = {(prediction.stage, prediction.test, prediction.id) for prediction in known}
-    batches = plan_batches(plan.asked.tests, 4, stages, answered)
+    batches = plan_batches(plan.task.asked.tests, 4, stages, answered)
     left = {(stage, test, record.id) for batch in batches for stage in batch.stages for test, record in batch.questions}
     assert len(batches) == 1 and len(left) == 4 * 3 and not left & answered
     assert len(left | answered) == sum(row["n"] for row in finished["stages"])
