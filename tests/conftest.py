@@ -74,6 +74,17 @@ def finished(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
+def undisturbed(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two phases of tests/support/curriculum.py without Ray: what every disturbed run must equal."""
+    from tests.support.curriculum import two_phases
+    from tests.support.tiny_run import run_all
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_all(two_phases(bases, data), folder, ("00", "01"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a process that may use a real `ray start --head` cluster of two CPUs, to which nodes may be added."""
     with start_head(tmp_path_factory.mktemp("token") / "auth_token", {}) as env:

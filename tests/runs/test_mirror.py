@@ -29,7 +29,7 @@ from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import check_files, commit, read_manifest
 from medlora.runs.object_store import Objects
 from tests.support import ROOT
-from tests.support.curriculum import two_phases, undisturbed  # noqa: F401
+from tests.support.curriculum import two_phases
 from tests.support.store_server import BUCKET, GoogleStore, Rule, Store, run_env
 
 
@@ -389,7 +389,7 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     store: Store,
     bases: dict[str, str],
     data: Path,
-    undisturbed: Path,  # noqa: F811
+    undisturbed: Path,
     tmp_path: Path,
     uri: str,
 ) -> None:

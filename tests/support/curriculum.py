@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from medlora.config.run import RunConfig
 from medlora.runs.files import read_json, read_json_lines
 from medlora.runs.folders import RunFolder
 from tests.support import ROOT
-from tests.support.tiny_run import configure, run_all
+from tests.support.tiny_run import configure
 
 JOB = [sys.executable, "jobs/curriculum.py"]
 
@@ -83,14 +82,6 @@ def two_phases(bases: dict[str, str], data: Path, **p01: Any) -> RunConfig:
         bases["gemma"], data, p01={"max_steps": 150, "checkpoint_every_steps": 10, "log_every_steps": 1, **p01}
     )
     return config.model_copy(update={"phases": config.phases[:2]})
-
-
-@pytest.fixture(scope="session")
-def undisturbed(bases: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two phases without Ray: what every disturbed run must equal."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_all(two_phases(bases, data), folder, ("00", "01"))
-    return folder
 
 
 def one_phase(bases: dict[str, str], data: Path, steps: int, every: int = 20) -> RunConfig:
