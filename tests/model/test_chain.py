@@ -221,7 +221,7 @@ def test_a_saved_adapter_holds_its_own_tensors_alone(built: Built) -> None:
 
 
 SUBPROCESS = """
-import medlora  # first, as in a job: it quietens bitsandbytes, which PEFT imports
+import medlora.model  # first, as in a job: it quietens bitsandbytes, which PEFT imports
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
