@@ -34,7 +34,7 @@ def measure(folder: Path) -> dict[str, str]:
     """The quickstart, and its last two stages under every order of the options."""
     quickstart = run(folder, "train", "--set", f"storage.folder={folder}")
     stages = f'stages=["{folder}/quickstart:01,02"]'
-    rotations = ["--set", "evaluation.rotations=true", "--set", stages, "--set", f"storage.folder={folder}"]
+    rotations = ["--set", "evaluation.rotations=true", "--set", stages, "--set", f"storage.folder={folder}/evaluations"]
     return {"quickstart": quickstart, "rotations": run(folder, "evaluate", *rotations)}
 
 
