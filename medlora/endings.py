@@ -46,7 +46,7 @@ class _Job:
         self.describe: Callable[[], str] | None = None
         self.log: Path | None = None
         self.savers: list[_Saver] = []
-        self.works, self.said = True, threading.Event()
+        self.works, self.reported = True, threading.Event()
         self.terminal = os.dup(2)
 
     @property
@@ -65,8 +65,8 @@ class _Job:
             self._wait_for_checkpoints(limit_s - _STOP_MARGIN_S)
         self._silence()
         signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
-        self.say(f"ended by {_NAMES[signal.Signals(signum)]}; {self._describe()}")
-        self.said.set()
+        self.report(f"ended by {_NAMES[signal.Signals(signum)]}; {self._describe()}")
+        self.reported.set()
         left_s = min(UNWIND_S, max(0.2, limit_s - (time.monotonic() - began) - 0.5))
         signal.sigtimedwait(self.signals, left_s)  # asked once more, it ends at once
         end_process(self.code)
@@ -96,7 +96,7 @@ class _Job:
         except Exception as error:  # a message with less in it is better than none
             return f"the same command resumes ({error!r})"
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """One line on the terminal, whatever stderr is now."""
         os.write(self.terminal, f"medlora: {text}\n".encode())
 
@@ -142,7 +142,7 @@ def run_job(work: Callable[[], int]) -> int:
     if not job.signum:
         job.done = True
         return code
-    job.said.wait()
+    job.reported.wait()
     sys.stdout.flush()
     # Not by way of the interpreter's end: threads that still talk to Ray would meet one that has shut down, which exits with 1.
     end_process(job.code)
@@ -186,7 +186,7 @@ def check() -> None:
 def fail(text: str) -> None:
     """End the job with a message and code 2 from any thread, whatever its main thread hangs in; nothing outside a job."""
     if _JOB and not _JOB.signum:
-        _JOB.say(text)
+        _JOB.report(text)
         end_process(2)
 
 

@@ -33,7 +33,7 @@ LEAST_SIMILAR = 0.72
 SHINGLE, PERMUTATIONS = 5, 64
 
 
-_TELLING = 40
+_DISTINCTIVE = 40
 """Letters, those of Korean and Chinese counting twice, from which on a question says what it asks without its options
 ("Which of the following is right?" does not)."""
 
@@ -93,11 +93,15 @@ class TestIndex:
             for record in records:
                 stems.setdefault(_squeeze(record.question), set()).add(_hash_options(record))
         # A stem that tests ask with several sets of options ("which is exact?") says nothing by itself.
-        self._telling = {stem for stem, options in stems.items() if len(options) == 1 and _weigh(stem) >= _TELLING}
+        self._distinctive = {
+            stem for stem, options in stems.items() if len(options) == 1 and _weigh(stem) >= _DISTINCTIVE
+        }
         for test, records in tests.items():
             for record in records:
                 self._add(test, record)
-        anchored = [(i, question.stem) for i, question in enumerate(self.questions) if question.stem in self._telling]
+        anchored = [
+            (i, question.stem) for i, question in enumerate(self.questions) if question.stem in self._distinctive
+        ]
         hashes = [int(_hash_windows(stem[:_ANCHOR], _ANCHOR)[0]) for _, stem in anchored]
         order = numpy.argsort(numpy.array(hashes, dtype=numpy.uint64), kind="stable")
         self._anchors = numpy.array(hashes, dtype=numpy.uint64)[order]
@@ -159,14 +163,14 @@ class TestIndex:
         """Keys that another spelling, punctuation or order of the options leaves as they are."""
         stem = _squeeze(record.question)
         yield _hash_text(stem) + _hash_options(record)
-        if stem in self._telling:
+        if stem in self._distinctive:
             yield _hash_text(stem)
 
     def _find_alike(self, record: McqRecord) -> Iterator[tuple[int, tuple[Kind, float]]]:
         """Short questions, of which an edit leaves few shingles: the same options under most of the words, or the same
         words over most of the options."""
         asked = Counter(_split_words(record.question))
-        for number in self._options.get(_hash_options(record), ()) if _are_telling(record.options) else ():
+        for number in self._options.get(_hash_options(record), ()) if _are_distinctive(record.options) else ():
             words = self.questions[number].words
             if (shared := 2 * (asked & words).total() / max(1, asked.total() + words.total())) >= LEAST_SHARED:
                 yield number, ("near", shared)
@@ -215,7 +219,7 @@ def _weigh(squeezed: str) -> int:
     return len(squeezed) + sum(letter >= "\u2e80" for letter in squeezed)
 
 
-def _are_telling(options: Sequence[str]) -> bool:
+def _are_distinctive(options: Sequence[str]) -> bool:
     """Whether options are more than yes and no, A and B, 1 and 2."""
     return sum(_weigh(_squeeze(option)) for option in options) >= 4 * len(options)
 

@@ -88,7 +88,7 @@ def run_curriculum(config: RunConfig, run: RunFolder, redo: str | None, on_event
     if begun.outcome is not None:
         return begun.outcome
     with connect_for([begun]) as cluster:
-        return go_on(begun, cluster)
+        return finish(begun, cluster)
 
 
 def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent) -> Begun:
@@ -145,7 +145,7 @@ def find_evaluation_placement(config: RunConfig) -> tuple[ActorPlacement, str]:
     return placement, "evaluation.placement" if own else "placement"
 
 
-def go_on(begun: Begun, cluster: Cluster) -> Outcome:
+def finish(begun: Begun, cluster: Cluster) -> Outcome:
     """Train the phases that are left and score every stage."""
     config, run, on_event = begun.config, begun.run, begun.on_event
     done, chain, stages = begun.done, begun.chain, begun.stages

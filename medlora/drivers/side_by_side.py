@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from medlora import endings, events
-from medlora.drivers.curriculum import Begun, Outcome, connect_for, go_on
+from medlora.drivers.curriculum import Begun, Outcome, connect_for, finish
 
 if TYPE_CHECKING:
     from medlora.on_ray.cluster import Cluster
@@ -22,7 +22,7 @@ def run_side_by_side(begun: Sequence[Begun]) -> list[Outcome | Exception]:
 
     def follow(i: int, cluster: Cluster) -> None:
         try:
-            ends[i] = go_on(begun[i], cluster)
+            ends[i] = finish(begun[i], cluster)
         except KeyboardInterrupt:  # a signal ends the job, whose main thread says so
             return
         except Exception as error:  # the caller says it, once the others have ended

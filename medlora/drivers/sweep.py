@@ -158,7 +158,7 @@ class _Receiver:
     def receive(self, event: Event) -> None:
         """Take one event of a worker."""
         if event["event"] == "beat":
-            self.stalls.hear(event)
+            self.stalls.receive(event)
             return
         if event["event"] == "trial-step":
             self.saved.clear()

@@ -34,8 +34,8 @@ from medlora.evaluation.questions import Question
 from medlora.events import Event, Failed, Failure, OnEvent
 from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
 from medlora.on_ray.inbox import Inbox, beside_driver, listen
-from medlora.on_ray.placement import count_gpus, say_while_waiting
-from medlora.on_ray.workers.failures import describe_exception, tell_failure
+from medlora.on_ray.placement import count_gpus, report_while_waiting
+from medlora.on_ray.workers.failures import describe_exception, report_failure
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.records import McqRecord
 from medlora.runs.disk_errors import explaining
@@ -132,13 +132,13 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
     failed: list[Failed] = []
     begun = threading.Event()
 
-    def hear(event: Event) -> None:
+    def receive(event: Event) -> None:
         if event["event"] == "refused":
             refusals.append(event["text"])
         elif event["event"] == "failed":
             failed.append(event)
         elif event["event"] == "beat":
-            stalls.hear(event)
+            stalls.receive(event)
         elif event["event"] == "loading":
             begun.set()
         elif event["event"] == "ready":
@@ -149,9 +149,9 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
 
     attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
     failure: Exception | None = None
-    waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
+    waiting = report_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
     stalls = StallWatch(placement, "evaluation", on_event, log)
-    with listen(hear) as inbox, waiting, stalls.watching(), _stderr_to(actors.log_file), warnings.catch_warnings():
+    with listen(receive) as inbox, waiting, stalls.watching(), _stderr_to(actors.log_file), warnings.catch_warnings():
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         constructor = {"build": build, "attempts": attempts, "retries": placement.retries, "inbox": inbox}
@@ -262,7 +262,7 @@ class BatchAnswerer:
             inbox.put(events.refused(str(error)))
             raise
         except Exception as error:
-            tell_failure(inbox, error)
+            report_failure(inbox, error)
             raise
         ray.get(attempts.end_load.remote())
         pulse.begin("")

@@ -112,7 +112,7 @@ def find_concurrency(concurrency: int | None, placement: Placement, cluster: Clu
 
 
 @contextmanager
-def say_while_waiting(
+def report_while_waiting(
     placement: Placement,
     gpus: float,
     workers: int,

@@ -80,9 +80,9 @@ class Halving:
         self.added: set[str] = set()
         for trial in known:
             for row in trial.reports:
-                self.judge(trial.id, int(row["step"]), row["score"])
+                self.should_stop(trial.id, int(row["step"]), row["score"])
 
-    def judge(self, id: str, step: int, score: float) -> bool:
+    def should_stop(self, id: str, step: int, score: float) -> bool:
         """Whether the trial ends here."""
         trial = SimpleNamespace(trial_id=id)
         if id not in self.added:
@@ -148,7 +148,7 @@ def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, c
             tune.with_resources(partial(_run_once, search.trainable), resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(search, unfinished),
-                scheduler=_Judge(search),
+                scheduler=_StopRule(search),
                 num_samples=left,
                 max_concurrent_trials=search.concurrency,
                 reuse_actors=search.reuse_actors,
@@ -244,7 +244,7 @@ class _Searcher(_Silent, Searcher):  # type: ignore[misc]
         """Nothing: the ledger holds it."""
 
 
-class _Judge(_Silent, FIFOScheduler):  # type: ignore[misc]
+class _StopRule(_Silent, FIFOScheduler):  # type: ignore[misc]
     """Writes every score into the ledger, tells the sampler, and ends a trial that falls behind."""
 
     def __init__(self, search: Search) -> None:
@@ -268,7 +268,7 @@ class _Judge(_Silent, FIFOScheduler):  # type: ignore[misc]
                 log.error("trial %s ends by an exception:\n%s", id, result["traceback"])
         else:
             step, score = int(result["step"]), float(result["score"])
-            stop = bool(search.halving and search.halving.judge(id, step, score)) and not result["last"]
+            stop = bool(search.halving and search.halving.should_stop(id, step, score)) and not result["last"]
             if search.ledger.report(id, step, score, stop):
                 search.suggester.report(id, step, score)
         if known.ended:

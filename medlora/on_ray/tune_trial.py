@@ -163,8 +163,8 @@ def _train(
             job = make_job(config, phase, chain, common["dropped"])
             if find_obstacle(job, there):
                 set_aside(there.root)
-            judged = phase.name == trial["train"][-1]
-            hear = _Hook(trial, there, report if judged else None, common["inbox"], clock)
+            scored = phase.name == trial["train"][-1]
+            hook = _Hook(trial, there, report if scored else None, common["inbox"], clock)
             try:
                 finished = find_finished(there)[0] is not None
             except InputError as error:  # torn, without a checkpoint to resume from: trained again, nothing is lost
@@ -172,9 +172,9 @@ def _train(
                 text = f"{error}; it was set aside to {aside} and is trained again"
                 common["inbox"].put(events.trial_note(trial["id"], text))
                 finished = False
-            hear.tell_again(finished)
+            hook.report_again(finished)
             if not finished:
-                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", reuse=_get_reused_parts())
+                run_phase(job, there, hook, "cuda" if common["gpu"] else "cpu", reuse=_get_reused_parts())
             clock.turn_to("save")
         chain = extend_chain(chain, phase, there.adapter)
 
@@ -236,16 +236,16 @@ class _Hook:
             self.clock.turn_to("wait")
             self.clock.move(event["seconds"], "train", "score")
             last = event["segment"] == "normal" and event["step"] == self.steps
-            self._tell(event["segment"], event["step"], event["accuracy"], last)
+            self._report(event["segment"], event["step"], event["accuracy"], last)
             self.clock.turn_to("save" if last else "train")
 
-    def tell_again(self, finished: bool) -> None:
+    def report_again(self, finished: bool) -> None:
         """Report the scores of an earlier process that nobody heard, since the driver died before."""
         rows = read_json_lines(self.folder.validation, keys=("segment", "step", "accuracy"))
         for i, row in enumerate(rows):
-            self._tell(row["segment"], row["step"], row["accuracy"], finished and i + 1 == len(rows))
+            self._report(row["segment"], row["step"], row["accuracy"], finished and i + 1 == len(rows))
 
-    def _tell(self, segment: str, step: int, accuracy: float, last: bool) -> None:
+    def _report(self, segment: str, step: int, accuracy: float, last: bool) -> None:
         # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
         before = [
             each["step"]

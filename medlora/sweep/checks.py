@@ -53,13 +53,13 @@ def check_sweep(config: SweepConfig, force: bool = False) -> SweepPlan:
     _check_search(config, run, searched, space)
     _check_keys(raw, space, searched, everything)
     start = read_params(raw, run, list(space), searched, everything)
-    judged = run.phase(searched[-1])
-    dev = config.dev.sources or (judged.validation.sources if judged.validation else ())
+    last = run.phase(searched[-1])
+    dev = config.dev.sources or (last.validation.sources if last.validation else ())
     if not dev:
         raise InputError(
-            f"dev.sources: phase {judged.name} of {path} has no validation; name the dev questions trials are judged on"
+            f"dev.sources: phase {last.name} of {path} has no validation; name the dev questions trials are scored on"
         )
-    scoring = config.dev.scoring or ("reason" if judged.full_prompt else "letter")
+    scoring = config.dev.scoring or ("reason" if last.full_prompt else "letter")
     plan = SweepPlan(config, raw, run, searched, space, tuple(dev), scoring, start, {})
     _check_values(plan)
     _check_mlflow(config)
@@ -132,11 +132,11 @@ def _check_keys(raw: dict[str, object], space: dict[str, Domain], searched: Sequ
 def _check_values(plan: SweepPlan) -> None:
     """Raise InputError for values that make no valid config: each alone, then together."""
     for key, domain in plan.space.items():
-        for said, value in domain.list_probes().items():
+        for description, value in domain.list_probes().items():
             try:
                 plan.make_trial([{**plan.start_params, key: value}], "trial")
             except InputError as error:
-                raise InputError(f"space.{key}: {said} makes an invalid config: {error}") from None
+                raise InputError(f"space.{key}: {description} makes an invalid config: {error}") from None
     probes = [list(domain.list_probes().values()) for domain in plan.space.values()]
     if math.prod(map(len, probes)) > _COMBINATIONS:
         probes = [[values[0], values[-1]] for values in probes]
@@ -145,8 +145,8 @@ def _check_values(plan: SweepPlan) -> None:
         try:
             plan.make_trial([params], "trial")
         except InputError as error:
-            said = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in params.items())
-            raise InputError(f"space: {said} together make an invalid config: {error}") from None
+            shown = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in params.items())
+            raise InputError(f"space: {shown} together make an invalid config: {error}") from None
 
 
 def _check_mlflow(config: SweepConfig) -> None:
@@ -174,7 +174,7 @@ def _check_dev(plan: SweepPlan) -> None:
             )
         if scan_source(f"dev.sources.{i}", source).kind != "mcq":
             raise InputError(
-                f"dev.sources.{i}.source: {source.source} holds no questions; trials are judged on questions"
+                f"dev.sources.{i}.source: {source.source} holds no questions; trials are scored on questions"
             )
     if not tests or plan.run.data.overlap == "allow":
         return

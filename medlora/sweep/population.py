@@ -59,11 +59,11 @@ class Population:
                     return None
                 return Proposal(*found, {"member": member, "generation": 1, "parent": None})
             peers = [trials[len(own) - 1] for trials in members.values() if len(trials) >= len(own)]
-            if proposal := self._go_on(member, own, [peer for peer in peers if peer.state == "finished"]):
+            if proposal := self._continue_member(member, own, [peer for peer in peers if peer.state == "finished"]):
                 return proposal
         return WAIT if busy else None
 
-    def _go_on(self, member: int, own: list[Trial], peers: list[Trial]) -> Proposal | None:
+    def _continue_member(self, member: int, own: list[Trial], peers: list[Trial]) -> Proposal | None:
         """The member's next generation; None where it failed and there is nobody to go on from."""
         generation = len(own) + 1
         draw = random.Random(derive_seed(self.seed, "population", f"{member}-{generation}"))

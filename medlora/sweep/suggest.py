@@ -71,14 +71,14 @@ class Suggester:
         """The trial is over; of one that was stopped or diverged the sampler learns that its values are poor."""
         asked = self.running.pop(trial.id, None)
         if asked is not None:
-            state, value = _judge(trial)
+            state, value = _classify(trial)
             self.study.tell(asked, value, state=state)
 
     def _holds(self, params: Params) -> bool:
         return all(domain.holds(params[key]) for key, domain in self.space.items())
 
     def _freeze(self, trial: Trial) -> object:
-        state, value = _judge(trial)
+        state, value = _classify(trial)
         return _import_optuna().trial.create_trial(
             state=state,
             value=value,
@@ -88,7 +88,7 @@ class Suggester:
         )
 
 
-def _judge(trial: Trial) -> tuple[object, float | None]:
+def _classify(trial: Trial) -> tuple[object, float | None]:
     """Optuna's state and value of an ended trial.
 
     TPE ranks pruned trials below all complete ones, by how far they came, and takes no notice of failed ones: a diverged

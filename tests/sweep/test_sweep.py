@@ -313,7 +313,7 @@ def test_scores_that_no_driver_heard_are_told_again(tmp_path: Path) -> None:
     for known, finished, steps in ((0, False, [15, 18, 21]), (15, True, [18, 21]), (21, True, [])):
         told: list[dict[str, Any]] = []
         hook = _Hook({"id": "001", "offset": 10, "known": known}, folder, told.append, None, _Clock())
-        hook.tell_again(finished)
+        hook.report_again(finished)
         assert [row["step"] for row in told] == steps
         assert [row["last"] for row in told] == [finished and step == 21 for step in steps]
 

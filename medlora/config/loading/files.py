@@ -212,15 +212,15 @@ def _position(items: list[object], part: str) -> int:
 def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     """A line for every wrong key: what is allowed there, what was found."""
     problems = error.errors(include_url=False)
-    said = set()
+    seen = set()
     for problem in problems:
         path = [part for part in problem["loc"] if is_key(part)]
         dotted = name_key(problem["loc"])
         # A list whose items are wrong is counted as too short as well; a union complains once a branch.
         deeper = any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
-        if dotted in said or deeper:
+        if dotted in seen or deeper:
             continue
-        said.add(dotted)
+        seen.add(dotted)
         if problem["type"] == "extra_forbidden":
             allowed = keys_at(model, path[:-1])
             near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)

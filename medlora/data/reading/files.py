@@ -151,13 +151,13 @@ def describe_reading(name: str, encoding: str = "auto", separator: str = "auto")
         return []
     with open_text(name, "utf-8") as file:
         found = recognise(file.peek(1)) if encoding == "auto" else "utf-8"
-    said = [f"file read as {NAMES[found]}"] if found in NAMES else []
+    notes = [f"file read as {NAMES[found]}"] if found in NAMES else []
     if plain.endswith(".csv") and separator == "auto":
         with open_text(name, encoding) as file:
             delimiter, _ = find_separator(name, file.peek(1))
         if delimiter != ",":
-            said.append(f"cells separated by {SEPARATORS.get(delimiter, repr(delimiter))}")
-    return said
+            notes.append(f"cells separated by {SEPARATORS.get(delimiter, repr(delimiter))}")
+    return notes
 
 
 def _read_aligned(english: str, korean: str, encoding: str) -> Iterator[FileRow]:

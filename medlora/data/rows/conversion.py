@@ -171,13 +171,13 @@ def _to_mcq(
         str(row.get(subject or columns.subject or "subject") or ""),
         _get_rationale(row, columns.rationale),
     )
-    if schema.answer_text and isinstance(said := row.get(schema.answer_text), str):
+    if schema.answer_text and isinstance(given := row.get(schema.answer_text), str):
         right = options[LETTERS.index(letter)]
         # Files that give the letter twice mean no text by it.
-        mark = read_mark(said) if marked else None
-        if fold(said) not in (fold(right), letter.casefold()) and not (mark and fold(mark.rest) == fold(right)):
+        mark = read_mark(given) if marked else None
+        if fold(given) not in (fold(right), letter.casefold()) and not (mark and fold(mark.rest) == fold(right)):
             raise RecordError(
-                f"answer {letter} is {shorten(right)}, but `{schema.answer_text}` says {shorten(said)}",
+                f"answer {letter} is {shorten(right)}, but `{schema.answer_text}` says {shorten(given)}",
                 "letter and text disagree",
             )
     plain = [fold(option) for option in options]

@@ -52,11 +52,11 @@ _OPEN = re.compile(r"\b(?:not|cannot|never|whether|if|depends|unclear|wrong|inco
 
 def find_verdicts(text: str, rules: Sequence[Rule] = RULES) -> list[Verdict]:
     """What the rules read in a normalised text, in the order of the rules."""
-    found = (_judge(match, rule) for rule in rules for match in rule.pattern.finditer(text))
+    found = (_weigh_match(match, rule) for rule in rules for match in rule.pattern.finditer(text))
     return [verdict for verdict in found if verdict is not None]
 
 
-def _judge(match: re.Match[str], rule: Rule) -> Verdict | None:
+def _weigh_match(match: re.Match[str], rule: Rule) -> Verdict | None:
     """The verdict of one match; None where it is denied, asked, a condition, or an aside about another option."""
     text, groups = match.string, match.groupdict()
     name = next(n for n in ("option", "named", "last", "first", "also", "plain") if groups.get(n))

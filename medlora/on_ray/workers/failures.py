@@ -99,6 +99,6 @@ def describe_lost(failures: Mapping[int, BaseException], ranks: list[int]) -> st
     return f"worker {', '.join(map(str, ranks))} lost the connection to another worker"
 
 
-def tell_failure(inbox: Inbox, error: BaseException, rank: int = 0) -> None:
+def report_failure(inbox: Inbox, error: BaseException, rank: int = 0) -> None:
     """Send the driver what its message and its log need."""
     inbox.put(events.failed(rank, describe_exception(error)))

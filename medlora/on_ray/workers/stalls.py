@@ -105,7 +105,7 @@ class _Watched:
 
 @dataclass
 class StallWatch:
-    """What the driver knows of the processes of one phase, evaluation or search; `hear` takes their beats."""
+    """What the driver knows of the processes of one phase, evaluation or search; `receive` takes their beats."""
 
     placement: Placement
     phase: str
@@ -118,7 +118,7 @@ class StallWatch:
     known: dict[tuple[str, int], _Watched] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def hear(self, event: Beat) -> None:
+    def receive(self, event: Beat) -> None:
         """Take a beat; silence and a beat without progress are the same."""
         key = (event["node"], event["pid"])
         with self.lock:
@@ -170,7 +170,7 @@ class StallWatch:
             with self.lock:
                 if self.known.get(key) is not each:  # it has moved since
                     continue
-            self._say(each.about, silent_s, seen)
+            self._report(each.about, silent_s, seen)
             if over:
                 name = f"{each.about['who']} (process {each.about['pid']} on {each.about['host']})"
                 self._note(f"{name} is ended after {silent_s:.0f} s without a step (placement.stall_kill_s)")
@@ -181,7 +181,7 @@ class StallWatch:
         with self.lock:
             self.known.pop(key, None)
 
-    def _say(self, about: Beat, silent_s: float, seen: Mapping[str, str]) -> None:
+    def _report(self, about: Beat, silent_s: float, seen: Mapping[str, str]) -> None:
         took = f"{silent_s / 60:.0f} min" if silent_s >= 120 else f"{silent_s:.0f} s"
         what = f"{about['who']} (process {about['pid']} on {about['host']})"
         if about["slow"]:
