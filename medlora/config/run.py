@@ -22,7 +22,8 @@ class RunConfig(Section):
     base: BaseModelConfig
     lora: LoraSettings = LoraSettings()
     start: tuple[str, ...] = ()
-    """Folders or `s3://` / `gs://` URIs of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
+    """Folders or `s3://` / `gs://` URIs of PEFT adapters from elsewhere, oldest first, on which the first phase is
+    trained."""
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     evaluation: StageEvaluationConfig | None = None
     data: DataConfig = DataConfig()

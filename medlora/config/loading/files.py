@@ -56,7 +56,7 @@ _MOST_BYTES = 4 * 2**20
 def read_yaml(text: str) -> Any:
     """YAML text as plain values, with YAML 1.2 numbers.
 
-    Raises yaml.YAMLError, also for a key that stands twice in one mapping and for aliases that grow without bound.
+    Raises yaml.YAMLError, also for a key that appears twice in one mapping and for aliases that grow without bound.
     """
     try:
         root = yaml.compose(text, _Loader)
@@ -70,7 +70,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _count_values(node: yaml.Node | None, known: dict[yaml.Node, int]) -> int:
-    """How many values a node stands for once every alias is written out."""
+    """How many values a node holds once every alias is written out."""
     if node in known:
         return known[node]
     inside: list[yaml.Node] = []
@@ -241,11 +241,11 @@ def schema() -> dict[str, object]:
     phase = made["$defs"]["PhaseConfig"]
     made["properties"]["phase_defaults"] = {
         "type": "object",
-        "description": "Values that every phase has unless it says otherwise.",
+        "description": "Values of every phase that does not set its own.",
         "properties": phase["properties"],
         "additionalProperties": False,
     }
-    # A phase may take its required keys from phase_defaults, so only its name must stand in the list.
+    # A phase may take its required keys from phase_defaults, so only its name is required in the list.
     phase["required"] = ["name"]
     return made
 
