@@ -30,17 +30,17 @@ _PARTS = ("training", "held_out", "overlap", "duplicates", "dropped", "personal"
 
 
 _EXCERPT = 100
-"""Characters of a text that stand beside a pair."""
+"""Characters of a text that are shown beside a pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
     overlaps: tuple[Overlap, ...]
     excerpts: tuple[tuple[str, str, str], ...]
-    """Of the first pairs: where the training record stands, how it begins, how the question begins."""
+    """Of the first pairs: where the training record is, how it begins, how the question begins."""
     duplicates: dict[str, tuple[str, ...]]
     personal: tuple[tuple[str, Finding], ...]
-    """Where a record stands, and what was found in it."""
+    """Where a record is, and what was found in it."""
 
 
 class SourceCard(TypedDict):
@@ -148,7 +148,8 @@ def read_card(path: Path) -> DataCard | None:
 def check_data(
     config: RunConfig, known: DataCard | None = None, report: Callable[[str], None] = lambda text: None
 ) -> DataCard:
-    """The run's data card, as plain JSON values; `known`, the card of an earlier start, is taken where it still stands.
+    """The run's data card, as plain JSON values; `known`, the card of an earlier start, is reused where it is still
+    valid.
 
     `report` receives what is looked through: about 2,500 records are in a second.
     Raises InputError when training data holds test questions and `data.overlap` is `stop`, or when it holds more places
@@ -188,7 +189,7 @@ def check_data(
 
 
 def describe_overlap(card: DataCard | None) -> list[str]:
-    """What every report made from the run has to say; nothing where no training record held a test question."""
+    """Notes for every report made from the run; none where no training record held a test question."""
     found = card["overlap"] if card else None
     if not found or not found.get("records") or found["mode"] != "allow":
         return []
@@ -311,7 +312,7 @@ def _stop_at_overlaps(data: DataConfig, survey: _Survey) -> None:
     raise InputError(
         f"data.overlap: {len(records)} training records hold questions of the tests or of dev:\n  {shown}{more}\n"
         "take other sources, or say data.overlap=drop (these records are left out and counted) or data.overlap=allow "
-        "(every report made from the run says it)"
+        "(every report made from the run notes it)"
     )
 
 

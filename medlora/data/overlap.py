@@ -34,7 +34,7 @@ SHINGLE, PERMUTATIONS = 5, 64
 
 
 _DISTINCTIVE = 40
-"""Letters, those of Korean and Chinese counting twice, from which on a question says what it asks without its options
+"""Letters, those of Korean and Chinese counting twice, from which on a question is clear without its options
 ("Which of the following is right?" does not)."""
 
 
@@ -43,8 +43,8 @@ _ANCHOR = 12
 
 
 LEAST_SHARED = 0.7
-"""Share of the words of two questions that are the same, from which on they are one where their options are, and of their
-options where the words are."""
+"""Two questions are one where this share of their words is the same and their options are. They are one, too, where the
+words are the same and this share of the options is."""
 
 
 _WORD = re.compile(r"[^\W_]+")
@@ -92,7 +92,7 @@ class TestIndex:
         for records in tests.values():
             for record in records:
                 stems.setdefault(_squeeze(record.question), set()).add(_hash_options(record))
-        # A stem that tests ask with several sets of options ("which is exact?") says nothing by itself.
+        # A stem that tests ask with several sets of options ("which is exact?") identifies no question by itself.
         self._distinctive = {
             stem for stem, options in stems.items() if len(options) == 1 and _weigh(stem) >= _DISTINCTIVE
         }
@@ -121,7 +121,7 @@ class TestIndex:
         words = _split_words(f"{record.question} {' '.join(record.options)}")
         stem = _split_words(record.question)
         for n in GRAMS:
-            # A stem that is long enough stands for itself: a text may hold it without its options.
+            # A stem that is long enough identifies its question: a text may hold it without its options.
             grams = set(_list_grams(stem if len(stem) >= 2 * n else words, n))
             self._counts[n].append(len(grams))
             for gram in grams:
@@ -181,7 +181,7 @@ class TestIndex:
                 yield number, ("near", shared)
 
     def _find_stems(self, squeezed: str) -> Iterator[int]:
-        """The questions whose whole stem stands somewhere in a text."""
+        """The questions whose whole stem is somewhere in a text."""
         if len(squeezed) < _ANCHOR or not len(self._anchors):
             return
         windows = numpy.unique(_hash_windows(squeezed, _ANCHOR))
@@ -192,13 +192,13 @@ class TestIndex:
 
 
 class Duplicates:
-    """Finds records that say the same as an earlier one; keeps 16 bytes and the id of each different one."""
+    """Finds records that repeat an earlier one; stores 16 bytes and the id of each different one."""
 
     def __init__(self) -> None:
         self._seen: dict[bytes, str] = {}
 
     def find(self, record: Record) -> str | None:
-        """The id of the first record that says the same, None for the first itself."""
+        """The id of the first record with the same content, None for the first itself."""
         # Another order of the options is another exercise, another answer a contradiction: neither is a duplicate.
         text = _squeeze(_join_text(record)) + (record.answer if isinstance(record, McqRecord) else "")
         key = _hash_text(text)
@@ -211,7 +211,7 @@ def _hash_text(text: str) -> bytes:
 
 
 def _hash_options(record: McqRecord) -> bytes:
-    """The same whatever the order and spelling of the options."""
+    """The same for every order and spelling of the options."""
     return _hash_text("\n".join(sorted(map(_squeeze, record.options))))
 
 

@@ -47,7 +47,7 @@ def write_quarantine(path: Path, sources: Mapping[str, SourceConfig]) -> None:
 
 
 def describe_quarantine(evaluation: EvaluationConfig) -> list[str]:
-    """What a report has to say of the rows of its tests that could not be asked; nothing where all could."""
+    """Notes for a report on the rows of its tests that could not be asked; none where all could."""
     notes = []
     for test in evaluation.tests:
         found = scan(test)

@@ -18,7 +18,7 @@ from medlora.data.rows.schemas import EXAMS, LETTER_COLUMNS, Schema, suggest
 from medlora.records import FIELDS, LETTERS, McqRecord, Record, RecordError, TextRecord, TranslationRecord
 
 _LOST = re.compile("[\ufffd\x80-\x84\x86-\x9f]")
-"""What stands where a character was lost: the replacement character, or a byte of cp1252 that was read as Latin-1."""
+"""What replaces a character that was lost: the replacement character, or a byte of cp1252 that was read as Latin-1."""
 
 
 _RATIONALE_COLUMNS = ("rationale", "reasoning", "explanation", "cot")
@@ -62,7 +62,8 @@ def find_first_number(answers: Iterable[tuple[str, object, int]]) -> int | None:
 
 
 def get_answer(row: Any, schema: Schema) -> tuple[object, int] | None:
-    """The answer of a row as it stands and the number of its options, for `find_base`; None where there is neither."""
+    """The answer of a row as it is written and the number of its options, for `find_base`; None where there is
+    neither."""
     try:
         row = _rename(row, schema)
         options, start = _get_options(row, schema.columns)
@@ -79,7 +80,7 @@ def _answer_of(schema: Schema) -> AnswerColumn:
 def to_record(
     row: Any, schema: Schema, default_id: str, base: int | None = None, subject: str | None = None, nfc: bool = False
 ) -> tuple[Record, list[str]]:
-    """A row as the record its schema makes of it, and its flags: what is odd about it though it is kept.
+    """A row as the record its schema makes of it, and its flags: what is odd about it though it is valid.
 
     `base` is the number of the first option, `subject` names the column of a question's subject, `nfc` composes all text.
     Raises RecordError with the reason when the row makes no record.

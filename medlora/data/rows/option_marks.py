@@ -58,7 +58,7 @@ STRONG = {"enclosed", "numbered"}
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A mark at the beginning of a text: its place from 1, its family, what stands behind it."""
+    """A mark at the beginning of a text: its place from 1, its family, what follows it."""
 
     place: int
     family: str
