@@ -1,4 +1,4 @@
-"""All that can be wrong with a sweep, said before anything starts."""
+"""All that can be wrong with a sweep, reported before anything starts."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _find_searched(config: SweepConfig, run: RunConfig) -> tuple[str, ...]:
 
 def _check_search(config: SweepConfig, run: RunConfig, searched: Sequence[str], space: dict[str, Domain]) -> None:
     if config.placement.workers != 1:
-        raise InputError("placement.workers: a trial trains in one process; concurrency says how many run at a time")
+        raise InputError("placement.workers: a trial trains in one process; concurrency sets how many run at a time")
     if config.scheduler.kind == "pbt":
         _check_population(config, run, searched, space)
     for key, domain in space.items():
@@ -105,7 +105,7 @@ def _check_population(config: SweepConfig, run: RunConfig, searched: Sequence[st
         raise InputError(f"{at}: divides the max_steps of one phase; search one phase, and give it max_steps")
     if config.trials is not None or config.search == "grid":
         raise InputError(
-            f"{at}: population x generations says how many trials there are; remove trials, and search: grid"
+            f"{at}: population x generations sets how many trials there are; remove trials, and search: grid"
         )
     if all(is_shape(key) for key in space):
         raise InputError(f"{at}: changes values while an adapter is trained; the space names only its shape")

@@ -24,14 +24,14 @@ class SweepPlan:
 
     config: SweepConfig
     raw: dict[str, Any]
-    """The run config as it stands in its file."""
+    """The run config as its file holds it."""
     run: RunConfig
     searched: tuple[str, ...]
     space: dict[str, Domain]
     dev: tuple[SourceConfig, ...]
     scoring: Scoring
     start_params: dict[str, Any]
-    """The values of the config as it stands: the first trial."""
+    """The values of the unchanged config: the first trial."""
     dropped: dict[str, tuple[str, ...]]
 
     @property
@@ -41,7 +41,7 @@ class SweepPlan:
 
     @property
     def judged(self) -> str:
-        """The phase in which trials are judged."""
+        """The phase in which trials are scored."""
         return self.searched[-1]
 
     @property
@@ -52,7 +52,7 @@ class SweepPlan:
         return self.config.trials or (len(self.list_grid()) if self.config.search == "grid" else 16)
 
     def list_grid(self) -> list[dict[str, Any]]:
-        """Every combination of a grid's values, the config as it stands first."""
+        """Every combination of a grid's values, the unchanged config first."""
         domains = [domain.values for domain in self.space.values() if isinstance(domain, Choice)]
         combined = [dict(zip(self.space, values, strict=True)) for values in itertools.product(*domains)]
         return [self.start_params, *(params for params in combined if params != self.start_params)]

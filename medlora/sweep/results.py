@@ -24,8 +24,8 @@ from medlora.sweep.summary import ComparedPair, ComparedRow, Comparison, Record,
 
 
 def compare_with_start(report: Report) -> Comparison:
-    """From an evaluation's report: accuracy of the config as it stands and of the best trials on all of dev, and each
-    trial's paired comparison with the first; `p_holm` is corrected for these comparisons alone."""
+    """From an evaluation's report: accuracy of the unchanged config and of the best trials on all of dev, and each
+    trial's paired comparison with the config. `p_holm` is corrected for these comparisons alone."""
     several = len({row["test"] for row in report["stages"]}) > 1
     pairs: list[ComparedPair] = [
         {
@@ -63,7 +63,7 @@ def describe_saturation(comparison: Comparison) -> list[str]:
 
 
 def find_winner(comparison: Comparison) -> str:
-    """The trial with the best accuracy on all of dev; of equal ones the config as it stands, then the earlier."""
+    """The trial with the best accuracy on all of dev; of equal ones the unchanged config, then the earlier."""
     ranked = sorted(comparison["stages"], key=lambda row: (-row["accuracy"], row["trial"]))
     return str(ranked[0]["trial"])
 
