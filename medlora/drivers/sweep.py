@@ -49,7 +49,7 @@ def run_sweep(
 ) -> Summary:
     """Do what is left of the sweep in `folder` and return its summary, what `sweep.json` holds.
 
-    The caller holds the folder's lock. Raises InputError for what only the user can mend.
+    The caller holds the folder's lock. Raises InputError for what only the user can fix.
     """
     if final_test and plan.run.evaluation is None:
         raise InputError(f"--final-test: {plan.config.config} has no evaluation; name the tests there")

@@ -70,7 +70,7 @@ def score_best(finals: Finals, notes: Sequence[str]) -> Comparison:
     if first.state != "finished":
         raise InputError(
             f"the config as it stands (trial {START}) {first.state}: {first.why or 'it has no adapter'}; there is nothing to "
-            f"compare with. What the trials did stands in {ledger.path}"
+            f"compare with. What the trials did is in {ledger.path}"
         )
     best = [trial for trial in ledger.rank() if trial is not first][: plan.config.best]
     stages = _make_stages(finals.folder, [first, *best])

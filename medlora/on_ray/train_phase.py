@@ -68,7 +68,7 @@ class PlaceWatcher(Protocol):
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Leaves SIGINT to `endings`: Ray Train's handler says nothing and exits with 1, whatever happens."""
+    """Leaves SIGINT to `endings`: Ray Train's handler prints nothing and always exits with 1."""
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
@@ -88,7 +88,7 @@ def train_on_ray(
     is ours (hashed, sealed by a manifest) rather than Ray's. A node that is drained (preempted) costs none: the phase
     makes a checkpoint and resumes elsewhere. An exception in the phase ends it at once, since it would come again.
     `watcher` learns when the phase asks for its workers and when it has them. Raises InputError for what only the user
-    can mend, RunError for an exception of a worker and for deaths beyond the retries.
+    can fix, RunError for an exception of a worker and for deaths beyond the retries.
     """
     prepare_on_ray(job, cluster, on_event)
     training = _Training(job, run, placement, cluster, on_event, watcher)
@@ -157,7 +157,7 @@ class _Training:
             self.on_event(event)
 
     def run_attempts(self, inbox: Inbox) -> None:
-        """Run the phase until it is finished, or until it fails: then `failure` or `refusals` say why."""
+        """Run the phase until it is finished, or until it fails: then `failure` or `refusals` give the reason."""
         deaths = 0
         while True:
             endings.check()
@@ -270,7 +270,7 @@ def _explain(error: object, failed: Sequence[Failed], phase: str, run: RunFolder
     first = failed[0]
     return RunError(
         f"phase {phase}: {first['text']} (worker {first['rank']} on {first['host']}, {first['at']}); it would come again, so "
-        f"it is not retried. The traceback is in {run.log}; once the cause is mended, {resume}"
+        f"it is not retried. The traceback is in {run.log}; once the cause is fixed, {resume}"
     )
 
 

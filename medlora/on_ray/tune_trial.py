@@ -40,7 +40,7 @@ class TrialSpec(TypedDict):
     id: str
     config: dict[str, object]
     train: list[str]
-    """The phases that it trains; the last one is judged."""
+    """The phases that it trains; the last one is scored."""
     links: dict[str, str]
     """Where the phases before it are."""
     offset: int
@@ -79,11 +79,11 @@ class RunPhase(Protocol):
 def run_trial(trial: TrialSpec, common: Common) -> None:
     """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
 
-    `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
-    offset (steps of generations before), known (the last step whose score was heard). `common` is what all trials share:
-    folder, scans, dropped, card, inbox, beat_s, cwd, gpu. Every dev score of the judged phase is reported to Tune, which may end
-    the trial there. What the config itself is to blame for (a loss that is no number) is reported as the trial's end, so
-    that it is not tried again.
+    `trial`: id, config, train (the phases it trains; the last one is scored), links (where the phases before it are),
+    offset (steps of generations before), known (the last step whose score was received). `common` is what all trials
+    share: folder, scans, dropped, card, inbox, beat_s, cwd, gpu. Every dev score of the scored phase is reported to
+    Tune, which may end the trial there. What the config itself is to blame for (a loss that is no number) is reported
+    as the trial's end, so that it is not tried again.
     """
     from ray import tune
 
@@ -106,7 +106,7 @@ def run_trial(trial: TrialSpec, common: Common) -> None:
         run = partial(run_phase, is_leaving=watch_inbox(common["inbox"]).is_set)
         with beating(common["inbox"], f"trial {trial['id']}", common["beat_s"]):
             _train(trial, folder, common, tune.report, run, clock)
-    except Leaving:  # its driver ends: what it has to say is in its checkpoint
+    except Leaving:  # its driver ends: all that it has is in its checkpoint
         clock.turn_to("wait")
     except (InputError, FloatingPointError) as error:
         clock.turn_to("wait")
@@ -169,7 +169,7 @@ def _train(
                 finished = find_finished(there)[0] is not None
             except InputError as error:  # torn, without a checkpoint to resume from: trained again, nothing is lost
                 aside = set_aside(there.root)
-                text = f"{error}; it was set aside to {aside} and is trained again"
+                text = f"{error}; it was moved to {aside} and is trained again"
                 common["inbox"].put(events.trial_note(trial["id"], text))
                 finished = False
             hook.report_again(finished)
@@ -191,7 +191,8 @@ def _get_reused_parts() -> ReusedParts:
 
 
 def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: DataCard) -> None:
-    """An ordinary run folder; phases that several trials share are links to where they stand, in a store copies of them."""
+    """An ordinary run folder; phases that several trials share are links to their folders, in a store copies of
+    them."""
     mirror.pull(run.root)
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     write_yaml(run.config, config.model_dump(mode="json"))
@@ -210,7 +211,7 @@ def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: Dat
 
 
 class _Hook:
-    """Takes what a phase says: its steps go to the driver's display, its dev scores to Tune."""
+    """Receives the events of a phase: its steps go to the driver's display, its dev scores to Tune."""
 
     def __init__(
         self,
@@ -240,7 +241,7 @@ class _Hook:
             self.clock.turn_to("save" if last else "train")
 
     def report_again(self, finished: bool) -> None:
-        """Report the scores of an earlier process that nobody heard, since the driver died before."""
+        """Report the scores of an earlier process that were lost, since the driver died before."""
         rows = read_json_lines(self.folder.validation, keys=("segment", "step", "accuracy"))
         for i, row in enumerate(rows):
             self._report(row["segment"], row["step"], row["accuracy"], finished and i + 1 == len(rows))

@@ -25,9 +25,9 @@ _LOST_PEER = re.compile(
 
 
 class WorkerFailed(Exception):
-    """A worker's own exception as plain text, which travels to the driver whatever its class needs to be unpickled.
+    """A worker's own exception as plain text, which travels to the driver without its class being unpickled there.
 
-    `lost_peer`: it says no more than that another worker could not be reached.
+    `lost_peer`: it means only that another worker could not be reached.
     """
 
     def __init__(self, text: str, lost_peer: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""Workers and actors from which no step comes: reported every minute with a stack, and ended where the config says so."""
+"""Workers and actors from which no step comes: reported every minute with a stack, and ended where the config asks for
+it."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def beating(inbox: Inbox, who: str, every_s: float) -> Iterator[None]:
     }
 
     def send() -> None:
-        with suppress(Exception):  # without a driver there is nobody to tell
+        with suppress(Exception):  # without a driver there is nobody to report to
             while True:
                 now = pulse.read()
                 beat: Beat = {
@@ -142,7 +143,7 @@ class StallWatch:
             while not ended.wait(min(1.0, self.placement.stall_s / 4)):
                 try:
                     self.check(time.monotonic())
-                except Exception:  # the work goes on without it
+                except Exception:  # the work continues without it
                     self.log.exception("looking for stalls failed")
 
         thread = threading.Thread(target=watch, name="medlora-stalls", daemon=True)
@@ -271,7 +272,7 @@ def _find(about: Beat) -> psutil.Process | None:
 
 
 def _run_there(work: Callable[[Beat], Found], about: Beat) -> Found:
-    """Run on the node of a process, beside whatever runs there."""
+    """Run on the node of a process, beside all that runs there."""
     strategy = NodeAffinitySchedulingStrategy(about["node"], soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(work).remote(about)
     found: Found = ray.get(task, timeout=_TASK_S)
