@@ -150,8 +150,7 @@ def run_job(work: Callable[[], int]) -> int:
 
 
 def describe_progress(describe: Callable[[], str], log: Path) -> None:
-    """Let `describe` report what is saved and how to resume if a signal ends the job from here on; `log` is the
-    job's."""
+    """From here on `describe` reports what is saved and how to resume if a signal ends the job; `log` is the job's."""
     if _JOB:
         _JOB.describe, _JOB.log = describe, log
 
@@ -187,8 +186,7 @@ def check() -> None:
 
 
 def fail(text: str) -> None:
-    """End the job with a message and code 2 from any thread, even if its main thread hangs. Outside a job it does
-    nothing."""
+    """End the job with a message and code 2 from any thread, even if the main one hangs; outside a job do nothing."""
     if _JOB and not _JOB.signum:
         _JOB.report(text)
         end_process(2)

@@ -134,8 +134,8 @@ def find_missing_parents(adapters: Sequence[Path]) -> list[str]:
             continue
         shown = ", ".join(map(mirror.name_place, adapters[:i])) or "the base alone"
         doubts.append(
-            f"{mirror.name_place(adapter)} was trained on top of {', '.join(origin.names)}, and stands here on {shown}; "
-            f"name the whole stage {origin.stage}{_list_chain(adapter, origin)}"
+            f"{mirror.name_place(adapter)} was trained on top of {', '.join(origin.names)}, and is here on top of "
+            f"{shown}; name the whole stage {origin.stage}{_list_chain(adapter, origin)}"
         )
     return doubts
 
@@ -160,8 +160,7 @@ def find_foreign_bases(adapters: Sequence[Path]) -> list[str]:
 
 
 def differ(one: dict[str, object], other: dict[str, object]) -> bool:
-    """Whether two bases have other weights, as far as is known: by a sample of them, else by their files, else by
-    name."""
+    """Whether two bases have other weights, as far as is known: by a sample, else by their files, else by name."""
     if one.get("weights") and other.get("weights"):
         return bool(one["weights"] != other["weights"])
     kinds = [_find_kind(base) for base in (one, other)]

@@ -203,8 +203,7 @@ def _number_free(place: str) -> str:
 
 
 def sample_weights(folder: Path) -> str | None:
-    """A hash of a model's headers and of samples of its weights, which distinguishes it from others of its shape in no
-    time."""
+    """A quick hash of a model's headers and of samples of its weights; others of its shape have another."""
     digest, found = hashlib.sha256(), False
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -86,8 +86,7 @@ def identify_weights(base: BaseModelConfig, seed: int) -> dict[str, object]:
 
 
 def identify_base(base: BaseModelConfig) -> str:
-    """What distinguishes this base from another of the same name: its files, its hub commit, or how the miniature is
-    built."""
+    """What distinguishes this base from another of its name: its files, its hub commit, or the miniature's recipe."""
     found = find_base(base)
     if found == "miniature":
         return miniature.fingerprint()

@@ -73,8 +73,7 @@ class SweepConfig(Section):
     concurrency: int | None = Field(None, ge=1)
     """Trials at a time; unset = as many as the cluster has room for."""
     placement: Placement = Placement()
-    """Of one trial; `gpus_per_worker: 0.5` puts two on a GPU. `retries`: how often one whose process died is
-    resumed."""
+    """Of one trial; `gpus_per_worker: 0.5` puts two on a GPU. `retries`: how often a dead one is resumed."""
     best: int = Field(3, ge=1)
     """So many of the best trials are scored on all of dev and compared with the unchanged config."""
     mlflow: Mlflow | None = None

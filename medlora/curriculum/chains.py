@@ -40,8 +40,7 @@ def find_chain(run: RunFolder, phase: str) -> tuple[Link, ...]:
 
 
 def start_chain(config: RunConfig) -> tuple[Link, ...]:
-    """The adapters from elsewhere on which the first phase is trained; raises InputError for a place that holds
-    none."""
+    """The adapters from elsewhere below the first phase; raises InputError for a place that holds none."""
     chain = []
     for i, folder in enumerate(config.start):
         try:

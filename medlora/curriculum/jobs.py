@@ -143,5 +143,6 @@ def refuse(run: RunFolder, job: PhaseJob, differences: Sequence[str]) -> InputEr
     shown = "\n  ".join(differences[:5])
     return InputError(
         f"{run.root}: phase {job.phase.name} there was made from something else:\n  {shown}\n"
-        f"Give this run another name (--set name=...), or say --redo {job.phase.name}; the old phase is then moved aside, not lost"
+        f"Give this run another name (--set name=...), or say --redo {job.phase.name}; the old phase is then "
+        "moved aside, not lost"
     )

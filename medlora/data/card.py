@@ -148,8 +148,7 @@ def read_card(path: Path) -> DataCard | None:
 def check_data(
     config: RunConfig, known: DataCard | None = None, report: Callable[[str], None] = lambda text: None
 ) -> DataCard:
-    """The run's data card, as plain JSON values; `known`, the card of an earlier start, is reused where it is still
-    valid.
+    """The run's data card, as plain JSON values; `known`, the card of an earlier start, is reused if valid.
 
     `report` receives what is looked through: about 2,500 records are in a second.
     Raises InputError when training data holds test questions and `data.overlap` is `stop`, or when it holds more places

@@ -106,7 +106,8 @@ class Scan:
             least = min(0.99, -(-bad * 1000 // self.rows) / 1000)
             raise InputError(
                 f"{self.source}: {bad} of {self.rows} rows are no valid records ({counts}):\n  {shown}{more}\n"
-                f"fix them, or leave them out, counted and saved in quarantine.jsonl: --set data.max_bad_fraction={least:g}"
+                "fix them, or leave them out, counted and saved in quarantine.jsonl: "
+                f"--set data.max_bad_fraction={least:g}"
             )
         if not self.records:
             raise InputError(f"{self.source}: holds no records; name a source with at least one")

@@ -131,7 +131,7 @@ class TrialMaker:
         plan = self.plan
         *before, _ = lineage = find_lineage(self.ledger, trial)
         made = plan.make_trial([each.params for each in lineage], f"trial-{trial.id}", whole=not trial.about)
-        names = {each.id: name_generation(plan.judged, i + 1) for i, each in enumerate(lineage)}
+        names = {each.id: name_generation(plan.scored_phase, i + 1) for i, each in enumerate(lineage)}
         trials = self.folder / "trials"
         own = {names[each.id]: str(trials / each.id / "phases" / names[each.id]) for each in before}
         return {

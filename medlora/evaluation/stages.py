@@ -75,8 +75,7 @@ def find_notes(config: EvaluateConfig) -> list[str]:
 
 
 def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationConfig, seed: int = 0) -> list[str]:
-    """What makes the numbers doubtful: an adapter made for another base or for other adapters below it, or another
-    prompt style."""
+    """What makes the numbers doubtful: an adapter for another base or other adapters, or another prompt style."""
     doubts = find_stage_doubts(base, seed, stages)
     for link in {link.folder: link for chain in stages.values() for link in chain}.values():
         styles = _find_trained_styles(Path(link.folder))

@@ -182,8 +182,7 @@ def _normalise(norm: _Norm, x: torch.Tensor, *arguments: object, **options: obje
 
 class _Gated(torch.autograd.Function):
     """f(gate) * up for f(x) = x sigmoid(a x + b x^3); all of one shape. The backward pass overwrites both, as Unsloth's
-    does: they are the outputs of layers that nobody else reads. torch refuses a second backward pass through the same
-    graph."""
+    does: they are the outputs of layers that nobody else reads. torch refuses a second backward pass."""
 
     @staticmethod
     def forward(ctx: _GatedContext, gate: torch.Tensor, up: torch.Tensor, a: float, b: float) -> torch.Tensor:

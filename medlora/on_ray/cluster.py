@@ -115,8 +115,7 @@ def connect() -> Iterator[Cluster]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what Ray's C++ core writes to stderr while it connects: what went wrong is raised, too, and is in its
-    logs."""
+    """Drop what Ray's C++ core writes to stderr while it connects: errors are raised, too, and are in its logs."""
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -95,8 +95,8 @@ def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
     if room < workers:
         nodes = "; ".join(f"{count} x {node}" for node, count in kinds)
         raise InputError(
-            f"{key}: {workers} workers, each with {describe_worker(placement, gpus)}, asked; a worker runs on one node, and "
-            f"node by node there is room for {room}: {nodes}; lower {key}.workers, {key}.cpus_per_worker or {key}.gpus_per_worker"
+            f"{key}: {workers} workers, each with {describe_worker(placement, gpus)}, asked; a worker runs on one node, "
+            f"and node by node there is room for {room}: {nodes}; lower {key}.workers, {key}.cpus_per_worker or {key}.gpus_per_worker"
         )
 
 

@@ -79,11 +79,8 @@ class RunPhase(Protocol):
 def run_trial(trial: TrialSpec, common: Common) -> None:
     """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
 
-    `trial`: id, config, train (the phases it trains; the last one is scored), links (where the phases before it are),
-    offset (steps of generations before), known (the last step whose score was received). `common` is what all trials
-    share: folder, scans, dropped, card, inbox, beat_s, cwd, gpu. Every dev score of the scored phase is reported to
-    Tune, which may end the trial there. What the config itself is to blame for (a loss that is no number) is reported
-    as the trial's end, so that it is not tried again.
+    Every dev score of the scored phase is reported to Tune, which may end the trial there. What the config itself is to
+    blame for (a loss that is no number) is reported as the trial's end, so that it is not tried again.
     """
     from ray import tune
 
@@ -191,8 +188,7 @@ def _get_reused_parts() -> ReusedParts:
 
 
 def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: DataCard) -> None:
-    """An ordinary run folder; phases that several trials share are links to their folders, in a store copies of
-    them."""
+    """An ordinary run folder; phases that several trials share are links, in a store copies."""
     mirror.pull(run.root)
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     write_yaml(run.config, config.model_dump(mode="json"))

@@ -92,8 +92,7 @@ LOCK = "lock.json"
 
 
 BEAT_S, EXPIRY_S, SETTLE_S = 10.0, 45.0, 1.0
-"""A lock is renewed every BEAT_S. One older than EXPIRY_S may be taken over; the new holder waits SETTLE_S and checks
-again."""
+"""A lock is renewed every BEAT_S. Once EXPIRY_S old, it may be taken over: the new holder waits SETTLE_S and checks."""
 
 
 _TOKENS: dict[str, str] = {}

@@ -23,8 +23,7 @@ LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
 
 
 class Manifest(TypedDict):
-    """What a finished folder records of itself; the keys that are not required are of a phase, an evaluation or a
-    cache."""
+    """What a finished folder records of itself; optional keys are of a phase, an evaluation or a cache."""
 
     files: dict[str, str]
     finished: str

@@ -197,7 +197,7 @@ def make_best(plan: SweepPlan, ledger: Ledger, trial: Trial, comparison: Compari
         f"Against the config as it stood: {describe_pair(p)}." for p in comparison["pairs"] if p["after"] == trial.id
     ]
     for each in lineage:
-        part = f"{name_generation(plan.judged, each.about['generation'])}: " if len(lineage) > 1 else ""
+        part = f"{name_generation(plan.scored_phase, each.about['generation'])}: " if len(lineage) > 1 else ""
         lines += [f"{part}{key} = {format_value(value)}" for key, value in each.params.items()]
     header = "".join(f"# {line}\n" for line in lines)
     return header + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=120)

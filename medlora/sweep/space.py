@@ -197,8 +197,7 @@ def _set_batch(phase: dict[str, Any], key: str, total: Any) -> None:
 
 
 def _set_share(raw: dict[str, Any], parents: Sequence[str], key: str, share: Any) -> None:
-    """The source's weight such that it has this share of the phase's sources; the ratios of the others do not
-    change."""
+    """The source's weight for this share of the phase's sources; the ratios of the others do not change."""
     source, sources = find_node(raw, parents), find_node(raw, parents[:-1])
     if any(each.get("weight") is None for each in sources) or len(sources) < 2:
         raise InputError(f"{key}: needs two sources or more, each with a weight")

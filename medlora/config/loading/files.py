@@ -63,7 +63,7 @@ def read_yaml(text: str) -> Any:
         refuse_twice(root)
         values = _count_values(root, {})
         if values > _MOST_VALUES:
-            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_VALUES:,} values")
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or an alias holds itself") from None

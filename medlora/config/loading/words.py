@@ -85,7 +85,7 @@ _BRANCH = re.compile(r"bool|int|float|str|none|dict|list|tuple|[A-Z][a-z]+(?:[A-
 
 
 def is_key(part: int | str) -> bool:
-    """Whether a part of pydantic's location is in the file; the branch names of unions (`literal[...]`) do not."""
+    """Whether a part of pydantic's location is in the file; the branch names of unions (`literal[...]`) are not."""
     return isinstance(part, int) or (re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None and not _BRANCH.fullmatch(part))
 
 

@@ -62,8 +62,7 @@ def find_first_number(answers: Iterable[tuple[str, object, int]]) -> int | None:
 
 
 def get_answer(row: Any, schema: Schema) -> tuple[object, int] | None:
-    """The answer of a row as it is written and the number of its options, for `find_base`; None where there is
-    neither."""
+    """The answer of a row as written and the number of its options, for `find_base`; None where there is neither."""
     try:
         row = _rename(row, schema)
         options, start = _get_options(row, schema.columns)

@@ -196,8 +196,7 @@ extract_answer_letter = parse
 
 @dataclass(frozen=True, slots=True)
 class FormatScore:
-    """How much of its format a reasoning answer has: `score` is (fields found + answer found) / (fields required +
-    1)."""
+    """How much of its format a reasoning answer has: `score` is (fields + answer found) / (fields required + 1)."""
 
     score: float
     kept: tuple[str, ...]  # required fields with text behind them, in the required order

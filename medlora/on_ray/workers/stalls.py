@@ -1,5 +1,4 @@
-"""Workers and actors from which no step comes: reported every minute with a stack, and ended where the config asks for
-it."""
+"""Workers and actors from which no step comes: reported every minute with a stack, and ended if configured."""
 
 from __future__ import annotations
 
