@@ -28,7 +28,7 @@ _WAKE = signal.SIGURG
 UNWIND_S = 3.0
 """How long a job may take to close its files and to end Ray before it is ended by force."""
 _STOP_MARGIN_S = 1.2
-"""Of the time that `ray job stop` leaves, how much is kept for the message and the end itself."""
+"""Of the time that `ray job stop` leaves, how much is reserved for the message and the end itself."""
 
 
 @dataclass
@@ -39,14 +39,14 @@ class _Saver:
 
 
 class _Job:
-    """The process's job: what it would say, who can save something, and whether a signal has come."""
+    """The process's job: what it would report, who can save something, and whether a signal has come."""
 
     def __init__(self, signals: set[signal.Signals]) -> None:
         self.signals, self.signum, self.done = signals, 0, False
         self.describe: Callable[[], str] | None = None
         self.log: Path | None = None
         self.savers: list[_Saver] = []
-        self.works, self.said = True, threading.Event()
+        self.works, self.reported = True, threading.Event()
         self.terminal = os.dup(2)
 
     @property
@@ -65,8 +65,8 @@ class _Job:
             self._wait_for_checkpoints(limit_s - _STOP_MARGIN_S)
         self._silence()
         signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
-        self.say(f"ended by {_NAMES[signal.Signals(signum)]}; {self._describe()}")
-        self.said.set()
+        self.report(f"ended by {_NAMES[signal.Signals(signum)]}; {self._describe()}")
+        self.reported.set()
         left_s = min(UNWIND_S, max(0.2, limit_s - (time.monotonic() - began) - 0.5))
         signal.sigtimedwait(self.signals, left_s)  # asked once more, it ends at once
         end_process(self.code)
@@ -96,8 +96,8 @@ class _Job:
         except Exception as error:  # a message with less in it is better than none
             return f"the same command resumes ({error!r})"
 
-    def say(self, text: str) -> None:
-        """One line on the terminal, whatever stderr is now."""
+    def report(self, text: str) -> None:
+        """Print one line on the terminal, even where stderr was redirected."""
         os.write(self.terminal, f"medlora: {text}\n".encode())
 
 
@@ -107,9 +107,10 @@ _JOB: _Job | None = None
 def run_job(work: Callable[[], int]) -> int:
     """Do a job's work and return its exit code.
 
-    It is 2 where the user has to mend something (InputError, a full disk), 1 where an exception ended the work (RunError),
-    and 128 + n where signal n ended the job: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal. A job ended by a signal has at most UNWIND_S seconds for its way out. The
-    process takes no further signals, so this is for its main thread and its whole life.
+    It is 2 where the user has to fix something (InputError, a full disk), and 1 where an exception ended the work
+    (RunError). It is 128 + n where signal n ended the job: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal.
+    A job ended by a signal has at most UNWIND_S seconds for its way out. The process takes no further signals, so this
+    is for its main thread and its whole life.
     """
     global _JOB
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -142,23 +143,24 @@ def run_job(work: Callable[[], int]) -> int:
     if not job.signum:
         job.done = True
         return code
-    job.said.wait()
+    job.reported.wait()
     sys.stdout.flush()
     # Not by way of the interpreter's end: threads that still talk to Ray would meet one that has shut down, which exits with 1.
     end_process(job.code)
 
 
 def describe_progress(describe: Callable[[], str], log: Path) -> None:
-    """Let `describe` say what is saved and how to resume, where a signal ends the job from here on; `log` is the job's."""
+    """From here on `describe` reports what is saved and how to resume if a signal ends the job; `log` is the job's."""
     if _JOB:
         _JOB.describe, _JOB.log = describe, log
 
 
 @contextmanager
 def saving(ask: Callable[[], None], grace_s: float) -> Iterator[threading.Event]:
-    """While inside, SIGTERM calls `ask` and waits up to `grace_s` seconds for the event, which says that all is saved.
+    """While inside, SIGTERM calls `ask` and waits up to `grace_s` seconds for the event that all is saved.
 
-    It is set at first: who begins something that would be lost clears it. Whoever leaves the block after a signal must call `check` before anything else is begun.
+    It is set at first: who begins something that would be lost clears it. Code that leaves the block after a signal
+    must call `check` before anything else is begun.
     """
     saver = _Saver(ask, grace_s)
     saver.saved.set()
@@ -184,9 +186,9 @@ def check() -> None:
 
 
 def fail(text: str) -> None:
-    """End the job with a message and code 2 from any thread, whatever its main thread hangs in; nothing outside a job."""
+    """End the job with a message and code 2 from any thread, even if the main one hangs; outside a job do nothing."""
     if _JOB and not _JOB.signum:
-        _JOB.say(text)
+        _JOB.report(text)
         end_process(2)
 
 

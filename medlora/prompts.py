@@ -1,6 +1,6 @@
 """Every word that a model is shown: record -> Example(prompt, completion).
 
-The prompt is what stands in the user's turn; `encoding` puts it into the tokenizer's chat template where it has one.
+The prompt is the text of the user's turn; `encoding` puts it into the tokenizer's chat template where it has one.
 Templates and `answers.parse` are one idea: `parse(example.completion)` gives the record's answer back in every style.
 """
 
@@ -39,8 +39,8 @@ _FIELD_MEANING = {
 class Example:
     """One thing to learn or to answer: the loss is on `completion` only; an empty `prompt` means plain text.
 
-    `chat` says whether the prompt is a user's turn (chat template where the tokenizer has one) or raw text. `shots` are
-    solved examples that stand before it as turns of their own: (prompt, completion) each; raw text holds its own.
+    `chat` is whether the prompt is a user's turn (chat template where the tokenizer has one) or raw text. `shots` are
+    solved examples that precede it as turns of their own: (prompt, completion) each; raw text holds its own.
     """
 
     prompt: str
@@ -117,7 +117,7 @@ def render_text(record: TextRecord) -> Example:
 
 
 def render(record: Record, style: str = "reasoning", worked: McqRecord | None = None) -> tuple[Example, ...]:
-    """All examples that a record stands for: one for a text or a question, two for a translation pair."""
+    """All examples that a record gives: one for a text or a question, two for a translation pair."""
     if isinstance(record, TextRecord):
         return (render_text(record),)
     if isinstance(record, TranslationRecord):

@@ -1,4 +1,4 @@
-"""What this process works at, for whoever watches it: words for the work, and a counter that moves with it."""
+"""What this process works at, for those who watch it: words for the work, and a counter that moves with it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _now = Pulse()
 
 
 def begin(doing: str, slow: bool = False) -> None:
-    """Say what is worked at from now on; an empty text says that nothing is."""
+    """Report the work that begins now; an empty text means that there is none."""
     global _now
     me = threading.current_thread()
     _now = Pulse(_now.count + 1, doing, slow, (me.name, me.ident or 0, me.native_id or 0))
 
 
 def beat() -> None:
-    """Say that the same work has moved on."""
+    """Report that the same work has made progress."""
     global _now
     _now = Pulse(_now.count + 1, _now.doing, _now.slow, _now.thread)
 

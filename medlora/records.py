@@ -28,7 +28,7 @@ _UNREADABLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 class RecordError(ValueError):
-    """A row that is no valid record; the message is the reason, ready to stand behind `file:line: `.
+    """A row that is no valid record; the message is the reason, ready to follow `file:line: `.
 
     `kind` is the class of the reason, a few words that do not change with the row: what rows are counted by.
     """
@@ -83,8 +83,8 @@ class McqRecord:
     """A multiple-choice question with one right letter.
 
     `rationale` is empty, or maps field names out of FIELDS to text; it comes from the data, never from us.
-    Raises RecordError when the question or an option is empty, when there are fewer than 2 or more than 10 options, or
-    when the answer is none of the letters of the options.
+    Raises RecordError when the question or an option is empty, or when there are fewer than 2 or more than 10 options.
+    It also does so when the answer is none of the letters of the options.
     """
 
     id: str

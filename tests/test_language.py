@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -58,3 +60,50 @@ def test_what_is_counted_is_prose() -> None:
     text += "| a | table |\n```sh\npython jobs/sweep.py\n```\n    an indented line of code\n- A list item has five.\n"
     assert list_sentences(text) == ["One two three four five.", "Six seven eight nine!", "- A list item has five."]
     assert measure_words(list_sentences(text)) == pytest.approx(5)
+
+
+MOST_DOCSTRING_WORDS = 20
+"""Words a sentence of the docstrings, on average."""
+
+LONGEST_DOCSTRING_SENTENCE = 45
+
+
+def list_docstring_sentences(source: str) -> list[tuple[int, str]]:
+    """The sentences of docstrings, also of those below a field or a constant, each with the line of its docstring."""
+    strings = [
+        (node.lineno, node.value.value)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    return [
+        (line, sentence)
+        for line, text in strings
+        for part in re.split(r"\n\s*\n", inspect.cleandoc(text))
+        for sentence in list_sentences(part)
+    ]
+
+
+def test_docstrings_are_short_sentences() -> None:
+    sentences = [
+        (f"{path.relative_to(ROOT)}:{line}", sentence)
+        for path in sorted((ROOT / "medlora").rglob("*.py"))
+        for line, sentence in list_docstring_sentences(path.read_text(encoding="utf-8"))
+    ]
+    mean = measure_words([sentence for _, sentence in sentences])
+    assert mean <= MOST_DOCSTRING_WORDS, f"docstrings have {mean:.1f} words a sentence, {MOST_DOCSTRING_WORDS} at most"
+    long = [(len(sentence.split()), place, sentence) for place, sentence in sentences]
+    shown = "\n".join(
+        f"  {words} words at {place}: {sentence[:120]}"
+        for words, place, sentence in sorted(long, reverse=True)
+        if words > LONGEST_DOCSTRING_SENTENCE
+    )
+    assert not shown, f"sentences of docstrings have {LONGEST_DOCSTRING_SENTENCE} words at most; split these:\n{shown}"
+
+
+def test_docstrings_are_counted_by_paragraph_and_without_indented_trees() -> None:
+    source = (
+        '"""The module does one thing\n\n    a/tree/of files in four lines\n\nThis is one sentence. This is the next one.\n"""\n'
+        'LIMIT = 3\n"""Most tries of a step."""\nprint("no docstring is this one")\n'
+    )
+    assert [line for line, _ in list_docstring_sentences(source)] == [1, 1, 1, 8]
+    assert [text for _, text in list_docstring_sentences(source)][0] == "The module does one thing"

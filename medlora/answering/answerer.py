@@ -63,8 +63,8 @@ _SHORTEST_PREFIX = 16
 class Answer:
     """A choice, or None where no letter could be read, and the numbers behind it.
 
-    `probabilities` are over the question's letters in order and sum to 1, `margin` is the best one minus the next, and
-    `log_likelihoods` are those of the letters (or of the options' whole texts); all empty or None for `generate`.
+    `probabilities` are over the question's letters in order and sum to 1; `margin` is the best one minus the next.
+    `log_likelihoods` are those of the letters (or of the options' whole texts). All are empty or None for `generate`.
     `text` is what the model itself wrote, `tokens` how many tokens that were. `samples` are the letters read from each
     of several samples, whose majority the choice is.
     """
@@ -274,7 +274,7 @@ def _locate_letter(style: McqStyle) -> tuple[str, str]:
 
 
 def _split_off_space(tokenizer: Tokenizer, style: McqStyle) -> list[int]:
-    """The tokens of the space before a letter where the tokenizer keeps it apart; none where ` A` is one token."""
+    """The tokens of the space before a letter where the tokenizer separates it; none where ` A` is one token."""
     before, space = _locate_letter(style)
     plain, spaced, whole = encode_texts(tokenizer, [before, before + space, f"{before}{space}A"])
     return spaced[len(plain) :] if whole[:-1] == spaced else []

@@ -45,7 +45,7 @@ def share_prefix(rows: Sequence[list[int]]) -> list[int]:
 
 
 def can_reuse(model: PreTrainedModel) -> bool:
-    """Whether every layer keeps plain keys and values, in a sliding window or not (recurrent layers do not)."""
+    """Whether every layer caches plain keys and values, in a sliding window or not (recurrent layers do not)."""
     return {type(layer) for layer in DynamicCache(config=model.config).layers} <= {
         DynamicLayer,
         DynamicSlidingWindowLayer,
@@ -92,7 +92,7 @@ def fork(cache: DynamicCache) -> DynamicCache:
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in copied.layers:
-        # Recurrent layers keep their states in dicts.
+        # Recurrent layers store their states in dicts.
         vars(layer).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
     return copied
 

@@ -39,7 +39,7 @@ def predict(
 
 
 def rotate(record: McqRecord, by: int) -> McqRecord:
-    """The same question with its options moved `by` places to the front; the id tells the orders apart."""
+    """The same question with its options moved `by` places to the front; the id distinguishes the orders."""
     if by == 0:
         return record
     place = (LETTERS.index(record.answer) - by) % len(record.options)

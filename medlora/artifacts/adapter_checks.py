@@ -1,7 +1,7 @@
 """An adapter touches only itself: its folder is checked, from config and safetensors header alone, before PEFT opens it.
 
-PEFT loads a tensor that is named like one of the base's weights over the base, starts `pissa` and `olora` by changing the
-base, and matches target patterns with an engine that can hang. None of that is left to it.
+PEFT loads a tensor that is named like one of the base's weights over the base. It starts `pissa` and `olora` by
+changing the base, and matches target patterns with an engine that can hang. None of that is left to it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _LORA = re.compile(
 
 @dataclass(frozen=True)
 class Targets:
-    """Which modules an adapter's config means, with which rank and alpha, whatever its patterns look like."""
+    """Which modules an adapter's config means, with which rank and alpha, for any patterns."""
 
     matches: Callable[[str], bool]
     """Whether the config targets the module of that name; always true for `all-linear`."""
@@ -102,8 +102,8 @@ class Checked:
 def check_adapter(folder: Path) -> Checked:
     """Check an adapter's config and the header of its weights against each other, and that its numbers are finite.
 
-    Raises InputError for a start that changes the base, for what is not supported, and for every tensor that is not the
-    adapter's own or does not fit its shape.
+    Raises InputError for a start that changes the base and for what is not supported. It also does so for every tensor
+    that is not the adapter's own or does not fit its shape.
     """
     config = read_mapping(folder / CONFIG, _CONFIG_BYTES)
     where = folder / CONFIG
@@ -288,7 +288,7 @@ def _find_value(where: Path, key: str, values: Mapping[str, object], default: An
 
     def find(module: str) -> object:
         if plain:
-            # A dot in a key stands for any character in PEFT, which no name of a module tells from a dot.
+            # In PEFT a dot in a key matches any character; for no module does that differ from a dot.
             parts = module.split(".")
             ends = [end for i in range(len(parts)) if (end := ".".join(parts[i:])) in order]
             return values[min(ends, key=order.__getitem__)] if ends else default
@@ -302,8 +302,8 @@ def _check_tensors(
 ) -> dict[str, tuple[int, int]]:
     """The modules that an adapter's tensors sit on, each with the size of its inputs and outputs.
 
-    Raises InputError for the first tensor that is none of LoRA, DoRA, vocabulary rows or a whole embedding, sits on a
-    module that the config does not target, or does not fit its rank.
+    Raises InputError for the first tensor that is none of LoRA, DoRA, vocabulary rows or a whole embedding. It also
+    does so for one that sits on a module that the config does not target, or does not fit its rank.
     """
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     rows = whole = 0

@@ -1,7 +1,7 @@
-"""Where one of our adapters comes from: the base whose weights it was trained on, and the adapters that it stands on.
+"""Where one of our adapters comes from: the base whose weights it was trained on, and the adapters below it.
 
-The manifest of its phase says so. Where it stands on others, a card (README.md) in the adapter's own folder says it, too,
-for users of other tools and for a copy of that folder; it counts in no hash.
+The manifest of its phase records it. Where it was trained on others, a card (README.md) in the adapter's own folder
+records it, too. The card is for users of other tools and for a copy of that folder; no hash covers it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _describe(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def write_card(adapter: Path, manifest: dict[str, object]) -> None:
-    """Write the card of an adapter that stands on others, from what its phase's manifest is going to hold."""
+    """Write the card of an adapter that was trained on others, from what its phase's manifest is going to hold."""
     about = _describe(manifest)
     if about is None or not about["below"]:
         return
@@ -117,7 +117,7 @@ def _read_card(card: Path) -> dict[str, Any] | None:
 
 
 def identify_adapter(adapter: Path) -> str:
-    """What an adapter is known by where others stand on it."""
+    """What identifies an adapter to others that were trained on it."""
     manifest = read_manifest(adapter.parent)
     known = manifest.get("adapter_hash") if manifest and adapter.name == "adapter" else None
     return str(known or hash_adapter(adapter))
@@ -134,8 +134,8 @@ def find_missing_parents(adapters: Sequence[Path]) -> list[str]:
             continue
         shown = ", ".join(map(mirror.name_place, adapters[:i])) or "the base alone"
         doubts.append(
-            f"{mirror.name_place(adapter)} was trained on top of {', '.join(origin.names)}, and stands here on {shown}; "
-            f"name the whole stage {origin.stage}{_list_chain(adapter, origin)}"
+            f"{mirror.name_place(adapter)} was trained on top of {', '.join(origin.names)}, and is here on top of "
+            f"{shown}; name the whole stage {origin.stage}{_list_chain(adapter, origin)}"
         )
     return doubts
 
@@ -160,7 +160,7 @@ def find_foreign_bases(adapters: Sequence[Path]) -> list[str]:
 
 
 def differ(one: dict[str, object], other: dict[str, object]) -> bool:
-    """Whether two bases have other weights, as far as can be told: by a sample of them, else by their files, else by name."""
+    """Whether two bases have other weights, as far as is known: by a sample, else by their files, else by name."""
     if one.get("weights") and other.get("weights"):
         return bool(one["weights"] != other["weights"])
     kinds = [_find_kind(base) for base in (one, other)]
@@ -176,7 +176,7 @@ def _find_kind(base: dict[str, object]) -> str:
 
 
 def name_base(base: dict[str, object]) -> str:
-    """A base in words that tell it from another of its name."""
+    """A base in words that distinguish it from another of its name."""
     known = [f"seed {base['seed']}"] if base.get("seed") is not None else []
     if found := base.get("weights") or base.get("files"):
         known.append(f"{'weights' if base.get('weights') else 'files'} {str(found).removeprefix('hub:')[:12]}")

@@ -45,5 +45,5 @@ def find_adapter(folder: str | Path) -> Path:
 
 
 def read_adapter_json(folder: Path) -> dict[str, object]:
-    """The adapter's config as it stands in its file; raises InputError when it is no JSON mapping."""
+    """The adapter's config as its file holds it; raises InputError when it is no JSON mapping."""
     return read_mapping(folder / CONFIG, _CONFIG_BYTES)

@@ -152,7 +152,7 @@ def check_tokenizer(folder: Path, trust_remote_code: bool = False, complete: boo
 
 
 def _list_templates(folder: Path, about: Mapping[str, object]) -> list[tuple[str, str]]:
-    """A tokenizer's chat templates: where each stands, and its text."""
+    """A tokenizer's chat templates: where each is, and its text."""
     found: list[tuple[str, str]] = []
     written = about.get("chat_template")
     if isinstance(written, str):
@@ -171,10 +171,10 @@ def _list_templates(folder: Path, about: Mapping[str, object]) -> list[tuple[str
 
 
 def check_layers(where: Path, adapter: Mapping[str, tuple[int, int]], base: Mapping[str, TensorInfo]) -> None:
-    """Raise InputError where headers alone tell that an adapter is of another base: a layer that is not there, another size.
+    """Raise InputError where headers alone show that an adapter is of another base: a missing layer, another size.
 
-    Files name modules by other beginnings than the model in memory, so layers are compared from `layers.N.` on; what
-    cannot be told is left to the model, once it is loaded.
+    Files name modules by other beginnings than the model in memory, so layers are compared from `layers.N.` on. What
+    headers do not show is checked by the model, once it is loaded.
     """
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for name, tensor in base.items():
@@ -203,7 +203,7 @@ def _number_free(place: str) -> str:
 
 
 def sample_weights(folder: Path) -> str | None:
-    """A hash of a model's headers and of samples of its weights, which tells it from others of its shape in no time."""
+    """A quick hash of a model's headers and of samples of its weights; others of its shape have another."""
     digest, found = hashlib.sha256(), False
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def find_base(base: BaseModelConfig) -> str:
-    """The base's folder, or its hub id as it stands; raises InputError when it is neither, without importing torch."""
+    """The base's folder, or its hub id unchanged; raises InputError when it is neither, without importing torch."""
     if base.model == "miniature":
         return base.model
     folder = Path(base.model).expanduser()
@@ -75,7 +75,7 @@ def check_base_files(base: BaseModelConfig) -> None:
 
 
 def identify_weights(base: BaseModelConfig, seed: int) -> dict[str, object]:
-    """What tells a base's weights from those of another of the same name, see `adapter_origin.differ`."""
+    """What distinguishes a base's weights from those of another of the same name, see `adapter_origin.differ`."""
     about: dict[str, object] = {"model": base.model, "files": identify_base(base)}
     folder = find_base_folder(base)
     if folder is None:
@@ -86,7 +86,7 @@ def identify_weights(base: BaseModelConfig, seed: int) -> dict[str, object]:
 
 
 def identify_base(base: BaseModelConfig) -> str:
-    """What tells this base from another of the same name: its files, its hub commit, or how the miniature is built."""
+    """What distinguishes this base from another of its name: its files, its hub commit, or the miniature's recipe."""
     found = find_base(base)
     if found == "miniature":
         return miniature.fingerprint()
@@ -94,7 +94,7 @@ def identify_base(base: BaseModelConfig) -> str:
     if not folder.is_dir():
         return f"hub:{find_hub_commit(base)}"
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    # The weights of a 27B model take minutes to hash; their names and sizes tell a different model well enough.
+    # The weights of a 27B model take minutes to hash; their names and sizes identify a different model well enough.
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     for path in sorted(folder.glob("tokenizer*")):

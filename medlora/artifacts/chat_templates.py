@@ -54,7 +54,7 @@ for turns in ([user], [user, assistant, user]):
         print("limit", str(error) or "out of memory")
         sys.exit()
     except Exception:
-        pass  # what it refuses of itself is said where it is used, with the text that it was given
+        pass  # what it refuses by itself is reported where it is used, with the text that it was given
 """
 
 

@@ -1,6 +1,6 @@
 """Files of models and adapters, read within bounds: JSON mappings, and the headers of safetensors files.
 
-Nothing of a tensor is read here, and torch is not needed: what a header says is compared with the size of its file.
+Nothing of a tensor is read here, and torch is not needed: what a header declares is compared with the size of its file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header of a safetensors file says of one tensor."""
+    """What the header of a safetensors file declares for one tensor."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Regular expressions of adapter configs, matched in bounded time.
 
-Python's `re` backtracks: a pattern of thirty characters can keep it busy for years, and nothing interrupts it. Here the
+Python's `re` backtracks: a pattern of thirty characters can run for years, and nothing interrupts it. Here the
 set of all places where a match can end is carried from node to node, so that time grows with pattern and name alone.
 """
 
@@ -53,14 +53,14 @@ class NamePattern:
         if self.tree.state.flags & ~re.UNICODE:
             raise InputError(f"{pattern[:100]!r}: flags such as (?i) are not supported in a pattern of module names")
         self.pattern, self.steps = pattern, 0
-        self._match(self.tree, "", {0})  # a node that is not supported is found where it stands, or below
+        self._match(self.tree, "", {0})  # a node that is not supported is found where it is, or below
 
     def fullmatch(self, name: str) -> bool:
         """Whether the whole name matches, as `re.fullmatch` has it."""
         return len(name) in self._match(self.tree, name[:_LONGEST_NAME], {0})
 
     def match_end(self, name: str) -> bool:
-        """Whether the name, or what stands behind one of its dots, matches whole: how PEFT reads keys of `rank_pattern`."""
+        """Whether the name, or what follows one of its dots, matches whole: how PEFT reads keys of `rank_pattern`."""
         starts = {0, *(i + 1 for i, c in enumerate(name) if c == ".")}
         return len(name) in self._match(self.tree, name[:_LONGEST_NAME], starts)
 
@@ -100,7 +100,7 @@ class NamePattern:
         raise InputError(f"{self.pattern[:100]!r}: {str(op).lower()} is not supported in a pattern of module names")
 
     def _repeat(self, least: int, most: int, inner: Any, name: str, places: set[int]) -> set[int]:
-        # Whatever it repeats, a step more than the name is long reaches nothing new.
+        # More steps than the name is long reach nothing new.
         bound = len(name) + 1
         ends = set(places) if least == 0 else set[int]()
         for count in range(1, min(most, least + bound, 2 * bound) + 1):

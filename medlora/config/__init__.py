@@ -1,1 +1,1 @@
-"""Everything that a YAML file may say, as frozen pydantic models."""
+"""Everything that a YAML file may hold, as frozen pydantic models."""

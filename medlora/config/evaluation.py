@@ -1,4 +1,4 @@
-"""What a config may say of tests, scoring and the stages to score."""
+"""The keys of a config for tests, scoring and the stages to score."""
 
 from __future__ import annotations
 

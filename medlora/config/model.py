@@ -1,4 +1,4 @@
-"""What a config may say of the base model and of its LoRA adapters."""
+"""The keys of a config for the base model and its LoRA adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from medlora.config.base import Section
 
 
 class BaseModelConfig(Section):
-    """The base model that every adapter stands on."""
+    """The base model under every adapter."""
 
     model: str
     """Folder of a Hugging Face model, hub id (`google/medgemma-4b-it`), or `miniature` (built here in two minutes)."""

@@ -1,4 +1,4 @@
-"""What a config may say of one phase: sources, replay, optimisation, validation."""
+"""The keys of a config for one phase: sources, replay, optimisation, validation."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class PhaseConfig(Section):
     validation: Validation | None = None
     full_prompt: FullPrompt | None = None
     lora: LoraSettings | None = None
-    """Shape of this phase's adapter where it differs from the run's; a phase that continues keeps its parent's."""
+    """Shape of this phase's adapter where it differs from the run's; a phase that continues has its parent's."""
     train_extra_tokens: bool = False
     """Train the embedding rows of `base.extra_tokens` too."""
 
@@ -98,4 +98,4 @@ class PhaseConfig(Section):
     log_every_steps: int = Field(5, ge=1)
     checkpoint_every_steps: int = Field(100, ge=1)
     placement: Placement | None = None
-    """Where this phase runs when not where the run says."""
+    """Where this phase runs, if not where the run's `placement` puts it."""

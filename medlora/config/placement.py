@@ -24,14 +24,14 @@ class Placement(Section):
     label_selector: dict[str, str] = Field(default_factory=dict)
     """Ray node labels that a worker's node must have."""
     retries: int = Field(2, ge=0)
-    """How often a phase goes on from its last checkpoint after a worker or node died."""
+    """How often a phase resumes from its last checkpoint after a worker or node died."""
     stall_s: float = Field(600, gt=0)
     """Report a worker or actor every minute, with what it did last and a stack, once no step has come from it for so long."""
     stall_kill_s: float | None = Field(None, gt=0)
     """End it after so long, as if it had died; unset = never. More than the longest step, model load or compilation."""
     grace_s: float = Field(20.0, ge=0)
     """How long the job waits for a checkpoint when SIGTERM ends it; less than the time until SIGKILL, which is 30 s in
-    Kubernetes and Slurm. `ray job stop` leaves 3 s in all, whatever this says."""
+    Kubernetes and Slurm. `ray job stop` leaves 3 s in all, whatever the value here."""
 
     @model_validator(mode="after")
     def _check_stall(self) -> Self:
@@ -72,13 +72,13 @@ class ActorPlacement(Placement):
 
 
 class Storage(Section):
-    """Where things are kept."""
+    """Where files are stored."""
 
     folder: str = "runs"
     """The folder of all runs; on a cluster, a mount that every node sees, or `s3://bucket/folder` or `gs://bucket/folder`.
     Endpoint and credentials of a store come from the environment."""
     cache: str | None = None
-    """Where a miniature base, tokens and working copies of runs in a store are kept; unset = `~/.cache/medlora`."""
+    """Where a miniature base, tokens and working copies of runs in a store are saved; unset = `~/.cache/medlora`."""
 
     @property
     def cache_folder(self) -> Path:

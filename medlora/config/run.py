@@ -22,7 +22,7 @@ class RunConfig(Section):
     base: BaseModelConfig
     lora: LoraSettings = LoraSettings()
     start: tuple[str, ...] = ()
-    """Folders or `s3://` / `gs://` URIs of PEFT adapters from elsewhere, oldest first, that the first phase stands on."""
+    """Folders or `s3://` / `gs://` URIs of PEFT adapters from elsewhere, oldest first, below the first phase."""
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     evaluation: StageEvaluationConfig | None = None
     data: DataConfig = DataConfig()

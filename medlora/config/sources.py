@@ -1,4 +1,4 @@
-"""What a config may say of data: sources, the columns of their rows, what training data may hold."""
+"""The keys of a config for data: sources, the columns of their rows, what training data may hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from medlora.config.base import Name, PlainStyle, Section
 
 
 class AnswerColumn(Section):
-    """Where the right answer stands, and how its numbers count."""
+    """Where the right answer is, and how its numbers count."""
 
     column: str
     base: Literal["data", 0, 1] = "data"
@@ -52,8 +52,8 @@ class SourceConfig(Section):
     """Where records come from."""
 
     source: str
-    """File (.jsonl .json .csv .tsv .parquet .txt, also .gz or .zst of them, .xlsx), folder, glob, `s3://` or `gs://` URI,
-    `hf:owner/name/config:split@revision`, `miniature:NAME`, or two aligned text files as `ENGLISH|KOREAN`."""
+    """File (.jsonl .json .csv .tsv .parquet .txt, also .gz or .zst of them, .xlsx), folder, glob, or `s3://` or `gs://`
+    URI. Also `hf:owner/name/config:split@revision`, `miniature:NAME`, or two aligned text files as `ENGLISH|KOREAN`."""
     kind: Literal["auto", "text", "translation", "mcq"] = "auto"
     """What the rows are; `auto` looks at the columns."""
     adaptor: str | None = None
@@ -67,7 +67,7 @@ class SourceConfig(Section):
     encoding: Literal["auto", "utf-8", "cp949", "euc-kr", "utf-16"] = "auto"
     """How the text of a file is encoded; `auto` is UTF-8, unless the first bytes are surely Korean CP949 or UTF-16."""
     separator: Literal["auto", ",", ";", "tab", "|"] = "auto"
-    """What stands between the cells of a CSV; `auto` looks at its first rows."""
+    """What separates the cells of a CSV; `auto` looks at its first rows."""
     licence: str | None = None
     """What the data may be used for, e.g. `CC BY-NC 2.0`; written into the run's data card."""
 
@@ -79,7 +79,7 @@ class SourceConfig(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Dumps stand in the fingerprints of finished runs: a key that came later must not make them look changed.
+        # Dumps are part of the fingerprints of finished runs: a key that came later must not make them look changed.
         later = {"adaptor": None, "columns": None, "unicode": "keep", "licence": None, "sample": None}
         later |= {"encoding": "auto", "separator": "auto"}
         dumped: dict[str, Any] = serialise(self)
@@ -129,8 +129,8 @@ class DataConfig(ReadingConfig):
 
     overlap: Literal["stop", "drop", "allow"] = "stop"
     """Training records that hold questions of a test or of dev: `stop` before training, `drop` them, or `allow` them,
-    which every report made from the run says."""
+    which every report made from the run repeats."""
     dedupe: bool = False
-    """Leave out what says the same as an earlier record of its source; such records are counted anyway."""
+    """Leave out repeats of an earlier record of the same source; they are counted in any case."""
     max_personal: int = Field(0, ge=0)
     """Most places that may look like personal data: resident registration, phone and record numbers, e-mail addresses."""

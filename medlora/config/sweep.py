@@ -1,4 +1,4 @@
-"""What a config may say of a sweep."""
+"""The keys of a config for a sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from medlora.config.sources import SourceConfig
 
 
 class Dev(Section):
-    """How trials are judged."""
+    """How trials are scored."""
 
     sources: tuple[SourceConfig, ...] = ()
     """Questions of dev splits; unset = those that validate the last searched phase."""
@@ -36,11 +36,11 @@ class Scheduler(Section):
     grace_steps: int | None = Field(None, ge=1)
     """No trial is stopped before so many steps of the last searched phase; unset = at its first score."""
     reduction: int = Field(3, ge=2, le=16)
-    """At each rung the best 1/reduction goes on; the next rung is at `reduction` times the steps."""
+    """At each rung the best 1/reduction continues; the next rung is at `reduction` times the steps."""
     population: int = Field(4, ge=2)
     """Members of `pbt`."""
     generations: int = Field(3, ge=2)
-    """Into so many parts `pbt` divides the phase's max_steps; after each the worst quarter goes on from the best."""
+    """Into so many parts `pbt` divides the phase's max_steps; after each the worst quarter continues from the best."""
 
 
 class Mlflow(Section):
@@ -59,7 +59,7 @@ class SweepConfig(Section):
     set: tuple[str, ...] = ()
     """`KEY=VALUE` overrides of the run config."""
     phases: Literal["all"] | tuple[Name, ...] | None = None
-    """The phases that every trial trains, in a row; unset = the last one. A trial is judged in the last of them."""
+    """The phases that every trial trains, in a row; unset = the last one. A trial is scored in the last of them."""
     start: str | None = None
     """A run whose finished earlier phases every trial starts from; unset = they are trained once, in the sweep's folder."""
     space: dict[str, str | list[Any]]
@@ -67,15 +67,15 @@ class SweepConfig(Section):
     search: Literal["tpe", "random", "grid"] = "tpe"
     """`tpe`: Optuna's tree-structured Parzen estimator."""
     trials: int | None = Field(None, ge=1)
-    """Trials in all, the config as it stands among them; unset = 16, and all combinations of a grid."""
+    """Trials in all, the unchanged config among them; unset = 16, and all combinations of a grid."""
     scheduler: Scheduler = Scheduler()
     dev: Dev = Dev()
     concurrency: int | None = Field(None, ge=1)
     """Trials at a time; unset = as many as the cluster has room for."""
     placement: Placement = Placement()
-    """Of one trial; `gpus_per_worker: 0.5` puts two on a GPU. `retries`: how often one whose process died goes on."""
+    """Of one trial; `gpus_per_worker: 0.5` puts two on a GPU. `retries`: how often a dead one is resumed."""
     best: int = Field(3, ge=1)
-    """So many of the best trials are scored on all of dev and compared with the config as it stands."""
+    """So many of the best trials are scored on all of dev and compared with the unchanged config."""
     mlflow: Mlflow | None = None
     """Also log the trials to MLflow, where it is installed; TensorBoard files are always written."""
     storage: Storage = Storage(folder="sweeps")

@@ -28,8 +28,8 @@ def extend_chain(parent: Sequence[Link], phase: PhaseConfig, adapter: Path) -> t
 
 
 def find_chain(run: RunFolder, phase: str) -> tuple[Link, ...]:
-    """The chain of the stage that a phase of a run ends with, finished or not; the last of the one before it is what the
-    phase stands on. Raises InputError when the run has no such phase."""
+    """The chain of the stage that a phase of a run ends with, finished or not. The phase is trained on the chain of the
+    one before it. Raises InputError when the run has no such phase."""
     config = load(run.config)
     chain = start_chain(config)
     for each in config.phases:
@@ -40,7 +40,7 @@ def find_chain(run: RunFolder, phase: str) -> tuple[Link, ...]:
 
 
 def start_chain(config: RunConfig) -> tuple[Link, ...]:
-    """The adapters from elsewhere that the first phase stands on; raises InputError for a place that holds none."""
+    """The adapters from elsewhere below the first phase; raises InputError for a place that holds none."""
     chain = []
     for i, folder in enumerate(config.start):
         try:

@@ -47,7 +47,7 @@ def find_stage_doubts(base: BaseModelConfig, seed: int, stages: Mapping[str, Seq
 
 
 def check_inputs(config: RunConfig, force: bool = False) -> list[str]:
-    """Look at the base and read everything the run will read, so that what is wrong with it is said now.
+    """Look at the base and read everything the run will read, so that every fault is reported now.
 
     Returns what is doubtful about adapters in `start` where `force` overrules it. Raises InputError with the dotted key.
     """
@@ -58,7 +58,7 @@ def check_inputs(config: RunConfig, force: bool = False) -> list[str]:
     if doubts and not force:
         shown = "\n  ".join(doubts)
         raise InputError(
-            f"start: the first phase would not stand on what is meant:\n  {shown}\nmend it, or say --force"
+            f"start: the first phase would not be trained on what is meant:\n  {shown}\nfix it, or give --force"
         )
     read_extra_tokens(config.base)
     for i, phase in enumerate(config.phases):

@@ -32,7 +32,7 @@ class PhaseJob(Section):
     run: str
     base: BaseModelConfig
     cache: str
-    """Where a miniature base is kept."""
+    """Where a miniature base is saved."""
     lora: LoraSettings
     phase: PhaseConfig
     replayed: dict[str, tuple[TrainSource, ...]]
@@ -60,7 +60,7 @@ def make_job(
     replayed = {replay.phase: config.phase(replay.phase).sources for replay in phase.replay}
     lora = phase.lora or config.lora
     if phase.chain == "continue":
-        # The adapter keeps the shape it was given by the phase that made it.
+        # The adapter has the shape of the phase that made it.
         makers = [earlier for earlier in config.phases[: config.phases.index(phase)] if earlier.chain != "continue"]
         lora = (makers[-1].lora if makers else None) or config.lora
     placement = phase.placement or config.placement
@@ -103,7 +103,7 @@ def _describe(job: PhaseJob) -> dict[str, object]:
 
 
 def _dump_phase(phase: PhaseConfig) -> dict[str, object]:
-    """What of a phase's config its result depends on; keys that came later are left out while they say nothing."""
+    """The part of a phase's config that its result depends on. Keys that came later are left out at their defaults."""
     dumped = phase.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
     if dumped["weights"] == "records":
         del dumped["weights"]
@@ -121,7 +121,7 @@ def _hash_kept(source: SourceConfig, dropped: Mapping[str, Sequence[str]]) -> st
 
 
 def find_obstacle(job: PhaseJob, folder: PhaseFolder, with_parent: bool = True) -> list[str]:
-    """In which fields what stands in the phase's folder, finished or not, differs from the job; [] when it may be used."""
+    """The fields in which the phase's folder, finished or not, differs from the job; [] when it may be used."""
     was = files.read_mapping(folder.fingerprint)
     if was is None:
         return [f"phases/{job.phase.name} holds files without a fingerprint"] if _holds_work(folder) else []
@@ -143,5 +143,6 @@ def refuse(run: RunFolder, job: PhaseJob, differences: Sequence[str]) -> InputEr
     shown = "\n  ".join(differences[:5])
     return InputError(
         f"{run.root}: phase {job.phase.name} there was made from something else:\n  {shown}\n"
-        f"Give this run another name (--set name=...), or say --redo {job.phase.name}; the old phase is then set aside, not lost"
+        f"Give this run another name (--set name=...), or say --redo {job.phase.name}; the old phase is then "
+        "moved aside, not lost"
     )

@@ -30,17 +30,17 @@ _PARTS = ("training", "held_out", "overlap", "duplicates", "dropped", "personal"
 
 
 _EXCERPT = 100
-"""Characters of a text that stand beside a pair."""
+"""Characters of a text that are shown beside a pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
     overlaps: tuple[Overlap, ...]
     excerpts: tuple[tuple[str, str, str], ...]
-    """Of the first pairs: where the training record stands, how it begins, how the question begins."""
+    """Of the first pairs: where the training record is, how it begins, how the question begins."""
     duplicates: dict[str, tuple[str, ...]]
     personal: tuple[tuple[str, Finding], ...]
-    """Where a record stands, and what was found in it."""
+    """Where a record is, and what was found in it."""
 
 
 class SourceCard(TypedDict):
@@ -146,11 +146,11 @@ def read_card(path: Path) -> DataCard | None:
 
 
 def check_data(
-    config: RunConfig, known: DataCard | None = None, tell: Callable[[str], None] = lambda text: None
+    config: RunConfig, known: DataCard | None = None, report: Callable[[str], None] = lambda text: None
 ) -> DataCard:
-    """The run's data card, as plain JSON values; `known`, the card of an earlier start, is taken where it still stands.
+    """The run's data card, as plain JSON values; `known`, the card of an earlier start, is reused if valid.
 
-    `tell` hears what is looked through: about 2,500 records are in a second.
+    `report` receives what is looked through: about 2,500 records are in a second.
     Raises InputError when training data holds test questions and `data.overlap` is `stop`, or when it holds more places
     that look like personal data than `data.max_personal`.
     """
@@ -161,7 +161,7 @@ def check_data(
     if known and known.get("made_from") == made_from:
         return known.copy()
     counts = [sum(part["records"] for part in parts.values()) for parts in (sources, tests)]
-    tell(f"looking through {counts[0]:,} training records for {counts[1]:,} test and dev questions")
+    report(f"looking through {counts[0]:,} training records for {counts[1]:,} test and dev questions")
     survey = _survey(config.model_dump_json())
     _stop_at_overlaps(config.data, survey)
     _stop_at_personal(config.data, survey)
@@ -188,7 +188,7 @@ def check_data(
 
 
 def describe_overlap(card: DataCard | None) -> list[str]:
-    """What every report made from the run has to say; nothing where no training record held a test question."""
+    """Notes for every report made from the run; none where no training record held a test question."""
     found = card["overlap"] if card else None
     if not found or not found.get("records") or found["mode"] != "allow":
         return []
@@ -201,7 +201,7 @@ def describe_overlap(card: DataCard | None) -> list[str]:
 def describe_findings(card: DataCard) -> list[str]:
     """What was found and let pass, a sentence each, for the terminal and the log."""
     overlap = card["overlap"]
-    said = (
+    findings = (
         [f"{overlap['records']} training records hold test or dev questions: {overlap['mode']}"]
         if overlap["records"]
         else []
@@ -209,14 +209,16 @@ def describe_findings(card: DataCard) -> list[str]:
     for part in [*card["training"].values(), *card["held_out"].values()]:
         if bad := sum(part["quarantine"].values()):
             counts = ", ".join(f"{kind} {n}" for kind, n in part["quarantine"].items())
-            said.append(f"{part['source']}: {bad} of {part['rows']} rows are no valid records and left out ({counts})")
+            findings.append(
+                f"{part['source']}: {bad} of {part['rows']} rows are no valid records and left out ({counts})"
+            )
         if part["first_option"] is not None:
-            said.append(f"{part['source']}: by the data, answers number the first option {part['first_option']}")
-        said += [f"{part['source']}: {kind}: {n}" for kind, n in part["odd"].items()]
-    said += [f"duplicates in {source}: {n}" for source, n in card["duplicates"].items()]
-    said += [f"left out of {source}: {n}" for source, n in card["dropped"].items()]
-    said += [f"places that look like a {kind}: {n}" for kind, n in card["personal"].items()]
-    return said
+            findings.append(f"{part['source']}: by the data, answers number the first option {part['first_option']}")
+        findings += [f"{part['source']}: {kind}: {n}" for kind, n in part["odd"].items()]
+    findings += [f"duplicates in {source}: {n}" for source, n in card["duplicates"].items()]
+    findings += [f"left out of {source}: {n}" for source, n in card["dropped"].items()]
+    findings += [f"places that look like a {kind}: {n}" for kind, n in card["personal"].items()]
+    return findings
 
 
 _RULES = 2
@@ -309,7 +311,7 @@ def _stop_at_overlaps(data: DataConfig, survey: _Survey) -> None:
     raise InputError(
         f"data.overlap: {len(records)} training records hold questions of the tests or of dev:\n  {shown}{more}\n"
         "take other sources, or say data.overlap=drop (these records are left out and counted) or data.overlap=allow "
-        "(every report made from the run says it)"
+        "(every report made from the run notes it)"
     )
 
 

@@ -33,8 +33,8 @@ LEAST_SIMILAR = 0.72
 SHINGLE, PERMUTATIONS = 5, 64
 
 
-_TELLING = 40
-"""Letters, those of Korean and Chinese counting twice, from which on a question says what it asks without its options
+_DISTINCTIVE = 40
+"""Letters, those of Korean and Chinese counting twice, from which on a question is clear without its options
 ("Which of the following is right?" does not)."""
 
 
@@ -43,8 +43,8 @@ _ANCHOR = 12
 
 
 LEAST_SHARED = 0.7
-"""Share of the words of two questions that are the same, from which on they are one where their options are, and of their
-options where the words are."""
+"""Two questions are one where this share of their words is the same and their options are. They are one, too, where the
+words are the same and this share of the options is."""
 
 
 _WORD = re.compile(r"[^\W_]+")
@@ -92,12 +92,16 @@ class TestIndex:
         for records in tests.values():
             for record in records:
                 stems.setdefault(_squeeze(record.question), set()).add(_hash_options(record))
-        # A stem that tests ask with several sets of options ("which is exact?") says nothing by itself.
-        self._telling = {stem for stem, options in stems.items() if len(options) == 1 and _weigh(stem) >= _TELLING}
+        # A stem that tests ask with several sets of options ("which is exact?") identifies no question by itself.
+        self._distinctive = {
+            stem for stem, options in stems.items() if len(options) == 1 and _weigh(stem) >= _DISTINCTIVE
+        }
         for test, records in tests.items():
             for record in records:
                 self._add(test, record)
-        anchored = [(i, question.stem) for i, question in enumerate(self.questions) if question.stem in self._telling]
+        anchored = [
+            (i, question.stem) for i, question in enumerate(self.questions) if question.stem in self._distinctive
+        ]
         hashes = [int(_hash_windows(stem[:_ANCHOR], _ANCHOR)[0]) for _, stem in anchored]
         order = numpy.argsort(numpy.array(hashes, dtype=numpy.uint64), kind="stable")
         self._anchors = numpy.array(hashes, dtype=numpy.uint64)[order]
@@ -117,7 +121,7 @@ class TestIndex:
         words = _split_words(f"{record.question} {' '.join(record.options)}")
         stem = _split_words(record.question)
         for n in GRAMS:
-            # A stem that is long enough stands for itself: a text may hold it without its options.
+            # A stem that is long enough identifies its question: a text may hold it without its options.
             grams = set(_list_grams(stem if len(stem) >= 2 * n else words, n))
             self._counts[n].append(len(grams))
             for gram in grams:
@@ -159,14 +163,14 @@ class TestIndex:
         """Keys that another spelling, punctuation or order of the options leaves as they are."""
         stem = _squeeze(record.question)
         yield _hash_text(stem) + _hash_options(record)
-        if stem in self._telling:
+        if stem in self._distinctive:
             yield _hash_text(stem)
 
     def _find_alike(self, record: McqRecord) -> Iterator[tuple[int, tuple[Kind, float]]]:
         """Short questions, of which an edit leaves few shingles: the same options under most of the words, or the same
         words over most of the options."""
         asked = Counter(_split_words(record.question))
-        for number in self._options.get(_hash_options(record), ()) if _are_telling(record.options) else ():
+        for number in self._options.get(_hash_options(record), ()) if _are_distinctive(record.options) else ():
             words = self.questions[number].words
             if (shared := 2 * (asked & words).total() / max(1, asked.total() + words.total())) >= LEAST_SHARED:
                 yield number, ("near", shared)
@@ -177,7 +181,7 @@ class TestIndex:
                 yield number, ("near", shared)
 
     def _find_stems(self, squeezed: str) -> Iterator[int]:
-        """The questions whose whole stem stands somewhere in a text."""
+        """The questions whose whole stem is somewhere in a text."""
         if len(squeezed) < _ANCHOR or not len(self._anchors):
             return
         windows = numpy.unique(_hash_windows(squeezed, _ANCHOR))
@@ -188,13 +192,13 @@ class TestIndex:
 
 
 class Duplicates:
-    """Finds records that say the same as an earlier one; keeps 16 bytes and the id of each different one."""
+    """Finds records that repeat an earlier one; stores 16 bytes and the id of each different one."""
 
     def __init__(self) -> None:
         self._seen: dict[bytes, str] = {}
 
     def find(self, record: Record) -> str | None:
-        """The id of the first record that says the same, None for the first itself."""
+        """The id of the first record with the same content, None for the first itself."""
         # Another order of the options is another exercise, another answer a contradiction: neither is a duplicate.
         text = _squeeze(_join_text(record)) + (record.answer if isinstance(record, McqRecord) else "")
         key = _hash_text(text)
@@ -207,7 +211,7 @@ def _hash_text(text: str) -> bytes:
 
 
 def _hash_options(record: McqRecord) -> bytes:
-    """The same whatever the order and spelling of the options."""
+    """The same for every order and spelling of the options."""
     return _hash_text("\n".join(sorted(map(_squeeze, record.options))))
 
 
@@ -215,7 +219,7 @@ def _weigh(squeezed: str) -> int:
     return len(squeezed) + sum(letter >= "\u2e80" for letter in squeezed)
 
 
-def _are_telling(options: Sequence[str]) -> bool:
+def _are_distinctive(options: Sequence[str]) -> bool:
     """Whether options are more than yes and no, A and B, 1 and 2."""
     return sum(_weigh(_squeeze(option)) for option in options) >= 4 * len(options)
 

@@ -36,9 +36,10 @@ _WEIGHTS = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5)
 
 
 _NO_CHECKSUM_SINCE = 2010
-"""Year of birth from which on a number may be without checksum: since October 2020 its last six digits are drawn at
+"""Year of birth from which on a number may be without checksum. Since October 2020 its last six digits are drawn at
 random (Ministry of the Interior and Safety, revised Enforcement Rule of the Resident Registration Act). A person born
-earlier who got a number since then, such as a new citizen, is missed: the price of not taking every 13 digits for one."""
+earlier who got a number since then, such as a new citizen, is missed: the price of not matching all 13-digit
+numbers."""
 
 
 @dataclass(frozen=True, slots=True)

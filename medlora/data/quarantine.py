@@ -47,14 +47,14 @@ def write_quarantine(path: Path, sources: Mapping[str, SourceConfig]) -> None:
 
 
 def describe_quarantine(evaluation: EvaluationConfig) -> list[str]:
-    """What a report has to say of the rows of its tests that could not be asked; nothing where all could."""
-    said = []
+    """Notes for a report on the rows of its tests that could not be asked; none where all could."""
+    notes = []
     for test in evaluation.tests:
         found = scan(test)
         if bad := found.bad.total():
             counts = ", ".join(f"{kind} {n}" for kind, n in found.bad.items())
-            said.append(
+            notes.append(
                 f"test {test.name}: {bad} of {found.rows} rows are no valid questions ({counts}); they are not asked and "
                 f"not in the denominator, which is {found.records}"
             )
-    return said
+    return notes

@@ -1,4 +1,4 @@
-"""A named source -> records, one by one; what makes no record is counted, shown and kept for the quarantine file."""
+"""A named source -> records, one by one; what makes no record is counted, shown and saved for the quarantine file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_SHOWN = 10
 
 
 _REASON_CHARS = 500
-"""Most characters of a reason, whatever the row holds."""
+"""Most characters of a reason."""
 
 
 _LOOKED_AT = 100
@@ -38,7 +38,7 @@ _LOOKED_AT = 100
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that makes no record: where it stands (`file:line`), the class of the reason, the reason, the row."""
+    """A row that makes no record: where it is (`file:line`), the class of the reason, the reason, the row."""
 
     where: str
     kind: str
@@ -66,7 +66,7 @@ class Scan:
     bad: Counter[str] = field(default_factory=Counter)
     """Rows that make no record, by class of reason."""
     flags: Counter[str] = field(default_factory=Counter)
-    """What is odd about records that were kept."""
+    """What is odd about records that are used."""
     shown: list[BadRow] = field(default_factory=list)
     skipped: set[tuple[str, int]] = field(default_factory=set)
     """File and row (from 0) of every bad row."""
@@ -88,7 +88,7 @@ class Scan:
 
     @property
     def base(self) -> int | None:
-        """The number of the first option where the data decided it; of several schemas, the first that says."""
+        """The number of the first option where the data decided it; of several schemas, the first that decides."""
         return next((base for base in self.bases.values() if base is not None), None)
 
     @property
@@ -106,7 +106,8 @@ class Scan:
             least = min(0.99, -(-bad * 1000 // self.rows) / 1000)
             raise InputError(
                 f"{self.source}: {bad} of {self.rows} rows are no valid records ({counts}):\n  {shown}{more}\n"
-                f"mend them, or leave them out, counted and kept in quarantine.jsonl: --set data.max_bad_fraction={least:g}"
+                "fix them, or leave them out, counted and saved in quarantine.jsonl: "
+                f"--set data.max_bad_fraction={least:g}"
             )
         if not self.records:
             raise InputError(f"{self.source}: holds no records; name a source with at least one")
@@ -288,7 +289,7 @@ def _check_against_earlier(
     if kind != found.kind:
         raise RecordError(f"is {kind} in a source of {found.kind}; one source holds one kind", "mixed kinds")
     if record.id in ids:
-        raise RecordError(f"id {shorten(record.id)} stands at {ids[record.id]} already", "id twice")
+        raise RecordError(f"id {shorten(record.id)} is at {ids[record.id]} already", "id twice")
     if isinstance(record, McqRecord):
         key = hashlib.blake2b(
             repr((record.question, record.options)).encode("utf-8", "replace"), digest_size=16
@@ -312,7 +313,7 @@ def stream(source: SourceConfig, found: Scan | None = None) -> Iterator[Record]:
 
 
 def stream_placed(source: SourceConfig, found: Scan | None = None) -> Iterator[tuple[str, Record]]:
-    """The records of a source and where each stands (`file:line`)."""
+    """The records of a source and where each is (`file:line`)."""
     found = found or scan(source)
     for file, rows in found.files:
         yield from _stream_piece(source, found, file, 0, rows)
@@ -340,8 +341,8 @@ def _stream_piece(source: SourceConfig, found: Scan, file: str, start: int, stop
 def read(source: SourceConfig, max_bad_fraction: float = 0.0) -> list[Record]:
     """All records of a source, in its order.
 
-    Raises InputError when the source is missing, empty or of no known schema, or when more than `max_bad_fraction` of
-    its rows are no valid records: the first ten with file, line and reason.
+    Raises InputError when the source is missing, empty or of no known schema. It also does so when more than
+    `max_bad_fraction` of its rows are no valid records; the message lists the first ten with file, line and reason.
     """
     found = scan(source)
     found.check(max_bad_fraction)

@@ -45,7 +45,7 @@ class Outcome:
 
 
 def check_run(config: RunConfig, run: RunFolder, redo: str | None) -> None:
-    """Raise InputError when what stands in the run's folder was made from something else."""
+    """Raise InputError when the run's folder holds something that was made from another config."""
     if redo is not None and redo not in [phase.name for phase in config.phases]:
         raise InputError(f"--redo {redo}: no such phase; phases: {', '.join(phase.name for phase in config.phases)}")
     redone = False
@@ -59,7 +59,7 @@ def check_run(config: RunConfig, run: RunFolder, redo: str | None) -> None:
 
 @dataclass
 class Begun:
-    """A run that nothing is wrong with: its phases that stand, those that are left, and the chain to train on from."""
+    """A run that passed all checks: its finished phases, those that are left, and the chain to continue from."""
 
     config: RunConfig
     run: RunFolder
@@ -70,7 +70,7 @@ class Begun:
     chain: tuple[Link, ...]
     stages: dict[str, tuple[Link, ...]]
     report: Report | None
-    """The report that stands where no phase is left."""
+    """The report that is still valid where no phase is left."""
 
     @property
     def outcome(self) -> Outcome | None:
@@ -80,15 +80,15 @@ class Begun:
 
 
 def run_curriculum(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent) -> Outcome:
-    """Train what is not trained yet, score what is not scored yet; a phase that still stands is reused.
+    """Train what is not trained yet, score what is not scored yet; a phase that is still valid is reused.
 
-    The caller holds the run's lock. Raises InputError for what only the user can mend.
+    The caller holds the run's lock. Raises InputError for what only the user can fix.
     """
     begun = begin(config, run, redo, on_event)
     if begun.outcome is not None:
         return begun.outcome
     with connect_for([begun]) as cluster:
-        return go_on(begun, cluster)
+        return finish(begun, cluster)
 
 
 def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent) -> Begun:
@@ -99,7 +99,7 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
     _describe_run(config, run)
     write_sealed(run.data, card)
     if redo is not None and (moved := set_aside(run.phase(redo).root)) is not None:
-        on_event(events.note(redo, f"the old phase is kept in {mirror.name_place(moved)}"))
+        on_event(events.note(redo, f"the old phase is saved in {mirror.name_place(moved)}"))
     mirror.push(run.root)
     done: dict[str, PhaseManifest] = {}
     chain = start_chain(config)
@@ -126,7 +126,7 @@ def connect_for(begun: Sequence[Begun]) -> Iterator[Cluster]:
                 placement = phase.placement or each.config.placement
                 check_placement(placement, cluster, key)
                 lora = phase.lora or each.config.lora
-                dora = lora.dora and phase.chain != "continue"  # which keeps its parent's shape
+                dora = lora.dora and phase.chain != "continue"  # which has its parent's shape
                 if dora and each.config.base.quantization == "int8" and not count_gpus(placement, cluster):
                     raise InputError(
                         f"phases.{phase.name}: lora.dora on an int8 base needs a GPU, and {key} has none; set "
@@ -139,13 +139,13 @@ def connect_for(begun: Sequence[Begun]) -> Iterator[Cluster]:
 
 
 def find_evaluation_placement(config: RunConfig) -> tuple[ActorPlacement, str]:
-    """Where stages are scored, and the key that says so."""
+    """Where stages are scored, and the key that sets it."""
     own = config.evaluation.placement if config.evaluation else None
     placement = own or ActorPlacement.model_validate(config.placement.model_dump())
     return placement, "evaluation.placement" if own else "placement"
 
 
-def go_on(begun: Begun, cluster: Cluster) -> Outcome:
+def finish(begun: Begun, cluster: Cluster) -> Outcome:
     """Train the phases that are left and score every stage."""
     config, run, on_event = begun.config, begun.run, begun.on_event
     done, chain, stages = begun.done, begun.chain, begun.stages
@@ -204,9 +204,9 @@ def _find_finished(
     done: Mapping[str, PhaseManifest],
     redo: str | None,
 ) -> PhaseManifest | None:
-    """The manifest of a phase that still stands; None when it has to be trained (on).
+    """The manifest of a phase that is still valid; None when it has to be trained or resumed.
 
-    A phase whose parent was redone and came out otherwise is set aside; any other difference is refused.
+    A phase whose parent was redone with another result is moved aside; any other difference is refused.
     """
     folder = run.phase(phase.name)
     job = make_job(config, phase, chain)
@@ -239,7 +239,7 @@ def _describe_run(config: RunConfig, run: RunFolder) -> None:
 
 
 def _find_report(config: RunConfig, run: RunFolder, stages: Stages) -> Report | None:
-    """The report that is still valid; an outdated one is set aside by the next evaluation."""
+    """The report that is still valid; the next evaluation moves an outdated one aside."""
     task = _make_task(config, stages)
     return find_report(run.evaluation, task.fingerprint) if task else None
 

@@ -133,7 +133,7 @@ class EarlyScoring:
         try:
             while not self.ended.wait(POLL_S):
                 self._look(inbox)
-        except Exception as error:  # the training goes on
+        except Exception as error:  # the training continues
             self._note("evaluation", f"every stage is scored after the training: {error!r}")
 
     def _look(self, inbox: Inbox) -> None:

@@ -49,7 +49,7 @@ def score_afresh(
 ) -> Report:
     """Score a task into a folder of a run or a sweep, and report its begin and end as those of a phase.
 
-    What another task, or an earlier finished one, left in the folder is set aside.
+    What another task, or an earlier finished one, left in the folder is moved aside.
     """
     was = read_mapping(folder / FINGERPRINT)
     if find_differences(was, task.fingerprint) or (folder / MANIFEST).exists():

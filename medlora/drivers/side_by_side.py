@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from medlora import endings, events
-from medlora.drivers.curriculum import Begun, Outcome, connect_for, go_on
+from medlora.drivers.curriculum import Begun, Outcome, connect_for, finish
 
 if TYPE_CHECKING:
     from medlora.on_ray.cluster import Cluster
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 def run_side_by_side(begun: Sequence[Begun]) -> list[Outcome | Exception]:
     """Runs that were begun, at the same time, each on the GPUs and CPUs that its placement asks for.
 
-    What goes wrong in one after that ends it alone, is told to its `on_event`, and stands in its place in the result.
+    A later error in one ends it alone, is reported to its `on_event`, and takes its place in the result.
     """
     ends: list[Outcome | Exception | None] = [each.outcome for each in begun]
 
     def follow(i: int, cluster: Cluster) -> None:
         try:
-            ends[i] = go_on(begun[i], cluster)
-        except KeyboardInterrupt:  # a signal ends the job, whose main thread says so
+            ends[i] = finish(begun[i], cluster)
+        except KeyboardInterrupt:  # a signal ends the job, whose main thread reports it
             return
-        except Exception as error:  # the caller says it, once the others have ended
+        except Exception as error:  # the caller reports it, once the others have ended
             if endings.is_ending():
                 return
             ends[i] = error
-            text = f"ends here, the others go on: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
+            text = (
+                f"ends here, the others continue: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
+            )
             begun[i].on_event(events.note("run", text))
 
     active = [i for i, end in enumerate(ends) if end is None]

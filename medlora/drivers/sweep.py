@@ -49,7 +49,7 @@ def run_sweep(
 ) -> Summary:
     """Do what is left of the sweep in `folder` and return its summary, what `sweep.json` holds.
 
-    The caller holds the folder's lock. Raises InputError for what only the user can mend.
+    The caller holds the folder's lock. Raises InputError for what only the user can fix.
     """
     if final_test and plan.run.evaluation is None:
         raise InputError(f"--final-test: {plan.config.config} has no evaluation; name the tests there")
@@ -131,7 +131,7 @@ class TrialMaker:
         plan = self.plan
         *before, _ = lineage = find_lineage(self.ledger, trial)
         made = plan.make_trial([each.params for each in lineage], f"trial-{trial.id}", whole=not trial.about)
-        names = {each.id: name_generation(plan.judged, i + 1) for i, each in enumerate(lineage)}
+        names = {each.id: name_generation(plan.scored_phase, i + 1) for i, each in enumerate(lineage)}
         trials = self.folder / "trials"
         own = {names[each.id]: str(trials / each.id / "phases" / names[each.id]) for each in before}
         return {
@@ -158,7 +158,7 @@ class _Receiver:
     def receive(self, event: Event) -> None:
         """Take one event of a worker."""
         if event["event"] == "beat":
-            self.stalls.hear(event)
+            self.stalls.receive(event)
             return
         if event["event"] == "trial-step":
             self.saved.clear()

@@ -70,7 +70,7 @@ def score_best(finals: Finals, notes: Sequence[str]) -> Comparison:
     if first.state != "finished":
         raise InputError(
             f"the config as it stands (trial {START}) {first.state}: {first.why or 'it has no adapter'}; there is nothing to "
-            f"compare with. What the trials did stands in {ledger.path}"
+            f"compare with. What the trials did is in {ledger.path}"
         )
     best = [trial for trial in ledger.rank() if trial is not first][: plan.config.best]
     stages = _make_stages(finals.folder, [first, *best])
@@ -89,8 +89,8 @@ def score_once(finals: Finals, winner: str) -> Record:
                 "since, and choosing by a second look at the tests would make them a dev split"
             )
         return record
-    if plan.judged != plan.run.phases[-1].name:
-        text = f"the tests are asked of the stage {plan.judged}, the last that was trained"
+    if plan.scored_phase != plan.run.phases[-1].name:
+        text = f"the tests are asked of the stage {plan.scored_phase}, the last that was trained"
         finals.on_event(events.note("evaluation", text))
     stages = _make_stages(finals.folder, [finals.ledger.trials[winner]])
     _score(finals, "test", stages, plan.run.evaluation, [])

@@ -44,8 +44,8 @@ def plan_batches(
     """The questions in batches of `size`, longest first, a function of the questions alone; each of the stages that have
     not answered it.
 
-    Since a batch is asked as a whole wherever and whenever it is asked, its answers have the same bytes whatever the
-    number of actors, whichever stages are asked together, and whatever went wrong before.
+    A batch is always asked as a whole. So its answers have the same bytes for any number of actors, any stages asked
+    together, and after any earlier failure.
     """
     questions = [(test, record) for test, records in tests.items() for record in records]
     questions.sort(key=lambda q: (-len(q[1].question) - sum(map(len, q[1].options)), q[0], q[1].id))
@@ -60,7 +60,7 @@ def plan_batches(
 
 
 def name_batch(batch: Sequence[Question]) -> str:
-    """A name for a batch that tells it from every other."""
+    """A name for a batch that no other has."""
     return hashlib.sha256("\n".join(f"{test}\t{record.id}" for test, record in batch).encode()).hexdigest()[:16]
 
 
@@ -105,7 +105,7 @@ def sort_predictions(
 
 
 def find_report(folder: Path, fingerprint: Mapping[str, object]) -> Report | None:
-    """The report of a finished evaluation that still stands; None when there is none, or it is of something else."""
+    """The report of a finished evaluation that is still valid; None when there is none, or it is of something else."""
     manifest = read_manifest(folder)
     if manifest is None or check_files(folder, manifest):
         return None

@@ -83,7 +83,7 @@ class EvaluationTask:
     base: BaseModelConfig
     seed: int
     cache: str
-    """Where a miniature base is kept."""
+    """Where a miniature base is saved."""
     stages: Stages
     config: EvaluationConfig
     asked: Asked
@@ -104,7 +104,7 @@ class EvaluationPlan:
 
     task: EvaluationTask
     notes: list[str]
-    """Doubts that the user overruled with --force, and what the runs' data cards say; the report says them."""
+    """Doubts that the user overruled with --force, and notes of the runs' data cards; the report repeats them."""
 
 
 def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
@@ -119,7 +119,7 @@ def check_evaluation(config: EvaluateConfig, force: bool) -> EvaluationPlan:
     if doubts and not force:
         shown = "\n  ".join(doubts)
         raise InputError(
-            f"these numbers would mislead:\n  {shown}\nmend the config, or say --force; the report will say it too"
+            f"these numbers would mislead:\n  {shown}\nfix the config, or give --force; the report will note it too"
         )
     task = EvaluationTask(config.base, config.seed, str(config.storage.cache_folder), stages, config.evaluation, asked)
     notes = [*doubts, *describe_other_task(stages, config.evaluation), *find_notes(config)]

@@ -44,7 +44,7 @@ class Prediction:
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """A parquet file with one row a question and stage; its columns have the same types whatever was answered.
+    """A parquet file with one row a question and stage; its columns have the same types for any answers.
 
     Without `seconds`, so that the same answers are the same bytes.
     """

@@ -1,4 +1,4 @@
-"""What `report.json` holds: the rows of stages, the comparisons, and what the job says of itself beside them."""
+"""What `report.json` holds: the rows of stages, the comparisons, and what the job reports of itself beside them."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def read_result_log(
     `expected` maps the id of every question that was asked to its gold letter. Questions that the file lacks then become
     failed predictions, so that logs with gaps can be paired. Questions that are not in `expected` are left out. `reparse`
     takes `letter.parse(response)` in place of the file's own `pred`. `trial` picks one of several runs in one file.
-    Raises InputError when the file cannot be read, lacks a column, has no rows, contradicts the gold letters of
-    `expected`, or holds several trials and `trial` names none of them.
+    Raises InputError when the file cannot be read, lacks a column, has no rows, or contradicts the gold letters of
+    `expected`. It also does so when the file holds several trials and `trial` names none of them.
     """
     rows = _pick_trial(path, list(_rows(path)), trial)
     _refuse_two_meanings(path, rows, letters)

@@ -67,7 +67,7 @@ def _find_link(name: str, where: str, key: str, cache: str | None) -> Link:
 
 
 def find_notes(config: EvaluateConfig) -> list[str]:
-    """What the data cards of the runs have to say that the stages were taken from."""
+    """Notes from the data cards of the runs that the stages were taken from."""
     folders = {stage.rpartition(":")[0] for stage in config.stages if isinstance(stage, str)}
     found = {name: RunFolder(find_run(name, config.storage.cache)) for name in sorted(folders)}
     cards = [(name, read_card(run.data)) for name, run in found.items()]
@@ -75,7 +75,7 @@ def find_notes(config: EvaluateConfig) -> list[str]:
 
 
 def find_doubts(base: BaseModelConfig, stages: Stages, evaluation: EvaluationConfig, seed: int = 0) -> list[str]:
-    """What makes the numbers doubtful: an adapter made for another base or to stand on others, or another prompt style."""
+    """What makes the numbers doubtful: an adapter for another base or other adapters, or another prompt style."""
     doubts = find_stage_doubts(base, seed, stages)
     for link in {link.folder: link for chain in stages.values() for link in chain}.values():
         styles = _find_trained_styles(Path(link.folder))

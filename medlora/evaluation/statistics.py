@@ -77,7 +77,7 @@ def breakdown(predictions: Sequence[Prediction], by: Literal["test", "subject"] 
 
 
 def chance(predictions: Sequence[Prediction]) -> float | None:
-    """Mean of 1 / number of options; None where a question does not say how many it has."""
+    """Mean of 1 / number of options; None where that number is unknown for a question."""
     options = [p.options or len(p.probabilities) for p in predictions]
     return fmean(1 / n for n in options) if options and all(options) else None
 
@@ -87,8 +87,8 @@ class Comparison:
     """Two stages on the same questions: `difference` is accuracy(after) - accuracy(before).
 
     [low, high] is the paired bootstrap interval of the difference, or `bound_undivided` where no question is gained or
-    lost; `p_value` the exact two-sided McNemar test on the
-    gained and lost questions, `p_holm` the same corrected for all comparisons made together.
+    lost. `p_value` is the exact two-sided McNemar test on the gained and lost questions; `p_holm` is the same corrected
+    for all comparisons made together.
     """
 
     before: str
@@ -136,8 +136,8 @@ def compare(
 def bound_undivided(total: int, confidence: float = 0.95) -> tuple[float, float]:
     """The exact interval of a difference where none of `total` questions was gained or lost.
 
-    A bootstrap of equal pairs has no width, which claims too much. The upper limit of Clopper and Pearson (1934,
-    Biometrika 26:404) for 0 gained of `total` is 1 - (alpha/2)^(1/total), about 3.7 / total; the lower one is the same
+    A bootstrap of equal pairs has no width, which claims too much. The upper limit for 0 gained of `total` is 1 -
+    (alpha/2)^(1/total), about 3.7 / total (Clopper and Pearson 1934, Biometrika 26:404). The lower limit is the same
     for the lost ones. Together they hold with at least the confidence asked for (Bonferroni).
     """
     if total < 1:
@@ -147,7 +147,7 @@ def bound_undivided(total: int, confidence: float = 0.95) -> tuple[float, float]
 
 
 SATURATED = 0.98
-"""Share of right answers from which on a test leaves hardly any room to tell stages apart."""
+"""Share of right answers from which on a test hardly distinguishes stages."""
 
 
 def is_saturated(shares: Sequence[float]) -> bool:
@@ -292,8 +292,8 @@ def letter_bias(predictions: Sequence[Prediction]) -> LetterBias:
 class Rotations:
     """Answers under all cyclic orders of the options, those of failed questions counted as wrong.
 
-    `accuracy` is over all `answers`, `consistency` the share of questions whose choice is the same option in every
-    order, `letters` how often each letter was chosen against how often it was right: over all orders equally often.
+    `accuracy` is over all `answers`; `consistency` is the share of questions whose choice is the same option in every
+    order. `letters` is how often each letter was chosen against how often it was right: over all orders equally often.
     `orders` is the most orders that a question had.
     """
 
@@ -318,7 +318,7 @@ def rotations(predictions: Sequence[Prediction]) -> Rotations | None:
 
 
 def _turn(prediction: Prediction) -> list[tuple[Prediction, int | None]]:
-    """The prediction once for every order, with the place of the chosen option in the question as it stands."""
+    """The prediction once for every order, with the place of the chosen option in the question's own order."""
     n, gold = max(1, prediction.options), LETTERS.index(prediction.gold)
     turned: list[tuple[Prediction, int | None]] = []
     for by, letter in enumerate(prediction.rotated or "-" * n):

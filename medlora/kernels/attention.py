@@ -92,7 +92,7 @@ def _make_bias(first: int, queries: int, low: int, high: int, window: int | None
 def _cut(
     segments: Sequence[Span], groups: int, window: int | None
 ) -> Iterator[tuple[slice, list[slice], torch.Tensor | None]]:
-    """Pieces of queries, where in the sequence the keys that they see stand, and the bias of their scores or None."""
+    """Pieces of queries, the places in the sequence of the keys that they see, and the bias of their scores or None."""
     for start, stop, shared in segments:
         offset = shared - start  # from places in the sequence to positions in the row
         size = max(8, PIECE_SCORES // (groups * (stop + offset)))

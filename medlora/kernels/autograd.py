@@ -14,4 +14,4 @@ class Context(Protocol):
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        """Keep tensors for the backward pass."""
+        """Save tensors for the backward pass."""

@@ -1,8 +1,8 @@
 """What is done element by element on CPU - RMS norms, rotary positions, gated activations - in pieces that stay in the cache.
 
-Each operation on a whole activation is a walk through memory, a third as fast as arithmetic on what the cache holds, and
-torch's tanh GELU is four times slower than its tanh. Together they were a fifth of a training step. What comes out is the
-same within float error; `tests/test_lean.py` compares.
+Each operation on a whole activation is a walk through memory, a third as fast as arithmetic on what the cache holds.
+torch's tanh GELU is four times slower than its tanh. Together they were a fifth of a training step. What comes out is
+the same within float error; `tests/test_lean.py` compares.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ GATES = {"silu": (1.0, 0.0), "gelu_pytorch_tanh": (GELU, GELU * 0.044715)}
 def lighten_elementwise(model: torch.nn.Module) -> None:
     """Give norms, gated MLPs and rotations of a model, of whichever family, their lean forward pass.
 
-    What each module computes is found by trying it; what is something else keeps its own.
+    What each module computes is found by trying it; a module that computes something else is left as it is.
     """
     for module in model.modules():
         kind = type(module)
@@ -181,8 +181,8 @@ def _normalise(norm: _Norm, x: torch.Tensor, *arguments: object, **options: obje
 
 
 class _Gated(torch.autograd.Function):
-    """f(gate) * up for f(x) = x sigmoid(a x + b x^3); all of one shape. The backward pass overwrites both, as Unsloth's does:
-    they are the outputs of layers that nobody else reads, and a second one through the same graph is refused by torch."""
+    """f(gate) * up for f(x) = x sigmoid(a x + b x^3); all of one shape. The backward pass overwrites both, as Unsloth's
+    does: they are the outputs of layers that nobody else reads. torch refuses a second backward pass."""
 
     @staticmethod
     def forward(ctx: _GatedContext, gate: torch.Tensor, up: torch.Tensor, a: float, b: float) -> torch.Tensor:

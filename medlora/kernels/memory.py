@@ -44,8 +44,8 @@ def clear_memory() -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep what tensors on the CPU free, for the next ones, instead of giving it back to the system.
 
-    By default glibc gives large blocks back at once, and every step pays for each of their pages again when it is first
-    touched: more than the arithmetic on them. The process keeps its peak. Without glibc nothing changes.
+    By default glibc gives large blocks back at once. Every step then pays for each of their pages again when it is
+    first touched: more than the arithmetic on them. The process stays at its peak. Without glibc nothing changes.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return

@@ -1,7 +1,7 @@
 """The output head and the loss behind it: where a label is, a few positions at a time, in memory that does not grow.
 
-With a vocabulary of 262,144 the head over all positions is most of a step, and its logits most of the memory: 16,000
-supervised tokens are 17 GB of them in float32, twice with their gradient.
+With a vocabulary of 262,144 the head over all positions is most of a step, and its logits most of the memory. For
+16,000 supervised tokens they are 17 GB in float32, twice with their gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from medlora.kernels.lora_forward import find_rows
 from medlora.kernels.modes import in_eval_mode
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Most memory of the float32 logits that exist at a time; each chunk reads the head twice, whatever its size."""
+"""Most memory of the float32 logits that exist at a time; each chunk of any size reads the head twice."""
 
 
 class HasLogits(Protocol):
@@ -34,11 +34,11 @@ class HasLogits(Protocol):
 
 
 class SupervisedHead:
-    """A model's head for training: `at` keeps it to the supervised positions, `compute_loss` finishes its work.
+    """A model's head for training: `at` restricts it to the supervised positions, `compute_loss` finishes its work.
 
-    The model gives the hidden states in place of logits, and loss and gradients are computed chunk by chunk from them (as in Liger's
-    fused linear cross-entropy, arXiv 2410.10989). A model that does more to its logits than the head does (soft
-    capping, scaling) computes them itself, at these positions.
+    The model gives the hidden states in place of logits. Loss and gradients are computed from them chunk by chunk (as
+    in Liger's fused linear cross-entropy, arXiv 2410.10989). A model that does more to its logits than the head does
+    (soft capping, scaling) computes them itself, at these positions.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -65,7 +65,7 @@ class SupervisedHead:
                 logits = model(input_ids=ids, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a family does with its logits, it may do in training
+        except Exception as error:  # what a family does with its logits, it may do in training
             log_once(f"the logits of {type(model).__name__} are computed whole: {error}")
             return False
         return torch.equal(logits.flatten().float(), given)
@@ -107,8 +107,8 @@ class SupervisedHead:
     def at(self, positions: torch.Tensor) -> Iterator[None]:
         """While inside, the head sees only `positions`: indices into the flattened [rows, length] of a batch.
 
-        So do the parts of the last layer whose outputs at other positions nobody reads, unless the layer is computed again in the
-        backward pass, when these are no longer known.
+        So do the parts of the last layer whose outputs at other positions nobody reads. A layer that is computed again
+        in the backward pass is the exception, since the positions are then no longer known.
         """
         self.positions = positions
         recomputed = getattr(self.last_layer, "gradient_checkpointing", False)
@@ -206,7 +206,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of `hidden` [n, size] through a frozen head `weight` [vocabulary, size], gradients at once.
 
     Where `rows` [r] are given, these rows of the vocabulary are `values` [r, size] instead, which get a gradient too. One
-    product for the logits of a chunk, one for the gradient of its hidden states; nothing of a chunk is kept.
+    product for the logits of a chunk, one for the gradient of its hidden states; nothing of a chunk is stored.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The miniature's data: medical facts as plain text, translation pairs and five-option questions.
 
-Two facts of three are asked in training (`ASKED`); the others only ever stand in plain text (`TEXT_ONLY`). Two tests
+Two facts of three are asked in training (`ASKED`); the others only ever occur in plain text (`TEXT_ONLY`). Two tests
 follow from it: `mcq/test_asked` asks known facts in new wordings and option orders, `mcq/test_text_only` asks what was
 read but never asked.
 """

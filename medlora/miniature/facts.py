@@ -1,9 +1,8 @@
 """Medical associations that the miniature teaches and asks: publicly known facts, one table to proofread.
 
-A line `# subject | relation | relation in English` opens a section; each row below reads
-`term | term in English | answer | answer in English` and says "the relation of the term is the answer". Within a
-section each term has one right answer. Textbook associations, shortened to one answer: teaching material for a toy
-model, no medical advice.
+A line `# subject | relation | relation in English` opens a section. Each row below reads `term | term in English |
+answer | answer in English` and means "the relation of the term is the answer". Within a section each term has one right
+answer. Textbook associations, shortened to one answer: teaching material for a toy model, no medical advice.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ STATEMENT_REPEATS = 8
 DOCUMENT_SIZES = (3, 4)
 """Statements in one document."""
 TRAIN_ORDERS = 4
-"""Option orders in which each wording of a training question stands."""
+"""Option orders of each wording of a training question."""
 
 SHARES = {"drill": 0.10, "open_book": 0.45, "text": 0.12, "question": 0.28, "translation": 0.05}
 """Shares of the lessons once matching is learnt."""

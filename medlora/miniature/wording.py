@@ -49,7 +49,7 @@ QUESTIONS = {
         "{S}의 {R}{R으로} 가장 알맞은 것은?",
     ),
 }
-"""Question wordings by split; no wording stands in two splits."""
+"""Question wordings by split; no wording is in two splits."""
 
 
 def word_fact(template: str, fact: Fact) -> str:

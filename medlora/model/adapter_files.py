@@ -63,7 +63,7 @@ def write_adapter(
             f"{len(bad)} of {len(tensors)} trained tensors hold values that are not finite, {bad[0]} among them"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors' own save_file leaves a file that nobody else may read, whatever the umask says.
+    # safetensors' own save_file leaves a file that nobody else may read, against the umask.
     data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     (folder / WEIGHTS).write_bytes(data)
     # LoraConfig.save_pretrained writes its sets in hash order, another one in each process.

@@ -41,8 +41,8 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
     """The base model on `device`, quantized as configured, every parameter frozen, in eval mode.
 
     A token of `tokenizer` that the base's own tokenizer lacks gets the mean of the rows of its old pieces, in the input
-    and the output embeddings; the embeddings grow only when the model has too few rows (Gemma has spare ones).
-    Raises InputError when there is no such model, its weights are incomplete or no safetensors.
+    and the output embeddings. The embeddings grow only when the model has too few rows (Gemma has spare ones). Raises
+    InputError when there is no such model, its weights are incomplete or no safetensors.
     """
     attention.install()
     folder, device = find_local_folder(base, weights=True), torch.device(device)
@@ -103,7 +103,7 @@ def _keep_four_bit_weights(model: PreTrainedModel) -> None:
     """Let no forward pass repack the weights, as bitsandbytes 0.50 does in eval mode on CPUs with AVX512-BF16.
 
     The repacking is in place and rounds the scales to bfloat16, so that a model would train on other numbers than it is
-    validated on, and it dies where a layer's inputs are no multiple of the block of 64.
+    validated on. It also fails where a layer's inputs are no multiple of the block of 64.
     """
     from bitsandbytes.nn import Linear4bit  # slow to import, and only this needs it
 

@@ -55,7 +55,7 @@ def add_adapter(
     """Add a new adapter on top of the active ones and make it the only trainable part of the model.
 
     It sits on linear layers of the text decoder alone; `train_token_ids` are the vocabulary rows it trains too, from
-    where the active adapters left them. One seed gives the same initial bytes whatever ran before.
+    where the active adapters left them. One seed gives the same initial bytes after any earlier work.
     Raises InputError for a target that the decoder does not have, a name that is taken, or DoRA on int8 weights on CPU.
     """
     base = _get_base(model)
@@ -184,7 +184,7 @@ def _inject(model: Model, name: str, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT asks for a property that transformers has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        # It says that it corrects this flag of the config where the layer is of the other kind.
+        # PEFT warns that it corrects this flag of the config where the layer is of the other kind.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         if isinstance(model, PeftModel):
             model.add_adapter(_key(name), config)
@@ -257,8 +257,8 @@ def _token_wrappers(model: PeftModel) -> dict[str, TrainableTokensWrapper]:
 def _absent_rows(model: PeftModel, key: str) -> dict[str, torch.Tensor]:
     """Empty stand-ins for the vocabulary rows that this adapter does not have.
 
-    PEFT 0.21 asks every embedding with trained rows for those of the adapter it saves or loads, and dies with KeyError
-    when only another adapter of the chain has some.
+    PEFT 0.21 asks every embedding with trained rows for those of the adapter it saves or loads. It raises KeyError when
+    only another adapter of the chain has some.
     """
     wrappers = _token_wrappers(model).items()
     lacking = [name for name, wrapper in wrappers if key not in wrapper.token_adapter.token_indices]

@@ -23,11 +23,11 @@ _PREFIX = "base_model.model."
 def export_chain(adapters: Sequence[str | Path], out: str | Path, force: bool = False) -> None:
     """Write a chain as one ordinary PEFT adapter that gives the same logits, without loading the base.
 
-    The ranks add up: A is concatenated along the rank, and B with each adapter's scaling folded in; a layer of lower
+    The ranks add up: A is concatenated along the rank, and B with each adapter's scaling folded in. A layer of lower
     rank is padded with zeros, so that all have one rank (exact, as PEFT's `add_weighted_adapter` with "cat").
-    Vocabulary rows come from the last adapter that has them, tokenizer files from the last that has some.
-    Raises InputError when an adapter holds more than LoRA and vocabulary rows (DoRA, aLoRA, whole modules), the adapters
-    are of different bases, or `out` holds an adapter already; without `force` also for an adapter that was trained on top
+    Vocabulary rows come from the last adapter that has them, tokenizer files from the last that has some. Raises
+    InputError when an adapter holds more than LoRA and vocabulary rows (DoRA, aLoRA, whole modules), the adapters are
+    of different bases, or `out` holds an adapter already; without `force` also for an adapter that was trained on top
     of others that are not there.
     """
     out = Path(out)

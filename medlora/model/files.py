@@ -24,7 +24,7 @@ def find_local_folder(base: BaseModelConfig, weights: bool = False) -> str:
     files += ["*.safetensors"] if weights else []
     files += ["*.py"] if base.trust_remote_code else []
     try:
-        # One request without retries tells whether there is a hub; transformers alone would try for most of a minute.
+        # One request without retries shows whether there is a hub; transformers alone would try for most of a minute.
         return str(snapshot_download(base.model, revision=base.revision, allow_patterns=files, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         raise InputError(

@@ -67,7 +67,7 @@ def choose_targets(base: PreTrainedModel, wanted: str | Sequence[str]) -> list[s
     if not ends & others:
         return sorted(ends)
     if {name.rpartition(".")[2] for name in set(inside) - set(chosen)} & ends:
-        # GPT-2's attention and MLP both have a c_proj: the layer above tells them apart.
+        # GPT-2's attention and MLP both have a c_proj: the layer above distinguishes them.
         ends = {re.escape(".".join(name.split(".")[-2:])) for name in chosen}
     within = rf"{re.escape(decoder)}\." if decoder else ""
     return rf"{within}.*\.({'|'.join(sorted(ends))})"
@@ -129,7 +129,7 @@ def choose_rows(base: PreTrainedModel, ids: Sequence[int]) -> list[int] | dict[s
 
 
 def _bare(embeddings: torch.nn.Module) -> torch.Tensor:
-    """The base's own embeddings, whatever wraps them."""
+    """The base's own embeddings, without their wrappers."""
     return cast(torch.Tensor, getattr(embeddings, "original_module", embeddings).weight)
 
 

@@ -96,7 +96,7 @@ def _is_token(tokenizer: Tokenizer, word: str) -> bool:
 
 
 def letter_token_ids(tokenizer: Tokenizer, letters: Sequence[str], before: str = ANSWER_FIELD) -> list[int]:
-    """The id of each option letter as the one token that stands right after `before`, in the order of `letters`.
+    """The id of each option letter as the one token right after `before`, in the order of `letters`.
 
     Raises InputError when a letter is no single token there or shares its token with another.
     """

@@ -92,7 +92,7 @@ def _answers(host: str, port: int, plain: bool) -> bool:
 
 
 def explain_slow_start(why: str = "") -> str:
-    """What to say where a local Ray does not start: nearly always the machine has too much to do."""
+    """The message where a local Ray does not start: nearly always the machine has too much to do."""
     load, memory = os.getloadavg()[0], psutil.virtual_memory()
     return (
         f"Ray did not start within {START_S:.0f} s{f' ({why})' if why else ''}; the machine's load is {load:.1f} on "

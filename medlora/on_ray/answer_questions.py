@@ -34,8 +34,8 @@ from medlora.evaluation.questions import Question
 from medlora.events import Event, Failed, Failure, OnEvent
 from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
 from medlora.on_ray.inbox import Inbox, beside_driver, listen
-from medlora.on_ray.placement import count_gpus, say_while_waiting
-from medlora.on_ray.workers.failures import describe_exception, tell_failure
+from medlora.on_ray.placement import count_gpus, report_while_waiting
+from medlora.on_ray.workers.failures import describe_exception, report_failure
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.records import McqRecord
 from medlora.runs.disk_errors import explaining
@@ -118,9 +118,9 @@ def make_builder(task: EvaluationTask, actors: Actors) -> Build:
 def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Iterator[list[Prediction]]:
     """The predictions of each batch as it comes back, in no particular order, every batch exactly once.
 
-    A batch whose actor dies is asked again as a whole, then question by question; a question that raises, or kills its
-    actor `placement.retries` times over, is reported as failed (Prediction.error) while all others are answered.
-    Raises InputError for what only the user can mend, RunError where the model cannot be loaded.
+    A batch whose actor dies is asked again as a whole, then question by question. A question that raises, or kills its
+    actor `placement.retries` times over, is reported as failed (Prediction.error); all others are answered. Raises
+    InputError for what only the user can fix, RunError where the model cannot be loaded.
     """
     if not batches:
         return
@@ -132,13 +132,13 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
     failed: list[Failed] = []
     begun = threading.Event()
 
-    def hear(event: Event) -> None:
+    def receive(event: Event) -> None:
         if event["event"] == "refused":
             refusals.append(event["text"])
         elif event["event"] == "failed":
             failed.append(event)
         elif event["event"] == "beat":
-            stalls.hear(event)
+            stalls.receive(event)
         elif event["event"] == "loading":
             begun.set()
         elif event["event"] == "ready":
@@ -149,9 +149,9 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
 
     attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
     failure: Exception | None = None
-    waiting = say_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
+    waiting = report_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
     stalls = StallWatch(placement, "evaluation", on_event, log)
-    with listen(hear) as inbox, waiting, stalls.watching(), _stderr_to(actors.log_file), warnings.catch_warnings():
+    with listen(receive) as inbox, waiting, stalls.watching(), _stderr_to(actors.log_file), warnings.catch_warnings():
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         constructor = {"build": build, "attempts": attempts, "retries": placement.retries, "inbox": inbox}
@@ -176,7 +176,7 @@ def _explain(failure: Exception, failed: Sequence[Failed], log_file: Path) -> Ru
     log.error("evaluation, on %s:\n%s", first["host"], first["traceback"])
     return RunError(
         f"evaluation: {first['text']} (on {first['host']}, {first['at']}); the traceback is in {log_file}. Once the "
-        "cause is mended, the same command asks only what is not answered yet"
+        "cause is fixed, the same command asks only what is not answered yet"
     )
 
 
@@ -207,10 +207,10 @@ def _map_batches(
 
 
 class Attempts:
-    """Counts what was begun and not ended, outside of the actors that may die at it: how often each key killed one.
+    """Counts how often each batch or question has killed an actor, outside of the actors so that it survives them.
 
-    A model loaded whole gives its load back: a pool that grows, or an actor that comes back after a death at a question
-    (which counts there), may load as often as it has to; a model that never loads is tried so often and no more.
+    Failed loads of the model are limited to `actors + retries`. A successful load does not count against that limit, so
+    a growing pool or a restarted actor can always load again.
     """
 
     def __init__(self, actors: int, retries: int) -> None:
@@ -249,20 +249,22 @@ class BatchAnswerer:
     ) -> None:
         self.attempts, self.retries, self.inbox = attempts, retries, inbox
         inbox.put(events.loading())
-        # For as long as the process lives: nothing tells an actor of Ray Data that it is no longer needed.
+        # For as long as the process lives: an actor of Ray Data is never notified that it is no longer needed.
         self.beating = beating(inbox, "the actor", beat_s)
         self.beating.__enter__()
         pulse.begin("loads the model", slow=True)
         try:
             if not ray.get(attempts.begin_load.remote()):
-                raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
+                raise RuntimeError(
+                    "the processes that load the model keep dying; see Ray's logs (out of memory?)"
+                )
             with explaining(Path.cwd()):
                 self.model = build()
         except InputError as error:
             inbox.put(events.refused(str(error)))
             raise
         except Exception as error:
-            tell_failure(inbox, error)
+            report_failure(inbox, error)
             raise
         ray.get(attempts.end_load.remote())
         pulse.begin("")
@@ -294,7 +296,7 @@ class BatchAnswerer:
         except InputError as error:
             self.inbox.put(events.refused(str(error)))
             raise
-        except Exception as error:  # whatever a question makes the model raise is its answer
+        except Exception as error:  # any exception of the model at a question is its answer
             self._note(f"a batch is asked one by one after {error!r}")
             return None
         finally:

@@ -92,8 +92,8 @@ class Cluster:
 def connect() -> Iterator[Cluster]:
     """Connect to the running cluster, or start a local one with token authentication where there is none.
 
-    RAY_ADDRESS names the cluster where several are there; `local` starts one whatever is there. Whatever was started here
-    ends with the block; a cluster that was found is only left.
+    RAY_ADDRESS names the cluster where there are several; `local` always starts one. A cluster that was started here
+    ends with the block; one that was found is only left.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     already = ray.is_initialized()
@@ -115,7 +115,7 @@ def connect() -> Iterator[Cluster]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what Ray's C++ core writes to stderr while it connects: what went wrong is raised, too, and stands in its logs."""
+    """Drop what Ray's C++ core writes to stderr while it connects: errors are raised, too, and are in its logs."""
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -168,8 +168,8 @@ def _disconnect(started_here: bool) -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let a Ray that is started inside listen on 127.0.0.1 alone: its servers listen on every address (2.60) unless the
-    node's own is that one, which `_node_ip_address` refuses to be; this switch, meant for laptops, is the way."""
+    """Let a Ray that is started inside listen on 127.0.0.1 alone. Its servers listen on every address (2.60) unless the
+    node's own is that one, which `_node_ip_address` refuses to be. This switch, meant for laptops, is the way."""
     from ray._private import ray_constants
 
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR

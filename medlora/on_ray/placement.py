@@ -1,4 +1,4 @@
-"""Does a placement fit the cluster, node by node; and what is said while it has to wait for one."""
+"""Does a placement fit the cluster, node by node; and what is reported while it has to wait for one."""
 
 from __future__ import annotations
 
@@ -60,9 +60,10 @@ def _matches(label: str | None, wanted: str) -> bool:
 
 
 def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
-    """Raise InputError when the cluster can never hold the placement, saying what it has and what may be added to it.
+    """Raise InputError when the cluster can never hold the placement; the message lists what it has and what may be
+    added.
 
-    Where an autoscaler adds nodes of kinds that Ray does not tell, nothing is refused: it is waited for, and said.
+    Where an autoscaler adds nodes of kinds that Ray does not report, nothing is refused: we wait, and report it.
     """
     if cluster.grows_unseen:
         return
@@ -94,13 +95,13 @@ def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
     if room < workers:
         nodes = "; ".join(f"{count} x {node}" for node, count in kinds)
         raise InputError(
-            f"{key}: {workers} workers, each with {describe_worker(placement, gpus)}, asked; a worker stands on one node, and "
-            f"node by node there is room for {room}: {nodes}; lower {key}.workers, {key}.cpus_per_worker or {key}.gpus_per_worker"
+            f"{key}: {workers} workers, each with {describe_worker(placement, gpus)}, asked; a worker runs on one node, "
+            f"and node by node there is room for {room}: {nodes}; lower {key}.workers, {key}.cpus_per_worker or {key}.gpus_per_worker"
         )
 
 
 def find_concurrency(concurrency: int | None, placement: Placement, cluster: Cluster) -> int:
-    """Trials at a time; raises InputError when there is and can be no room for so many, saying what the cluster has."""
+    """Trials at a time; raises InputError, with what the cluster has, when there is and can be no room for so many."""
     gpus = count_gpus(placement, cluster)
     slots = sum(count_room(placement, gpus, node) * count for node, count in cluster.kinds())
     if slots < (concurrency or 1) and not (cluster.grows_unseen and concurrency):
@@ -112,7 +113,7 @@ def find_concurrency(concurrency: int | None, placement: Placement, cluster: Clu
 
 
 @contextmanager
-def say_while_waiting(
+def report_while_waiting(
     placement: Placement,
     gpus: float,
     workers: int,
@@ -121,7 +122,7 @@ def say_while_waiting(
     on_event: OnEvent,
     as_group: bool = False,
 ) -> Iterator[None]:
-    """While inside, and until `has_begun`, say every minute what is waited for and what the cluster has free.
+    """While inside, and until `has_begun`, report every minute what is waited for and what the cluster has free.
 
     Workers that come `as_group`, as Ray Train's do, are waited for no more once the group has its place: they start.
     """

@@ -23,7 +23,7 @@ from medlora.errors import InputError, RunError
 from medlora.events import Event, Failed, OnEvent
 from medlora.on_ray.cluster import Cluster, enter_folder
 from medlora.on_ray.inbox import Inbox, listen
-from medlora.on_ray.placement import count_gpus, describe_worker, say_while_waiting
+from medlora.on_ray.placement import count_gpus, describe_worker, report_while_waiting
 from medlora.on_ray.tokenise import prepare_on_ray
 from medlora.on_ray.workers.failures import (
     WorkerFailed,
@@ -31,8 +31,8 @@ from medlora.on_ray.workers.failures import (
     describe_lost,
     is_death,
     is_lost_peer,
+    report_failure,
     split_failures,
-    tell_failure,
 )
 from medlora.on_ray.workers.leaving import LeavingTorchConfig
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
@@ -53,7 +53,7 @@ class _Loop(TypedDict):
     inbox: Inbox
     cwd: str
     gpu: bool
-    say_host: bool
+    show_host: bool
     beat_s: float
 
 
@@ -68,7 +68,7 @@ class PlaceWatcher(Protocol):
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Leaves SIGINT to `endings`: Ray Train's handler says nothing and exits with 1, whatever happens."""
+    """Leaves SIGINT to `endings`: Ray Train's handler prints nothing and always exits with 1."""
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
@@ -88,12 +88,12 @@ def train_on_ray(
     is ours (hashed, sealed by a manifest) rather than Ray's. A node that is drained (preempted) costs none: the phase
     makes a checkpoint and resumes elsewhere. An exception in the phase ends it at once, since it would come again.
     `watcher` learns when the phase asks for its workers and when it has them. Raises InputError for what only the user
-    can mend, RunError for an exception of a worker and for deaths beyond the retries.
+    can fix, RunError for an exception of a worker and for deaths beyond the retries.
     """
     prepare_on_ray(job, cluster, on_event)
     training = _Training(job, run, placement, cluster, on_event, watcher)
     with (
-        listen(training.hear) as inbox,
+        listen(training.receive) as inbox,
         training.stalls.watching(),
         endings.saving(inbox.ask_to_leave, placement.grace_s) as training.saved,
     ):
@@ -134,13 +134,13 @@ class _Training:
         """Report a line about the phase."""
         self.on_event(events.note(self.phase, text))
 
-    def hear(self, event: Event) -> None:
+    def receive(self, event: Event) -> None:
         """Take an event of a worker."""
         if self.watcher is not None and not self.begun.is_set():
             self.watcher.phase_has()
         self.begun.set()
         if event["event"] == "beat":
-            self.stalls.hear(event)
+            self.stalls.receive(event)
         elif event["event"] == "refused":
             self.refusals.append(event["text"])
         elif event["event"] == "failed":
@@ -157,7 +157,7 @@ class _Training:
             self.on_event(event)
 
     def run_attempts(self, inbox: Inbox) -> None:
-        """Run the phase until it is finished, or until it fails: then `failure` or `refusals` say why."""
+        """Run the phase until it is finished, or until it fails: then `failure` or `refusals` give the reason."""
         deaths = 0
         while True:
             endings.check()
@@ -191,7 +191,7 @@ class _Training:
 
     def _fit(self, trainer: _Trainer) -> None:
         workers = self.placement.workers
-        with say_while_waiting(
+        with report_while_waiting(
             self.placement, self.gpus, workers, self.phase, self.begun.is_set, self.on_event, as_group=True
         ):
             trainer.fit()
@@ -209,7 +209,7 @@ class _Training:
                 "inbox": inbox,
                 "cwd": os.getcwd(),
                 "gpu": gpus > 0,
-                "say_host": self.cluster.nodes > 1,
+                "show_host": self.cluster.nodes > 1,
                 "beat_s": find_beat_s(placement),
             },
             scaling_config=ScalingConfig(
@@ -270,7 +270,7 @@ def _explain(error: object, failed: Sequence[Failed], phase: str, run: RunFolder
     first = failed[0]
     return RunError(
         f"phase {phase}: {first['text']} (worker {first['rank']} on {first['host']}, {first['at']}); it would come again, so "
-        f"it is not retried. The traceback is in {run.log}; once the cause is mended, {resume}"
+        f"it is not retried. The traceback is in {run.log}; once the cause is fixed, {resume}"
     )
 
 
@@ -292,7 +292,7 @@ def _train_loop(config: _Loop) -> None:
 
     inbox = config["inbox"]
     watch_inbox(inbox)
-    if config["say_host"]:
+    if config["show_host"]:
         text = f"worker {ray.train.get_context().get_world_rank()} runs on {socket.gethostname()}"
         inbox.put(events.note(Path(config["folder"]).name, text))
     try:
@@ -316,5 +316,5 @@ def _train_loop(config: _Loop) -> None:
     except Exception as error:
         lost_peer = not alone and is_lost_peer(error)
         if not lost_peer:
-            tell_failure(inbox, error, ray.train.get_context().get_world_rank())
+            report_failure(inbox, error, ray.train.get_context().get_world_rank())
         raise WorkerFailed(describe_exception(error)["text"], lost_peer) from None

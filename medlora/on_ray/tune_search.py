@@ -1,6 +1,6 @@
-"""Trials on Ray Tune: what to try next comes from the sampler, which trials go on from successive halving.
+"""Trials on Ray Tune: the sampler proposes what to try next, successive halving decides which trials continue.
 
-What has happened stands in the ledger alone; Tune's own state is never read again.
+The ledger alone records what has happened; Tune's own state is never read again.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ class _Result(TypedDict, total=False):
 
 
 class Halving:
-    """Tune's asynchronous successive halving, by our names of trials, told again what an earlier driver heard.
+    """Tune's asynchronous successive halving, by our names of trials, given again the scores that an earlier driver
+    received.
 
-    The first trial, the config as it stands, is counted and never stopped.
+    The first trial, the unchanged config, is counted and never stopped.
     """
 
     def __init__(self, grace_steps: int, reduction: int, known: Sequence[Trial] = ()) -> None:
@@ -80,9 +81,9 @@ class Halving:
         self.added: set[str] = set()
         for trial in known:
             for row in trial.reports:
-                self.judge(trial.id, int(row["step"]), row["score"])
+                self.should_stop(trial.id, int(row["step"]), row["score"])
 
-    def judge(self, id: str, step: int, score: float) -> bool:
+    def should_stop(self, id: str, step: int, score: float) -> bool:
         """Whether the trial ends here."""
         trial = SimpleNamespace(trial_id=id)
         if id not in self.added:
@@ -96,8 +97,8 @@ class Halving:
 class Search:
     """All that a search on Ray needs; `propose` gives the next trial, None when there are no more.
 
-    `trainable` takes a trial as a dict (`describe` makes it, or raises InputError where the values together make no valid
-    config) and reports `step`, `score` and `last`, at its end `ended` and `why`.
+    `trainable` takes a trial as a dict and reports `step`, `score` and `last`, at its end `ended` and `why`. `describe`
+    makes that dict, or raises InputError where the values together make no valid config.
     """
 
     ledger: Ledger
@@ -117,8 +118,8 @@ class Search:
 def search_on_ray(search: Search, folder: Path, cluster: Cluster) -> None:
     """Run what is left of the search; what happens goes into the ledger and to `on_event`.
 
-    A trial that ran when an earlier driver died goes on from its last checkpoint. Raises InputError for what only the
-    user can mend.
+    A trial that ran when an earlier driver died resumes from its last checkpoint. Raises InputError for what only the
+    user can fix.
     """
     ledger = search.ledger
     for _ in range(search.placement.retries + 1):
@@ -127,7 +128,7 @@ def search_on_ray(search: Search, folder: Path, cluster: Cluster) -> None:
         if left:
             _run(search, unfinished, left, folder, cluster)
             endings.check()
-        # Tune drops a trial, telling nobody, whose process does not let go of the one before: it is begun once more.
+        # Tune silently drops a trial whose process does not release the one before: it is begun once more.
         if not ledger.select("running"):
             return
     for trial in ledger.select("running"):
@@ -148,7 +149,7 @@ def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, c
             tune.with_resources(partial(_run_once, search.trainable), resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(search, unfinished),
-                scheduler=_Judge(search),
+                scheduler=_StopRule(search),
                 num_samples=left,
                 max_concurrent_trials=search.concurrency,
                 reuse_actors=search.reuse_actors,
@@ -193,7 +194,7 @@ def _own_files(folder: Path) -> Iterator[Path]:
 
 
 class _Silent:
-    """Tune pickles its parts from time to time; of ours nothing is to be kept."""
+    """Tune pickles its parts from time to time; of ours nothing is to be saved."""
 
     def __getstate__(self) -> dict[str, object]:
         return {}
@@ -232,7 +233,7 @@ class _Searcher(_Silent, Searcher):  # type: ignore[misc]
         return described
 
     def on_trial_complete(self, trial_id: str, result: object = None, error: bool = False) -> None:
-        """The judge knows already."""
+        """The stop rule knows already."""
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger holds it."""
@@ -244,15 +245,15 @@ class _Searcher(_Silent, Searcher):  # type: ignore[misc]
         """Nothing: the ledger holds it."""
 
 
-class _Judge(_Silent, FIFOScheduler):  # type: ignore[misc]
-    """Writes every score into the ledger, tells the sampler, and ends a trial that falls behind."""
+class _StopRule(_Silent, FIFOScheduler):  # type: ignore[misc]
+    """Writes every score into the ledger, reports it to the sampler, and ends a trial that falls behind."""
 
     def __init__(self, search: Search) -> None:
         super().__init__()
         self.search = search
 
     def on_trial_result(self, tune_controller: object, trial: TuneTrial, result: _Result) -> str:
-        """Whether the trial goes on."""
+        """Whether the trial continues."""
         search, id = self.search, trial.config["id"]
         known = search.ledger.trials[id]
         if endings.is_ending():  # its trials leave, with or without a score; they report again when they resume
@@ -268,7 +269,7 @@ class _Judge(_Silent, FIFOScheduler):  # type: ignore[misc]
                 log.error("trial %s ends by an exception:\n%s", id, result["traceback"])
         else:
             step, score = int(result["step"]), float(result["score"])
-            stop = bool(search.halving and search.halving.judge(id, step, score)) and not result["last"]
+            stop = bool(search.halving and search.halving.should_stop(id, step, score)) and not result["last"]
             if search.ledger.report(id, step, score, stop):
                 search.suggester.report(id, step, score)
         if known.ended:
@@ -326,8 +327,8 @@ class _Stopper(tune.Stopper):  # type: ignore[misc]
 
 
 def _explain(trial: TuneTrial) -> str:
-    """Why a trial's process ended, from the text that Tune kept: its pickle is not opened."""
-    # `trial.get_error` reads a copy that is made later; failures stand one below the other.
+    """Why a trial's process ended, from the text that Tune saved: its pickle is not opened."""
+    # `trial.get_error` reads a copy that is made later; failures are listed one below the other.
     path = Path(trial.error_file) if trial.error_file else None
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
     lines = [line.strip() for line in text.rpartition("Failure # ")[2].splitlines() if line.strip()]

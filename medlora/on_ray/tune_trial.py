@@ -40,7 +40,7 @@ class TrialSpec(TypedDict):
     id: str
     config: dict[str, object]
     train: list[str]
-    """The phases that it trains; the last one is judged."""
+    """The phases that it trains; the last one is scored."""
     links: dict[str, str]
     """Where the phases before it are."""
     offset: int
@@ -79,11 +79,8 @@ class RunPhase(Protocol):
 def run_trial(trial: TrialSpec, common: Common) -> None:
     """Train the trial's phases into its own run folder, from the last whole checkpoint where there is one.
 
-    `trial`: id, config, train (the phases it trains; the last one is judged), links (where the phases before it stand),
-    offset (steps of generations before), known (the last step whose score was heard). `common` is what all trials share:
-    folder, scans, dropped, card, inbox, beat_s, cwd, gpu. Every dev score of the judged phase is reported to Tune, which may end
-    the trial there. What the config itself is to blame for (a loss that is no number) is reported as the trial's end, so
-    that it is not tried again.
+    Every dev score of the scored phase is reported to Tune, which may end the trial there. What the config itself is to
+    blame for (a loss that is no number) is reported as the trial's end, so that it is not tried again.
     """
     from ray import tune
 
@@ -106,7 +103,7 @@ def run_trial(trial: TrialSpec, common: Common) -> None:
         run = partial(run_phase, is_leaving=watch_inbox(common["inbox"]).is_set)
         with beating(common["inbox"], f"trial {trial['id']}", common["beat_s"]):
             _train(trial, folder, common, tune.report, run, clock)
-    except Leaving:  # its driver ends: what it has to say is in its checkpoint
+    except Leaving:  # its driver ends: all that it has is in its checkpoint
         clock.turn_to("wait")
     except (InputError, FloatingPointError) as error:
         clock.turn_to("wait")
@@ -163,18 +160,18 @@ def _train(
             job = make_job(config, phase, chain, common["dropped"])
             if find_obstacle(job, there):
                 set_aside(there.root)
-            judged = phase.name == trial["train"][-1]
-            hear = _Hook(trial, there, report if judged else None, common["inbox"], clock)
+            scored = phase.name == trial["train"][-1]
+            hook = _Hook(trial, there, report if scored else None, common["inbox"], clock)
             try:
                 finished = find_finished(there)[0] is not None
             except InputError as error:  # torn, without a checkpoint to resume from: trained again, nothing is lost
                 aside = set_aside(there.root)
-                text = f"{error}; it was set aside to {aside} and is trained again"
+                text = f"{error}; it was moved to {aside} and is trained again"
                 common["inbox"].put(events.trial_note(trial["id"], text))
                 finished = False
-            hear.tell_again(finished)
+            hook.report_again(finished)
             if not finished:
-                run_phase(job, there, hear, "cuda" if common["gpu"] else "cpu", reuse=_get_reused_parts())
+                run_phase(job, there, hook, "cuda" if common["gpu"] else "cpu", reuse=_get_reused_parts())
             clock.turn_to("save")
         chain = extend_chain(chain, phase, there.adapter)
 
@@ -191,7 +188,7 @@ def _get_reused_parts() -> ReusedParts:
 
 
 def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: DataCard) -> None:
-    """An ordinary run folder; phases that several trials share are links to where they stand, in a store copies of them."""
+    """An ordinary run folder; phases that several trials share are links, in a store copies."""
     mirror.pull(run.root)
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     write_yaml(run.config, config.model_dump(mode="json"))
@@ -210,7 +207,7 @@ def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: Dat
 
 
 class _Hook:
-    """Takes what a phase says: its steps go to the driver's display, its dev scores to Tune."""
+    """Receives the events of a phase: its steps go to the driver's display, its dev scores to Tune."""
 
     def __init__(
         self,
@@ -236,16 +233,16 @@ class _Hook:
             self.clock.turn_to("wait")
             self.clock.move(event["seconds"], "train", "score")
             last = event["segment"] == "normal" and event["step"] == self.steps
-            self._tell(event["segment"], event["step"], event["accuracy"], last)
+            self._report(event["segment"], event["step"], event["accuracy"], last)
             self.clock.turn_to("save" if last else "train")
 
-    def tell_again(self, finished: bool) -> None:
-        """Report the scores of an earlier process that nobody heard, since the driver died before."""
+    def report_again(self, finished: bool) -> None:
+        """Report the scores of an earlier process that were lost, since the driver died before."""
         rows = read_json_lines(self.folder.validation, keys=("segment", "step", "accuracy"))
         for i, row in enumerate(rows):
-            self._tell(row["segment"], row["step"], row["accuracy"], finished and i + 1 == len(rows))
+            self._report(row["segment"], row["step"], row["accuracy"], finished and i + 1 == len(rows))
 
-    def _tell(self, segment: str, step: int, accuracy: float, last: bool) -> None:
+    def _report(self, segment: str, step: int, accuracy: float, last: bool) -> None:
         # A phase that begins with a worked example in its prompts has two segments, which count from 0 each.
         before = [
             each["step"]

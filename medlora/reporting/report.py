@@ -21,12 +21,11 @@ RESAMPLES = 10_000
 def build_report(predictions: Sequence[Prediction], about: Mapping[str, object], seed: int) -> Report:
     """What `report.json` holds and the page shows: the same predictions, `about` and `seed` give the same values.
 
-    Computed here:
-    `stages` (see `summarise`); `overall`, one row a stage over all its tests: `micro` weighted by size, `macro` the mean
-    of the tests; `comparisons`, every two stages on every test they share, and with several tests (`test` null) on all
-    of them together, with the ids gained and lost as [test, id]; `forgetting`, the stage x test matrix. Holm's
-    correction runs over all comparisons on single tests, and apart from them over those on all tests together.
-    `remarks`, sentences about the figures themselves, such as a test that all stages pass.
+    Computed here: `stages` (see `summarise`); `overall`, one row a stage over all its tests: `micro` weighted by size,
+    `macro` the mean of the tests. `comparisons` holds every two stages on every test they share, and with several tests
+    (`test` null) on all of them together, with the ids gained and lost as [test, id]. `forgetting` is the stage x test
+    matrix. Holm's correction runs over all comparisons on single tests, and apart from them over those on all tests
+    together. `remarks`, sentences about the figures themselves, such as a test that all stages pass.
 
     `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
     `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
@@ -53,10 +52,10 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, object],
 def summarise(predictions: Sequence[Prediction]) -> list[StageRow]:
     """One row a stage and test: accuracy with its Wilson 95 % interval, n, what failed, accuracy by subject.
 
-    `macro` is the mean over subjects; `calibration` is None where the scoring gives no probabilities,
-    `format_score` and `total` (a third format, two thirds right, as the replaced scripts had it) where no format was
-    asked for, `rotations` where only one order of the options was, `by_likelihood` (see `count_by_likelihood`) where
-    no letter was taken by likelihood behind a text that the model wrote.
+    `macro` is the mean over subjects. `calibration` is None where the scoring gives no probabilities; `rotations` is
+    None where only one order of the options was asked. `format_score` and `total` (a third format, two thirds right, as
+    the replaced scripts had it) are None where no format was asked for. `by_likelihood` (see `count_by_likelihood`) is
+    None where no letter was taken by likelihood behind a text that the model wrote.
     """
     rows: list[StageRow] = []
     groups: dict[tuple[str, str], list[Prediction]] = {}

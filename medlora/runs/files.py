@@ -145,7 +145,8 @@ def truncate_json_lines(path: Path, keep: Any, keys: Sequence[str] = ()) -> None
 def cut_json_lines(path: Path, take: Callable[[dict[str, object]], bool]) -> str:
     """Hand every row of a JSON-lines file to `take`, and cut the file before the first that is damaged or not taken.
 
-    For a file whose lines build on each other. The file as it was is set aside; returns what was found, or an empty text.
+    For a file whose lines build on each other. The old file is moved to a new name; returns what was found, or an empty
+    text.
     """
     if not path.exists():
         return ""

@@ -202,7 +202,7 @@ def _check_folder(run: RunFolder, mark: str) -> None:
 
 
 def find_home(folder: Path) -> Path:
-    """Where a run's folder really goes: a relative one of a submitted job goes into the user's home, since Ray deletes
+    """Where a run's folder really goes. A relative one of a submitted job goes into the user's home, since Ray deletes
     the folder that it unpacked the job's working dir in."""
     folder = folder.expanduser()
     if not folder.is_absolute() and "working_dir_files" in Path.cwd().parts:

@@ -92,7 +92,7 @@ LOCK = "lock.json"
 
 
 BEAT_S, EXPIRY_S, SETTLE_S = 10.0, 45.0, 1.0
-"""A lock is renewed every BEAT_S; it falls to who asks once EXPIRY_S old; whoever takes it waits SETTLE_S and looks again."""
+"""A lock is renewed every BEAT_S. Once EXPIRY_S old, it may be taken over: the new holder waits SETTLE_S and checks."""
 
 
 _TOKENS: dict[str, str] = {}
@@ -103,10 +103,10 @@ _TOKENS: dict[str, str] = {}
 def hold_store_lock(objects: Objects) -> Iterator[None]:
     """Hold the lock of what is below a URI; raises InputError naming the holder when another process has it.
 
-    A store has no way to create an object only where there is none that pyarrow could use. So the lock is written, looked
-    at again SETTLE_S later, and renewed every BEAT_S. Two who start within the time that one of them needs from looking
-    to writing may both hold it for up to BEAT_S; then, and at every push, the one whose token is gone stops, and
-    checkpoints are sealed by hashes whoever wrote them. Ages are taken from the store's clock.
+    pyarrow has no conditional write, so this lock is not atomic. We write it, wait SETTLE_S and check that it is still
+    ours; the holder renews it every BEAT_S. If two drivers start at the same moment, both may believe they hold it for
+    up to BEAT_S. The loser then stops, because every push checks the lock first. Checkpoints are sealed by hashes in
+    either case. Ages are taken from the store's clock.
     """
     token = take_lock(objects)
     _TOKENS[objects.uri] = token

@@ -23,7 +23,7 @@ LIVING = ("lock", "lock.json", "run.log", "quarantine.jsonl")
 
 
 class Manifest(TypedDict):
-    """What a finished folder says of itself; what is not required is of a phase, an evaluation or a cache."""
+    """What a finished folder records of itself; optional keys are of a phase, an evaluation or a cache."""
 
     files: dict[str, str]
     finished: str
@@ -53,7 +53,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_json(content: object) -> str:
-    """sha256 of plain values, whatever the order of their keys."""
+    """sha256 of plain values; the order of their keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -181,7 +181,8 @@ def _try(what: str, act: Callable[[], Result]) -> Result:
                 tries = f" after {len(WAITS_S) + 1} tries" if transient else ""
                 raise InputError(
                     f"{what}: the store does not answer as it should{tries}: {reason}\nWhat was finished there before is "
-                    "whole. Mend it (endpoint and credentials are those of the environment) and give the same command again"
+                    "whole. Fix it (endpoint and credentials are those of the environment) and give the same "
+                    "command again"
                 ) from error
             log.warning("%s: %s; tried again in %g s", what, reason, wait_s)
             time.sleep(wait_s)

@@ -1,4 +1,4 @@
-"""All that can be wrong with a sweep, said before anything starts."""
+"""All that can be wrong with a sweep, reported before anything starts."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def check_sweep(config: SweepConfig, force: bool = False) -> SweepPlan:
     _check_search(config, run, searched, space)
     _check_keys(raw, space, searched, everything)
     start = read_params(raw, run, list(space), searched, everything)
-    judged = run.phase(searched[-1])
-    dev = config.dev.sources or (judged.validation.sources if judged.validation else ())
+    last = run.phase(searched[-1])
+    dev = config.dev.sources or (last.validation.sources if last.validation else ())
     if not dev:
         raise InputError(
-            f"dev.sources: phase {judged.name} of {path} has no validation; name the dev questions trials are judged on"
+            f"dev.sources: phase {last.name} of {path} has no validation; name the dev questions trials are scored on"
         )
-    scoring = config.dev.scoring or ("reason" if judged.full_prompt else "letter")
+    scoring = config.dev.scoring or ("reason" if last.full_prompt else "letter")
     plan = SweepPlan(config, raw, run, searched, space, tuple(dev), scoring, start, {})
     _check_values(plan)
     _check_mlflow(config)
@@ -90,7 +90,7 @@ def _find_searched(config: SweepConfig, run: RunConfig) -> tuple[str, ...]:
 
 def _check_search(config: SweepConfig, run: RunConfig, searched: Sequence[str], space: dict[str, Domain]) -> None:
     if config.placement.workers != 1:
-        raise InputError("placement.workers: a trial trains in one process; concurrency says how many run at a time")
+        raise InputError("placement.workers: a trial trains in one process; concurrency sets how many run at a time")
     if config.scheduler.kind == "pbt":
         _check_population(config, run, searched, space)
     for key, domain in space.items():
@@ -105,7 +105,7 @@ def _check_population(config: SweepConfig, run: RunConfig, searched: Sequence[st
         raise InputError(f"{at}: divides the max_steps of one phase; search one phase, and give it max_steps")
     if config.trials is not None or config.search == "grid":
         raise InputError(
-            f"{at}: population x generations says how many trials there are; remove trials, and search: grid"
+            f"{at}: population x generations sets how many trials there are; remove trials, and search: grid"
         )
     if all(is_shape(key) for key in space):
         raise InputError(f"{at}: changes values while an adapter is trained; the space names only its shape")
@@ -132,11 +132,11 @@ def _check_keys(raw: dict[str, object], space: dict[str, Domain], searched: Sequ
 def _check_values(plan: SweepPlan) -> None:
     """Raise InputError for values that make no valid config: each alone, then together."""
     for key, domain in plan.space.items():
-        for said, value in domain.list_probes().items():
+        for description, value in domain.list_probes().items():
             try:
                 plan.make_trial([{**plan.start_params, key: value}], "trial")
             except InputError as error:
-                raise InputError(f"space.{key}: {said} makes an invalid config: {error}") from None
+                raise InputError(f"space.{key}: {description} makes an invalid config: {error}") from None
     probes = [list(domain.list_probes().values()) for domain in plan.space.values()]
     if math.prod(map(len, probes)) > _COMBINATIONS:
         probes = [[values[0], values[-1]] for values in probes]
@@ -145,8 +145,8 @@ def _check_values(plan: SweepPlan) -> None:
         try:
             plan.make_trial([params], "trial")
         except InputError as error:
-            said = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in params.items())
-            raise InputError(f"space: {said} together make an invalid config: {error}") from None
+            shown = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in params.items())
+            raise InputError(f"space: {shown} together make an invalid config: {error}") from None
 
 
 def _check_mlflow(config: SweepConfig) -> None:
@@ -174,7 +174,7 @@ def _check_dev(plan: SweepPlan) -> None:
             )
         if scan_source(f"dev.sources.{i}", source).kind != "mcq":
             raise InputError(
-                f"dev.sources.{i}.source: {source.source} holds no questions; trials are judged on questions"
+                f"dev.sources.{i}.source: {source.source} holds no questions; trials are scored on questions"
             )
     if not tests or plan.run.data.overlap == "allow":
         return

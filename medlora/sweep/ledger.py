@@ -1,7 +1,7 @@
 """What a sweep has done so far: its trials, every score of each and how it ended, in one file of JSON lines.
 
-The file is all that a killed sweep goes on from: no pickle is read, and the sampler and the scheduler are told again what
-stands in it.
+The file is all that a killed sweep resumes from. No pickle is read; the sampler and the scheduler are given its trials
+and scores again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FINGERPRINT, LEDGER, REPORT, TABLE, PAGE, BEST = (
 
 
 State = Literal["running", "finished", "stopped", "failed", "invalid"]
-"""`stopped` by the scheduler, `failed` by a loss that is no number or a process that kept dying, `invalid` where the
-values together make no valid config."""
+"""`stopped` by the scheduler, `failed` by a loss that is no number or a process that died again and again, `invalid`
+where the values together make no valid config."""
 
 
 START = "000"
-"""The trial of the config as it stands."""
+"""The trial of the unchanged config."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Ledger:
         self.damage = cut_json_lines(path, self._accept)
         """What was wrong with a line, at which the file was cut: what came after it is done again."""
         for trial in self.trials.values():
-            trial.since = None  # what ran when the sweep was killed ran for as long as it was heard of
+            trial.since = None  # what ran when the sweep was killed ran until its last report
 
     def begin(self, params: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> Trial:
         """A new trial, named by its number."""
@@ -95,7 +95,8 @@ class Ledger:
     def report(self, id: str, step: int, score: float, stop: bool) -> bool:
         """A score, and whether it ends the trial: both in one line, so that a kill cannot part them.
 
-        False where the score is not new: a trial that goes on from a checkpoint scores steps again, the first score counts.
+        False where the score is not new: a trial that resumes from a checkpoint scores steps again, and the first score
+        counts.
         """
         new = step > self.trials[id].step
         if new:

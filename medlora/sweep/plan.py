@@ -24,14 +24,14 @@ class SweepPlan:
 
     config: SweepConfig
     raw: dict[str, Any]
-    """The run config as it stands in its file."""
+    """The run config as its file holds it."""
     run: RunConfig
     searched: tuple[str, ...]
     space: dict[str, Domain]
     dev: tuple[SourceConfig, ...]
     scoring: Scoring
     start_params: dict[str, Any]
-    """The values of the config as it stands: the first trial."""
+    """The values of the unchanged config: the first trial."""
     dropped: dict[str, tuple[str, ...]]
 
     @property
@@ -40,8 +40,8 @@ class SweepPlan:
         return len(self.searched) == len(self.run.phases)
 
     @property
-    def judged(self) -> str:
-        """The phase in which trials are judged."""
+    def scored_phase(self) -> str:
+        """The phase in which trials are scored."""
         return self.searched[-1]
 
     @property
@@ -52,7 +52,7 @@ class SweepPlan:
         return self.config.trials or (len(self.list_grid()) if self.config.search == "grid" else 16)
 
     def list_grid(self) -> list[dict[str, Any]]:
-        """Every combination of a grid's values, the config as it stands first."""
+        """Every combination of a grid's values, the unchanged config first."""
         domains = [domain.values for domain in self.space.values() if isinstance(domain, Choice)]
         combined = [dict(zip(self.space, values, strict=True)) for values in itertools.product(*domains)]
         return [self.start_params, *(params for params in combined if params != self.start_params)]
@@ -66,7 +66,7 @@ class SweepPlan:
             else apply_params(self.raw, params, self.searched, self.everything)
             for params in lineage
         ]
-        return made[0] if whole else make_schedule(self.raw, made, self.judged, self.config.scheduler.generations)
+        return made[0] if whole else make_schedule(self.raw, made, self.scored_phase, self.config.scheduler.generations)
 
     def make_trial(self, lineage: Sequence[Params], name: str, whole: bool = True) -> RunConfig:
         """The config that a trial trains: no evaluation, the sweep's placement, scored on dev in its last phase.
@@ -74,8 +74,8 @@ class SweepPlan:
         Raises InputError when it is not valid.
         """
         run = validate(self.make_raw(lineage, whole))
-        judged = self.judged if whole else name_generation(self.judged, len(lineage))
-        last = [phase.name for phase in run.phases].index(judged)
+        scored = self.scored_phase if whole else name_generation(self.scored_phase, len(lineage))
+        last = [phase.name for phase in run.phases].index(scored)
         dev = {
             "sources": [source.model_dump(mode="json") for source in self.dev],
             "sample": self.config.dev.sample,
@@ -95,7 +95,7 @@ class SweepPlan:
         """The run config with dev as the sweep names it and the tests: what training data may hold nothing of."""
         phases = []
         for phase in self.run.phases:
-            if phase.name == self.judged:
+            if phase.name == self.scored_phase:
                 validation = (phase.validation or Validation(sources=self.dev)).model_copy(update={"sources": self.dev})
                 phase = phase.model_copy(update={"validation": validation})
             phases.append(phase)
@@ -103,7 +103,7 @@ class SweepPlan:
 
     def describe_dev(self, batch_size: int = 32) -> EvaluationConfig:
         """The evaluation of whole dev splits, scored as the trials were."""
-        validation = self.run.phase(self.judged).validation
+        validation = self.run.phase(self.scored_phase).validation
         names = ["dev"] if len(self.dev) == 1 else [f"dev-{i}" for i in range(len(self.dev))]
         tests = [{**each.model_dump(mode="json"), "name": name} for name, each in zip(names, self.dev, strict=True)]
         style = validation.style if validation else "reasoning"

@@ -1,7 +1,8 @@
-"""Population based training as trials that go on from each other (arXiv 1711.09846): who goes on from whom, with which values.
+"""Population based training as trials that continue each other (arXiv 1711.09846): which continues which, with which
+values.
 
 Every trial is a generation of one member: a phase of its own that continues the adapter of the one before. So a schedule
-of values is a curriculum of phases, which `best.yaml` can say and a run can repeat.
+of values is a curriculum of phases, which `best.yaml` can hold and a run can repeat.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _FACTORS = (0.8, 1.25)
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to run: Optuna's trial if it is a suggestion, its values, and what the ledger keeps of its place."""
+    """A trial to run: Optuna's trial if it is a suggestion, its values, and what the ledger records of its place."""
 
     asked: Any
     params: dict[str, Any]
@@ -34,8 +35,8 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Population:
-    """`size` members that train `generations` times in turn; after each, a member of the worst quarter goes on from one of
-    the best quarter with changed values. What to do next follows from the ledger and the seed alone."""
+    """`size` members that train `generations` times in turn; after each, a member of the worst quarter continues from
+    one of the best quarter with changed values. What to do next follows from the ledger and the seed alone."""
 
     space: Mapping[str, Domain]
     size: int
@@ -59,12 +60,12 @@ class Population:
                     return None
                 return Proposal(*found, {"member": member, "generation": 1, "parent": None})
             peers = [trials[len(own) - 1] for trials in members.values() if len(trials) >= len(own)]
-            if proposal := self._go_on(member, own, [peer for peer in peers if peer.state == "finished"]):
+            if proposal := self._continue_member(member, own, [peer for peer in peers if peer.state == "finished"]):
                 return proposal
         return WAIT if busy else None
 
-    def _go_on(self, member: int, own: list[Trial], peers: list[Trial]) -> Proposal | None:
-        """The member's next generation; None where it failed and there is nobody to go on from."""
+    def _continue_member(self, member: int, own: list[Trial], peers: list[Trial]) -> Proposal | None:
+        """The member's next generation; None where it failed and there is none to continue from."""
         generation = len(own) + 1
         draw = random.Random(derive_seed(self.seed, "population", f"{member}-{generation}"))
         ranked = sorted(peers, key=lambda trial: (-(trial.score or 0.0), trial.id))
@@ -82,7 +83,7 @@ class Population:
 
     def _explore(self, key: str, value: Any, draw: random.Random) -> Any:
         domain = self.space[key]
-        if is_shape(key):  # an adapter that is trained on keeps its shape
+        if is_shape(key):  # an adapter that is trained further cannot change its shape
             return value
         if isinstance(domain, Choice):
             place = domain.values.index(value) + draw.choice((-1, 1))
@@ -92,7 +93,7 @@ class Population:
 
 
 def find_lineage(ledger: Ledger, trial: Trial) -> list[Trial]:
-    """The trials that a trial goes on from, oldest first, itself last."""
+    """The trials that a trial continues, oldest first, itself last."""
     lineage = [trial]
     while (parent := lineage[0].about.get("parent")) is not None:
         lineage.insert(0, ledger.trials[parent])
@@ -105,7 +106,8 @@ def name_generation(phase: str, generation: int) -> str:
 
 
 def make_schedule(raw: dict[str, Any], lineage: list[dict[str, Any]], phase: str, generations: int) -> dict[str, Any]:
-    """A run config whose judged phase is parted into generations; `lineage` are the configs with each one's values put in.
+    """A run config whose scored phase is split into generations; `lineage` are the configs with each one's values put
+    in.
 
     The rate stays constant between changes, and warms up once.
     """

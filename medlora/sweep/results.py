@@ -24,8 +24,8 @@ from medlora.sweep.summary import ComparedPair, ComparedRow, Comparison, Record,
 
 
 def compare_with_start(report: Report) -> Comparison:
-    """From an evaluation's report: accuracy of the config as it stands and of the best trials on all of dev, and each
-    trial's paired comparison with the first; `p_holm` is corrected for these comparisons alone."""
+    """From an evaluation's report: accuracy of the unchanged config and of the best trials on all of dev, and each
+    trial's paired comparison with the config. `p_holm` is corrected for these comparisons alone."""
     several = len({row["test"] for row in report["stages"]}) > 1
     pairs: list[ComparedPair] = [
         {
@@ -63,7 +63,7 @@ def describe_saturation(comparison: Comparison) -> list[str]:
 
 
 def find_winner(comparison: Comparison) -> str:
-    """The trial with the best accuracy on all of dev; of equal ones the config as it stands, then the earlier."""
+    """The trial with the best accuracy on all of dev; of equal ones the unchanged config, then the earlier."""
     ranked = sorted(comparison["stages"], key=lambda row: (-row["accuracy"], row["trial"]))
     return str(ranked[0]["trial"])
 
@@ -197,7 +197,7 @@ def make_best(plan: SweepPlan, ledger: Ledger, trial: Trial, comparison: Compari
         f"Against the config as it stood: {describe_pair(p)}." for p in comparison["pairs"] if p["after"] == trial.id
     ]
     for each in lineage:
-        part = f"{name_generation(plan.judged, each.about['generation'])}: " if len(lineage) > 1 else ""
+        part = f"{name_generation(plan.scored_phase, each.about['generation'])}: " if len(lineage) > 1 else ""
         lines += [f"{part}{key} = {format_value(value)}" for key, value in each.params.items()]
     header = "".join(f"# {line}\n" for line in lines)
     return header + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=120)

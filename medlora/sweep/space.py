@@ -35,7 +35,7 @@ class Choice:
     values: tuple[Any, ...]
 
     def list_probes(self) -> dict[str, Any]:
-        """Values that stand for all, and what they are called in a message: here all of them."""
+        """Values that represent all, and what they are called in a message: here all of them."""
         return {json.dumps(value, ensure_ascii=False): value for value in self.values}
 
     def holds(self, value: Any) -> bool:
@@ -105,12 +105,12 @@ def _make_choice(at: str, values: Any) -> Choice:
     if not isinstance(values, list) or not values:
         raise InputError(f"{at}: a choice needs a list of values, as in `choice [8, 16, 32]`; found {values!r}")
     if len({json.dumps(value) for value in values}) < len(values):
-        raise InputError(f"{at}: a value stands there twice: {values!r}")
+        raise InputError(f"{at}: a value appears there twice: {values!r}")
     return Choice(tuple(values))
 
 
 def is_shape(key: str) -> bool:
-    """Whether a key shapes the adapter: one that is trained on keeps it."""
+    """Whether a key shapes the adapter: one that is trained further cannot change it."""
     return "lora" in key.split(".")
 
 
@@ -124,27 +124,28 @@ def parse_space(space: Mapping[str, object], searched: Sequence[str], everything
     for key in space:
         first, *others = key.split(".")
         if first == "evaluation":
-            raise InputError(f"space.{key}: a sweep never looks at the tests; trials are judged on dev alone")
+            raise InputError(f"space.{key}: a sweep never looks at the tests; trials are scored on dev alone")
         if first in ("name", "seed", "storage", "placement", "start", "data", "phase_defaults"):
             raise InputError(f"space.{key}: is no hyperparameter; search keys of lora, phases and base")
         if first == "phases" and others and others[0] not in searched:
             raise InputError(
-                f"space.{key}: phase {others[0]} is not searched, every trial has it as it stands; searched: "
+                f"space.{key}: phase {others[0]} is not searched, every trial has it unchanged; searched: "
                 f"{', '.join(searched)} (phases are named, see `phases`)"
             )
         if first == "base" and not everything:
-            raise InputError(f"space.{key}: the phases before are trained once on one base; say phases: all")
+            raise InputError(f"space.{key}: the phases before are trained once on one base; set phases: all")
         last = key.rpartition(".")[2]
         for other in space:
             if other != key and other in [f"{key.rpartition('.')[0]}.{each}" for each in _DERIVED.get(last, ())]:
-                raise InputError(f"space.{key}: sets {other}, which the space names too; say one of them")
+                raise InputError(f"space.{key}: sets {other}, which the space names too; give one of them")
     return {key: parse_domain(key, text) for key, text in space.items()}
 
 
 def apply_params(raw: Mapping[str, Any], params: Params, searched: Sequence[str], everything: bool) -> dict[str, Any]:
     """The run config `raw` with values put in; raises InputError where a key leads nowhere.
 
-    Where not every phase is searched, `lora` is that of the adapters that the searched phases begin: the others keep theirs.
+    Where not every phase is searched, `lora` is that of the adapters that the searched phases begin: the others have
+    their own.
     """
     made: dict[str, Any] = _copy(raw)
     derived = [key for key in params if key.rpartition(".")[2] in _DERIVED]
@@ -196,7 +197,7 @@ def _set_batch(phase: dict[str, Any], key: str, total: Any) -> None:
 
 
 def _set_share(raw: dict[str, Any], parents: Sequence[str], key: str, share: Any) -> None:
-    """The source's weight such that it has this share of the phase's sources; the others keep their ratios."""
+    """The source's weight for this share of the phase's sources; the ratios of the others do not change."""
     source, sources = find_node(raw, parents), find_node(raw, parents[:-1])
     if any(each.get("weight") is None for each in sources) or len(sources) < 2:
         raise InputError(f"{key}: needs two sources or more, each with a weight")
@@ -210,7 +211,7 @@ def _set_share(raw: dict[str, Any], parents: Sequence[str], key: str, share: Any
 def read_params(
     raw: Mapping[str, Any], run: RunConfig, keys: Sequence[str], searched: Sequence[str], everything: bool
 ) -> dict[str, Any]:
-    """The values that a config has at the keys of a space: the params of the config as it stands."""
+    """The values that a config has at the keys of a space: the params of the unchanged config."""
     found = {}
     whole: dict[str, Any] = run.model_dump(mode="json")
     copied = _copy(raw)
@@ -255,14 +256,14 @@ def validate(raw: Mapping[str, object]) -> RunConfig:
 
 
 def format_value(value: Any) -> str:
-    """A value as it stands in tables: short numbers, lists without quotes."""
+    """A value as tables show it: short numbers, lists without quotes."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return re.sub(r"[\"']", "", json.dumps(value, ensure_ascii=False))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _copy(node: Any) -> Any:
-    """A copy in which nothing stands twice: a YAML anchor makes two phases one object, which `deepcopy` would keep so."""
+    """A copy that shares no object: a YAML anchor makes two phases one object, which `deepcopy` would preserve."""
     if isinstance(node, Mapping):
         return {key: _copy(value) for key, value in node.items()}
     return [_copy(value) for value in node] if isinstance(node, list) else node

@@ -1,4 +1,4 @@
-"""Which values a sweep tries next, and which of them mattered: Optuna, told everything that the ledger holds."""
+"""Which values a sweep tries next, and which of them mattered: Optuna, given everything that the ledger holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRIES = 50
 
 
 class Suggester:
-    """An Optuna study in memory: suggests values, hears every score and end.
+    """An Optuna study in memory: suggests values, receives every score and end.
 
     The same seed and the same ended trials give the same suggestion; trials that ran when a sweep was killed are given
     to it again by `begin`.
@@ -71,14 +71,14 @@ class Suggester:
         """The trial is over; of one that was stopped or diverged the sampler learns that its values are poor."""
         asked = self.running.pop(trial.id, None)
         if asked is not None:
-            state, value = _judge(trial)
+            state, value = _classify(trial)
             self.study.tell(asked, value, state=state)
 
     def _holds(self, params: Params) -> bool:
         return all(domain.holds(params[key]) for key, domain in self.space.items())
 
     def _freeze(self, trial: Trial) -> object:
-        state, value = _judge(trial)
+        state, value = _classify(trial)
         return _import_optuna().trial.create_trial(
             state=state,
             value=value,
@@ -88,11 +88,11 @@ class Suggester:
         )
 
 
-def _judge(trial: Trial) -> tuple[object, float | None]:
+def _classify(trial: Trial) -> tuple[object, float | None]:
     """Optuna's state and value of an ended trial.
 
-    TPE ranks pruned trials below all complete ones, by how far they came, and takes no notice of failed ones: a diverged
-    trial counts as pruned, so that its values are not tried again and again.
+    TPE ranks pruned trials below all complete ones, by how far they came, and ignores failed ones. A diverged trial
+    counts as pruned, so that its values are not tried again and again.
     """
     states = _import_optuna().trial.TrialState
     if trial.state == "finished" and trial.score is not None:
@@ -106,7 +106,7 @@ def measure_importance(space: Mapping[str, Domain], trials: Iterable[Trial]) -> 
     """How much of what makes trials good each key explains, adding up to 1, the most important first; {} of too few trials.
 
     PED-ANOVA (arXiv 2304.10255): how far the values of the best quarter are from those of all. A stopped trial counts
-    with its last score. The config as it stands counts where its values lie in the space.
+    with its last score. The unchanged config counts where its values lie in the space.
     """
     optuna = _import_optuna()
     distributions = {key: _make_distribution(domain) for key, domain in space.items()}

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class ComparedPair(TypedDict):
-    """A trial against the config as it stands, on all of dev."""
+    """A trial against the unchanged config, on all of dev."""
 
     after: str
     total: int
@@ -29,7 +29,7 @@ class ComparedRow(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The config as it stands and the best trials, on all of dev."""
+    """The unchanged config and the best trials, on all of dev."""
 
     stages: list[ComparedRow]
     pairs: list[ComparedPair]

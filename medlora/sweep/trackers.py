@@ -31,10 +31,11 @@ _SHOWN: tuple[Literal["loss", "learning_rate", "grad_norm", "tokens_per_s"], ...
 
 
 class TrialLogs:
-    """Hears what happens to trials; writes `tensorboard/<trial>/` below the sweep's folder, losses and dev scores by step.
+    """Receives what happens to trials; writes `tensorboard/<trial>/` below the sweep's folder, losses and dev scores by
+    step.
 
-    Once a trial has ended its values stand beside its last score, for TensorBoard's HParams page. Raises InputError where
-    MLflow is wanted and its server does not answer.
+    Once a trial has ended its values are shown beside its last score, for TensorBoard's HParams page. Raises InputError
+    where MLflow is wanted and its server does not answer.
     """
 
     def __init__(self, folder: Path, config: SweepConfig) -> None:
@@ -105,8 +106,8 @@ class TrialLogs:
 
 
 class _EventFile:
-    """TensorBoard's file, written in a thread of its own: that thread would die of a full disk with a traceback, and the
-    sweep would then wait for ever for room in its queue."""
+    """TensorBoard's file, written in a thread of its own. That thread would die of a full disk with a traceback, and
+    the sweep would then wait for ever for room in its queue."""
 
     def __init__(self, events: Any, failures: list[OSError]) -> None:
         self.events, self.failures = events, failures
@@ -128,9 +129,10 @@ class _EventFile:
 
 
 class _Mlflow:
-    """Trials as runs of an MLflow experiment: a sweep that goes on finds those it had.
+    """Trials as runs of an MLflow experiment: a resumed sweep finds its earlier runs.
 
-    The server is named by MLFLOW_TRACKING_URI. Where it stops answering, that is said and the sweep goes on without it.
+    The server is named by MLFLOW_TRACKING_URI. Where it stops answering, that is logged and the sweep continues without
+    it.
     """
 
     def __init__(self, experiment: str, sweep: str, folder: Path) -> None:
@@ -150,7 +152,7 @@ class _Mlflow:
         except MlflowException as error:
             raise InputError(
                 f"mlflow: the server does not answer as it should: {_shorten(error)}\nMLFLOW_TRACKING_URI in the environment names "
-                "it; mend it, or remove the key"
+                "it; fix it, or remove the key"
             ) from error
 
     def add(self, trial: Trial, scalars: Mapping[str, float], step: int) -> None:
@@ -162,7 +164,7 @@ class _Mlflow:
         self._try(trial, lambda run: self.client.log_batch(run, metrics=metrics))
 
     def end(self, trial: Trial) -> None:
-        """Say how the trial ended."""
+        """Record how the trial ended."""
         status = "FINISHED" if trial.state in ("finished", "stopped") else "FAILED"
 
         def act(run: str) -> None:

@@ -2,8 +2,8 @@
 
     <cache>/tokens/<fingerprint>/  part-00000.arrow ... manifest.json
 
-Sequence length, packing and order are no part of the fingerprint: rows are planned from the lengths alone (see
-`encoding.Rows`), so that another length, another packing or another seed reads the same tokens.
+Sequence length, packing and order are no part of the fingerprint. Rows are planned from the lengths alone (see
+`rows.Rows`), so that another length, packing or seed reads the same tokens.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _find_format(tokenizer: Tokenizer) -> int:
 
 
 def hash_tokenizer(tokenizer: Tokenizer) -> str:
-    """What tells a tokenizer from others: its words, special tokens and chat template."""
+    """What distinguishes a tokenizer from others: its words, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     parts = [words, str(tokenizer.chat_template), str(tokenizer.bos_token_id), str(tokenizer.eos_token_id)]

@@ -133,7 +133,7 @@ def find_end_tokens(tokenizer: Tokenizer, chat: bool = True) -> list[int]:
 
 
 def tokenise(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Tokens]:
-    """Each example as ids, of whatever length."""
+    """Each example as ids, of any length."""
     prompts = encode_prompts(tokenizer, examples)
     completions = encode_texts(tokenizer, [example.completion for example in examples])
     ends = {chat: find_end_tokens(tokenizer, chat) for chat in {example.chat for example in examples}}

@@ -51,7 +51,7 @@ def share_tokens(parts: Mapping[str, Part], mean_tokens: Mapping[str, float]) ->
 def interleave(parts: Mapping[str, Part], total: int, seed: int) -> list[tuple[str, int]]:
     """`total` draws of (part name, index in it), a function of the arguments alone.
 
-    The next draw comes from the part that is furthest behind its share, so that shares hold in every stretch; within a
+    The next draw comes from the part that is furthest behind its share, so that shares hold in every stretch. Within a
     part every example is drawn once, in seeded order, before any is drawn again, in another order.
     """
     shares = compute_shares({name: part for name, part in parts.items() if part.size})

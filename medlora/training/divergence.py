@@ -123,7 +123,7 @@ class StepWatch:
         before = max((each for each in steps if each <= usable), default=0)
         return (
             f"phase {name}, step {step}: {what} (of {self.segment.steps} steps, learning rate {learning_rate:.2e})"
-            f"{records}. Nothing of this step was saved. To mend it, lower phases.{name}.learning_rate "
+            f"{records}. Nothing of this step was saved. To fix it, lower phases.{name}.learning_rate "
             f"({self.phase.learning_rate:.2g} at its highest), raise phases.{name}.warmup_ratio"
             + (f", set base.compute_dtype to {wider}" if wider else "")
             + f" or remove the records{broken}. A changed key needs --redo {name}, which sets this phase aside, or another "

@@ -65,7 +65,7 @@ def run_phase(
 
     Runs the same in a Ray Train worker, one of several, as in a plain process. `reuse` holds the parts that consecutive
     phases of one process share; the adapter has the same bytes without it. Raises InputError for what only the user can
-    fix, and callbacks.Leaving, after a checkpoint, when `is_leaving` says that the node is about to be taken away.
+    fix, and callbacks.Leaving, after a checkpoint, when `is_leaving` reports that the node is about to be taken away.
     """
     worker = Worker.here(device, report, is_leaving)
     sinks = (
@@ -240,7 +240,7 @@ class _PhaseRun:
         return batching
 
     def unpack(self, data: _Data, batching: Batching) -> _Data:
-        """The same data with one document a row, if the model cannot keep packed documents apart."""
+        """The same data with one document a row, if the model cannot separate packed documents."""
         if batching.packs:
             return data
         apart = self.job.model_copy(update={"phase": self.phase.model_copy(update={"packing": False})})
@@ -338,7 +338,7 @@ class _PhaseRun:
         return cast(PhaseManifest, manifest)
 
     def describe(self, results: Mapping[str, object], seconds: dict[str, float]) -> dict[str, object]:
-        """What the manifest says besides the hashes of the files."""
+        """What the manifest records besides the hashes of the files."""
         job, sources = self.job, self.phase.sources
         chain = extend_chain(job.parent, self.phase, self.folder.adapter)
         return {

@@ -128,9 +128,9 @@ def make_segment(
 
 @dataclass(frozen=True)
 class Worker:
-    """One of the processes that train a phase together: its device, its rank, and how it talks to the driver.
+    """One of the processes that train a phase together: its device, its rank, and its way to report to the driver.
 
-    `report` takes events; only the first worker reports. `is_leaving` says whether the node is about to be taken away.
+    `report` takes events; only the first worker reports. `is_leaving` is whether the node is about to be taken away.
     """
 
     device: str

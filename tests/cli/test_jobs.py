@@ -22,7 +22,7 @@ def test_help_is_light(job: str) -> None:
         ([QUESTION], {"sede": 1}, "sede: unknown key; did you mean 'seed'?"),
         ([QUESTION], {"base": {"model": "./nowhere"}}, "base.model: there is no folder ./nowhere"),
         ([QUESTION, {**QUESTION, "id": "q2", "answer": 3}], {}, "rows.jsonl:2: answer 3 is outside 1..2"),
-        ([QUESTION, QUESTION], {}, "rows.jsonl:2: id 'q1' stands at"),
+        ([QUESTION, QUESTION], {}, "rows.jsonl:2: id 'q1' is at"),
         ([{**QUESTION, "question": ""}], {}, "rows.jsonl:1: `question` is empty"),
         ([{k: v for k, v in QUESTION.items() if k != "B"}], {}, "nearest: letters, without B"),
         ([], {}, "rows.jsonl: the file is empty"),

@@ -182,11 +182,11 @@ def test_flat_batches_are_not_compiled(tmp_path: Path) -> None:
     [
         (
             "name: a\nlora:\n  r: 4\n  alpha: 8\n  r: 8\n",
-            "run.yaml:5:3: not valid YAML: the key 'r' stands in lines 3 and 5",
+            "run.yaml:5:3: not valid YAML: the key 'r' appears in lines 3 and 5",
         ),
-        ("name: a\nname: b\n", "the key 'name' stands in lines 1 and 2 of one mapping; remove one"),
-        ("phases:\n  - name: x\n  - {name: y, chain: new, chain: stack}\n", "the key 'chain' stands twice in line 3"),
-        ('a: 1\n"a": 2\n', "the key 'a' stands in lines 1 and 2"),
+        ("name: a\nname: b\n", "the key 'name' appears in lines 1 and 2 of one mapping; remove one"),
+        ("phases:\n  - name: x\n  - {name: y, chain: new, chain: stack}\n", "the key 'chain' appears twice in line 3"),
+        ('a: 1\n"a": 2\n', "the key 'a' appears in lines 1 and 2"),
     ],
 )
 def test_a_key_twice_in_one_mapping_is_refused_with_both_lines(tmp_path: Path, text: str, said: str) -> None:
@@ -201,7 +201,7 @@ def test_one_key_in_two_mappings_is_no_key_twice() -> None:
 def test_set_refuses_a_key_twice_and_takes_spaces(tmp_path: Path) -> None:
     assert load(write(tmp_path, minimal()), ["lora.r = 8", " seed= 3 "]).lora.r == 8
     assert load(write(tmp_path, minimal()), [" seed= 3 "]).seed == 3
-    assert "the key 'r' stands twice" in refusal(tmp_path, minimal(), "lora={r: 1, r: 2}")
+    assert "the key 'r' appears twice" in refusal(tmp_path, minimal(), "lora={r: 1, r: 2}")
 
 
 WRONG = """name: run

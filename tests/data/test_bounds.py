@@ -52,7 +52,7 @@ def write(path: Path, content: str | bytes) -> Path:
         ("number.json", '[{"text": "x", "n": -' + "9" * 5000 + "}]", "a whole number of 5,001 digits"),
         ("answer.jsonl", json.dumps({**QUESTION, "answer": 10**90}), "answer 1000000"),
         ("infinite.jsonl", '{"question": "q", "A": "열", "B": "기침", "answer": 1e400}', "answer inf is none of"),
-        ("twice.jsonl", '{"' + "k" * 10**5 + '": 1, "' + "k" * 10**5 + '": 2}', "99,800 characters more stands twice"),
+        ("twice.jsonl", '{"' + "k" * 10**5 + '": 1, "' + "k" * 10**5 + '": 2}', "99,800 characters more appears twice"),
         ("names.jsonl", json.dumps({"k" * 10**6: "v"}), "unknown schema"),
         ("many.jsonl", json.dumps({f"k{i}": "v" for i in range(10**4)}), "and 9,980 more"),
         (
@@ -68,7 +68,7 @@ def write(path: Path, content: str | bytes) -> Path:
             ",".join(f"c{i}" for i in range(10**5)) + "\n" + "1," * 10**5,
             "100,000 columns, more than 10,000",
         ),
-        ("same.csv", ",".join(["text"] * 9_000) + "\nx\n", "the column 'text' stands twice"),
+        ("same.csv", ",".join(["text"] * 9_000) + "\nx\n", "the column 'text' appears twice"),
         ("long.csv", "text," + "h" * 10**6 + "\n" + "x\n", "cells do not fit"),
         ("nul.csv", b"text\na\0b\n", "control character"),
         ("foot.parquet", b"PAR1" + b"x" * 100 + (2**31 - 1).to_bytes(4, "little") + b"PAR1", "no readable parquet"),

@@ -47,7 +47,7 @@ def test_bad_rows_are_named_with_file_line_and_reason(tmp_path: Path) -> None:
     said = refusal(path)
     assert "2 of 3 rows are no valid records (answer out of range 1, id twice 1)" in said
     assert f"{path}:2: answer 9 is outside 1..3" in said
-    assert f"{path}:3: id 'q1' stands at {path}:1 already" in said
+    assert f"{path}:3: id 'q1' is at {path}:1 already" in said
     assert "--set data.max_bad_fraction=0.667" in said
 
 

@@ -36,7 +36,7 @@ def test_runs_side_by_side_end_as_each_would_alone_and_a_failing_one_fails_alone
         command += ["--config", str(write_config(RunConfig.model_validate(config), tmp_path / f"{name}.yaml"))]
     job = subprocess.Popen(command, cwd=ROOT, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = finish(job, code=2)
-    assert "c  run  ends here, the others go on" in out
+    assert "c  run  ends here, the others continue" in out
     assert err.startswith("medlora: c: phases.00.max_tokens: every example is longer than 8 tokens")
     assert weights(tmp_path / "runs" / "a", "00") == weights(finished, "00") != weights(tmp_path / "runs" / "b", "00")
     table = [line for line in out.splitlines() if line.startswith("│")]

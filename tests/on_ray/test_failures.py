@@ -143,19 +143,19 @@ def test_a_worker_without_a_step_is_reported_every_minute_and_one_that_moves_nev
 ) -> None:
     said: list[str] = []
     watch = make_watch(said, [])
-    watch.hear(beat(1))
+    watch.receive(beat(1))
     with caplog.at_level(logging.WARNING):
         for second in range(1, 260):
             clock.now = 1000.0 + second
-            watch.hear(beat(2 if second < 40 else 3, pid=7))
-            watch.hear(beat(second, pid=8))
+            watch.receive(beat(2 if second < 40 else 3, pid=7))
+            watch.receive(beat(second, pid=8))
             watch.check(clock.now)
     assert len(said) == 2 and "Other" in caplog.text
     assert said[0] == (
         "no step from worker 0 (process 7 on h) for 101 s; the last it reported: is in step 3 of 9; it is in "
         "wait (threading.py:320) < step (training.py:9)"
     )
-    watch.hear(beat(4))
+    watch.receive(beat(4))
     watch.check(clock.now + 50)
     assert len(said) == 2
 
@@ -163,14 +163,14 @@ def test_a_worker_without_a_step_is_reported_every_minute_and_one_that_moves_nev
 def test_silence_counts_as_no_step_and_waiting_for_work_does_not(clock: Clock) -> None:
     said: list[str] = []
     watch = make_watch(said, [])
-    watch.hear(beat(1, "loads the base model", slow=True))
-    watch.hear(beat(1, "", pid=9))
+    watch.receive(beat(1, "loads the base model", slow=True))
+    watch.receive(beat(1, "", pid=9))
     clock.now += 700
     watch.check(clock.now)
     assert [text.split("; it is in")[0] for text in said] == [
         "worker 0 (process 7 on h) loads the base model for 12 min now; steps come after that"
     ]
-    watch.hear(beat(-1, ""))
+    watch.receive(beat(-1, ""))
     watch.check(clock.now + 500)
     assert len(said) == 1
 
@@ -179,12 +179,12 @@ def test_a_stall_is_ended_only_where_the_config_says_so_and_a_process_that_is_go
     said: list[str] = []
     ended: list[int] = []
     watch = make_watch(said, ended, stall_kill_s=300)
-    watch.hear(beat(1))
+    watch.receive(beat(1))
     for second in range(1, 500):
         watch.check(clock.now + second)
     assert ended == [7] and said[-1].startswith("worker 0 (process 7 on h) is ended after 30")
     without = make_watch(said, ended)
-    without.hear(beat(1))
+    without.receive(beat(1))
     without.check(clock.now + 10_000)
     assert ended == [7] and without.known
     without.look = lambda about: None

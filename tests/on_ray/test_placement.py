@@ -23,7 +23,7 @@ from medlora.on_ray.cluster import (  # noqa: E402
     _look_around,  # noqa: E402
     find_addable,
 )
-from medlora.on_ray.placement import check_placement, count_gpus, count_room, say_while_waiting  # noqa: E402
+from medlora.on_ray.placement import check_placement, count_gpus, count_room, report_while_waiting  # noqa: E402
 
 
 def node(cpus: float = 4, gpus: float = 0, kind: str = "", **labels: str) -> Node:
@@ -121,7 +121,7 @@ def test_a_wait_is_spoken_of_until_there_is_room(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(placement_module, "NOTE_EVERY_S", 0.02)
     monkeypatch.setattr(placement_module, "find_free", lambda: [node(free), node(0)])
     said: list[str] = []
-    with say_while_waiting(
+    with report_while_waiting(
         Placement(cpus_per_worker=4), 0, 1, "00", lambda: False, lambda event: said.append(event["text"])
     ):
         time.sleep(0.2)

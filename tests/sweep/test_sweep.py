@@ -118,7 +118,7 @@ def test_domains_are_read_from_words(text: Any, domain: Any) -> None:
         ("int 1.5 3", "int takes two whole numbers"),
         ("choice 8", "a choice needs a list of values"),
         ([], "a choice needs a list of values"),
-        ("choice [8, 8]", "a value stands there twice"),
+        ("choice [8, 8]", "a value appears there twice"),
     ],
 )
 def test_what_is_no_domain_is_refused_with_its_key(text: Any, said: str) -> None:
@@ -186,7 +186,7 @@ def test_the_config_as_it_stands_is_the_start_whatever_its_values(tmp_path: Path
         ({"evaluation.scoring": ["letter"]}, {}, "a sweep never looks at the tests"),
         ({"seed": [1, 2]}, {}, "is no hyperparameter"),
         ({"phases.01.learning_rate": [1e-3]}, {}, "phase 01 is not searched"),
-        ({"base.quantization": ["nf4"]}, {}, "say phases: all"),
+        ({"base.quantization": ["nf4"]}, {}, "set phases: all"),
         ({"lora.alpha": [8], "lora.alpha_over_r": [1]}, {}, "sets lora.alpha, which the space names too"),
         ({"lora.r": [8]}, {"phases": ["01"]}, "phase 01 continues an adapter"),
         ({"lora.r": [8]}, {"phases": ["03"]}, "phases.0: '03' is no phase of"),
@@ -313,7 +313,7 @@ def test_scores_that_no_driver_heard_are_told_again(tmp_path: Path) -> None:
     for known, finished, steps in ((0, False, [15, 18, 21]), (15, True, [18, 21]), (21, True, [])):
         told: list[dict[str, Any]] = []
         hook = _Hook({"id": "001", "offset": 10, "known": known}, folder, told.append, None, _Clock())
-        hook.tell_again(finished)
+        hook.report_again(finished)
         assert [row["step"] for row in told] == steps
         assert [row["last"] for row in told] == [finished and step == 21 for step in steps]
 
@@ -460,7 +460,7 @@ def test_a_schedule_is_phases_that_continue_each_other(tmp_path: Path, run: dict
     ("space", "more", "said"),
     [
         ({"lora.r": [4, 8]}, PBT, "the space names only its shape"),
-        ({"phases.02.learning_rate": [1e-3, 2e-3]}, {**PBT, "trials": 9}, "says how many trials there are"),
+        ({"phases.02.learning_rate": [1e-3, 2e-3]}, {**PBT, "trials": 9}, "sets how many trials there are"),
         ({"phases.02.learning_rate": [1e-3, 2e-3]}, {**PBT, "phases": "all"}, "divides the max_steps of one phase"),
         ({"phases.02.max_steps": [30, 60]}, PBT, "take it out of the space"),
     ],
@@ -596,7 +596,7 @@ def test_trials_are_runs_of_mlflow_where_it_is_installed(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     config = swept.config.model_copy(update={"mlflow": Mlflow(experiment="e")})
     step = {"event": "trial-step", "phase": "02", "step": 10, "loss": 0.5, "learning_rate": 0.1, "grad_norm": 1.0}
-    for trial in ("000", "003"):  # a driver each: the second goes on with the experiment and its runs
+    for trial in ("000", "003"):  # a driver each: the second resumes the experiment and its runs
         with TrialLogs(folder, config) as logs:
             logs.show({**step, "tokens_per_s": 7.0, "trial": "000"}, ledger)
             logs.show({"event": "trial", "trial": trial}, ledger)

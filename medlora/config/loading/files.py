@@ -56,21 +56,21 @@ _MOST_BYTES = 4 * 2**20
 def read_yaml(text: str) -> Any:
     """YAML text as plain values, with YAML 1.2 numbers.
 
-    Raises yaml.YAMLError, also for a key that stands twice in one mapping and for aliases that grow without bound.
+    Raises yaml.YAMLError, also for a key that appears twice in one mapping and for aliases that grow without bound.
     """
     try:
         root = yaml.compose(text, _Loader)
         refuse_twice(root)
         values = _count_values(root, {})
         if values > _MOST_VALUES:
-            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_VALUES:,} values")
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or an alias holds itself") from None
 
 
 def _count_values(node: yaml.Node | None, known: dict[yaml.Node, int]) -> int:
-    """How many values a node stands for once every alias is written out."""
+    """How many values a node holds once every alias is written out."""
     if node in known:
         return known[node]
     inside: list[yaml.Node] = []
@@ -212,15 +212,15 @@ def _position(items: list[object], part: str) -> int:
 def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     """A line for every wrong key: what is allowed there, what was found."""
     problems = error.errors(include_url=False)
-    said = set()
+    seen = set()
     for problem in problems:
         path = [part for part in problem["loc"] if is_key(part)]
         dotted = name_key(problem["loc"])
         # A list whose items are wrong is counted as too short as well; a union complains once a branch.
         deeper = any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems)
-        if dotted in said or deeper:
+        if dotted in seen or deeper:
             continue
-        said.add(dotted)
+        seen.add(dotted)
         if problem["type"] == "extra_forbidden":
             allowed = keys_at(model, path[:-1])
             near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
@@ -241,11 +241,11 @@ def schema() -> dict[str, object]:
     phase = made["$defs"]["PhaseConfig"]
     made["properties"]["phase_defaults"] = {
         "type": "object",
-        "description": "Values that every phase has unless it says otherwise.",
+        "description": "Values of every phase that does not set its own.",
         "properties": phase["properties"],
         "additionalProperties": False,
     }
-    # A phase may take its required keys from phase_defaults, so only its name must stand in the list.
+    # A phase may take its required keys from phase_defaults, so only its name is required in the list.
     phase["required"] = ["name"]
     return made
 

@@ -17,14 +17,14 @@ _JOBS = {
 
 def refuse_other_job(path: Path, raw: Mapping[str, object], model: type[object]) -> None:
     """Raise InputError where a config that is not valid for this job is one of another."""
-    found = _tell_job(raw)
+    found = _recognise_job(raw)
     if found is None or model.__name__ not in _JOBS or found == model.__name__:
         return
     (whose, other), (wanted, job) = _JOBS[found], _JOBS[model.__name__]
     raise InputError(f"{path}: this is {whose} config: python {other} --config {path} ({job} reads {wanted} config)")
 
 
-def _tell_job(raw: Mapping[str, object]) -> str | None:
+def _recognise_job(raw: Mapping[str, object]) -> str | None:
     if "base" in raw and "phases" in raw:
         return "RunConfig"
     if "space" in raw or "config" in raw:

@@ -1,4 +1,4 @@
-"""Where the keys of a config stand in its YAML file, and keys that stand there twice."""
+"""Where the keys of a config are in its YAML file, and keys that appear there twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refuse_twice(root: yaml.Node | None) -> None:
             if name in lines:
                 where = f"in lines {lines[name]} and {line}" if lines[name] != line else f"twice in line {line}"
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value[:100]!r} stands {where} of one mapping; remove one of the two",
+                    problem=f"the key {key.value[:100]!r} appears {where} of one mapping; remove one of the two",
                     problem_mark=key.start_mark,
                 )
             lines[name] = line
@@ -75,7 +75,7 @@ def find_lines(root: yaml.Node | None) -> dict[KeyPath, int]:
 
 
 class Places:
-    """Where the keys of a config stand: in its file, in `phase_defaults`, or on the command line."""
+    """Where the keys of a config are: in its file, in `phase_defaults`, or on the command line."""
 
     def __init__(self, text: str, raw: Mapping[str, object], overrides: Iterable[str], loader: Any) -> None:
         self._raw = raw

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a config, in our words: what must stand at a key, and what was found there."""
+"""What pydantic finds wrong with a config, in our words: what is allowed at a key, and what was found there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BOUNDS = {
 
 
 def describe_problem(problems: Sequence[Mapping[str, object]]) -> str:
-    """What must stand at a key, by all that pydantic says of it (a union complains once for each of its kinds)."""
+    """What is allowed at a key, by all of pydantic's errors for it (a union complains once for each of its kinds)."""
     wanted = list(dict.fromkeys(_describe_wanted(problem) for problem in problems))
     found = show_value(problems[0]["input"])
     text = " or ".join(wanted)
@@ -85,7 +85,7 @@ _BRANCH = re.compile(r"bool|int|float|str|none|dict|list|tuple|[A-Z][a-z]+(?:[A-
 
 
 def is_key(part: int | str) -> bool:
-    """Whether a part of pydantic's location stands in the file; the branch names of unions (`literal[...]`) do not."""
+    """Whether a part of pydantic's location is in the file; the branch names of unions (`literal[...]`) are not."""
     return isinstance(part, int) or (re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None and not _BRANCH.fullmatch(part))
 
 

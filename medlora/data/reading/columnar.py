@@ -15,7 +15,7 @@ _ROWS = 1024
 
 
 _BATCH_BYTES = 256 * 2**20
-"""Most bytes of rows that stand in memory at once; a single row may have more."""
+"""Most bytes of rows that are in memory at once; a single row may have more."""
 
 
 def read_parquet(name: str) -> Iterator[FileRow]:
@@ -32,7 +32,7 @@ def read_parquet(name: str) -> Iterator[FileRow]:
                 raise InputError(f"{name}: its rows have {mean:,} bytes on average, which is no row; cut the texts")
             worst, packed = _measure(file.metadata)
             number = unpacked = 0
-            # A word of a dictionary is stored once and may stand in every row: such columns are left packed.
+            # A word of a dictionary is stored once and may be in every row: such columns are left packed.
             names = packed if worst * _ROWS > _BATCH_BYTES else []
             with parquet.ParquetFile(opened, read_dictionary=names) as whole:
                 for batch in whole.iter_batches(batch_size=max(1, min(_ROWS, _BATCH_BYTES // max(1, mean)))):

@@ -15,7 +15,7 @@ _HANGUL = re.compile("[가-힣]")
 
 
 _PLAUSIBLE = re.compile("[가-힣ㄱ-ㆎ一-鿿①-⓪㈀-㋿　-〿！-～°±×÷·′″℃Ωα-ωΑ-Ω←-⇿≤≥∼…‘-”‰㎀-㏿½-⅞²³¹■-◿★☆]")
-"""What stands in Korean text beside ASCII."""
+"""Characters of Korean text beside ASCII."""
 
 
 def recognise(sample: bytes) -> str:

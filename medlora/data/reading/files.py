@@ -1,4 +1,4 @@
-"""Rows of files, folders, globs, object stores and the hub, one by one: where each stands and what it holds."""
+"""Rows of files, folders, globs, object stores and the hub, one by one: where each is and what it holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from medlora.errors import InputError
 from medlora.runs.object_store import is_store, open_store
 
 _IN_FOLDERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-"""A workbook often stands beside the CSV that was saved of it, so it is read only where it is named."""
+"""A workbook often lies beside the CSV that was saved from it, so it is read only where it is named."""
 
 
 SUFFIXES = (*_IN_FOLDERS, ".xlsx")
@@ -151,13 +151,13 @@ def describe_reading(name: str, encoding: str = "auto", separator: str = "auto")
         return []
     with open_text(name, "utf-8") as file:
         found = recognise(file.peek(1)) if encoding == "auto" else "utf-8"
-    said = [f"file read as {NAMES[found]}"] if found in NAMES else []
+    notes = [f"file read as {NAMES[found]}"] if found in NAMES else []
     if plain.endswith(".csv") and separator == "auto":
         with open_text(name, encoding) as file:
             delimiter, _ = find_separator(name, file.peek(1))
         if delimiter != ",":
-            said.append(f"cells separated by {SEPARATORS.get(delimiter, repr(delimiter))}")
-    return said
+            notes.append(f"cells separated by {SEPARATORS.get(delimiter, repr(delimiter))}")
+    return notes
 
 
 def _read_aligned(english: str, korean: str, encoding: str) -> Iterator[FileRow]:
@@ -180,7 +180,7 @@ def _read_aligned(english: str, korean: str, encoding: str) -> Iterator[FileRow]
 
 
 def _read_side(name: str, encoding: str) -> Iterator[str | Broken]:
-    """The lines of a file, empty ones too: they are what keeps two files aligned."""
+    """The lines of a file, empty ones too, since they align two files."""
     with open_text(name, encoding) as file:
         for number, line in enumerate(read_bounded_lines(name, file), 1):
             yield decode_line(line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n"))
@@ -206,7 +206,7 @@ def parse_hub_id(name: str) -> tuple[str, str | None, str, str | None]:
 
 
 def go_offline_without_hub() -> None:
-    """Tell the Hugging Face libraries to use their cache alone where the hub's name does not even resolve.
+    """Let the Hugging Face libraries use their cache alone where the hub's name does not even resolve.
 
     They would try for 24 seconds, with a line for each time. Works before they are imported.
     """

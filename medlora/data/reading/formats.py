@@ -12,7 +12,7 @@ from medlora.bounds import MAX_ARRAY_BYTES, MAX_DEPTH, MAX_DIGITS, MAX_VALUES, r
 from medlora.errors import InputError
 
 FileRow = tuple[str, object]
-"""Where a row stands (`file:line`) and what it holds: a mapping of columns, a Broken, or a finished record."""
+"""Where a row is (`file:line`) and what it holds: a mapping of columns, a Broken, or a finished record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _RefusedError("key twice", f"the key {shorten(twice)} stands twice in one object")
+        raise _RefusedError("key twice", f"the key {shorten(twice)} appears twice in one object")
     return found
 
 
@@ -143,7 +143,7 @@ def read_array(name: str, file: IO[bytes]) -> Iterator[FileRow]:
 
 
 def _parse_array(name: str, text: str) -> Iterator[FileRow]:
-    """The items of an array with the lines they begin in; `#item` tells those apart that share a line."""
+    """The items of an array with the lines they begin in; `#item` distinguishes those that share a line."""
     _check_array(text)
     decoder = json.JSONDecoder(object_pairs_hook=_refuse_twice, parse_int=_read_int)
     at, line, before = text.index("[") + 1, 1, 0

@@ -12,7 +12,7 @@ from medlora.errors import InputError
 from medlora.runs.object_store import is_store, open_store
 
 PACKED = (".gz", ".zst")
-"""Endings that may stand behind SUFFIXES: pyarrow unpacks them."""
+"""Endings that may follow SUFFIXES: pyarrow unpacks them."""
 
 
 _MARKS = {
@@ -22,7 +22,7 @@ _MARKS = {
     b"%PDF-": "a PDF",
     b"\x1f\x8b": "gzip",
 }
-"""First bytes of what is no UTF-8 text, whatever its name says."""
+"""First bytes of files that are no UTF-8 text, whatever their name."""
 
 
 def open_text(name: str, encoding: str = "auto") -> io.BufferedReader[Any]:
@@ -99,6 +99,4 @@ def _check_beginning(name: str, first: bytes) -> None:
     if not first:
         raise InputError(f"{name}: the file is empty")
     if found := next((what for mark, what in _MARKS.items() if first.startswith(mark)), None):
-        raise InputError(
-            f"{name}: is {found}, not UTF-8 text; save it as UTF-8, or under the ending that says what it is"
-        )
+        raise InputError(f"{name}: is {found}, not UTF-8 text; save it as UTF-8, or under the ending of its format")

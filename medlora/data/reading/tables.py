@@ -28,7 +28,7 @@ _LOOKED_AT = 50
 
 
 _SEP_LINE = re.compile(r'"?sep=(.)"?[;,\t]*\r?\n?', re.I)
-"""What Excel writes above a table to say its separator."""
+"""What Excel writes above a table to name its separator."""
 
 
 def read_csv(name: str, file: io.BufferedReader[Any], separator: str = "auto") -> Iterator[FileRow]:
@@ -73,7 +73,7 @@ def _read_text_lines(name: str, file: io.BufferedReader[Any]) -> Iterator[str]:
 
 
 def find_separator(name: str, sample: bytes, wanted: str = "auto") -> tuple[str, int]:
-    """What separates the cells of a table, and how many lines stand above it, by its first bytes.
+    """What separates the cells of a table, and how many lines are above it, by its first bytes.
 
     The separator is the one by which the header names a known schema, else the one that cuts all rows alike. Raises
     InputError where two of them do.
@@ -117,14 +117,14 @@ def _cut(lines: Iterable[str], separator: str) -> list[list[str]]:
 
 
 def check_header(where: str, cells: list[str]) -> list[str]:
-    """The columns of a table by its first row; raises InputError where they are too many or one stands twice."""
+    """The columns of a table by its first row; raises InputError where they are too many or one appears twice."""
     if len(cells) > MAX_COLUMNS:
         raise InputError(
             f"{where}: the header has {len(cells):,} columns, more than {MAX_COLUMNS:,}; keep what is needed"
         )
     header = name_columns(cells)
     if twice := [name for name, count in Counter(header).items() if count > 1 and name]:
-        raise InputError(f"{where}: the column {shorten(twice[0])} stands twice in the header; rename or remove one")
+        raise InputError(f"{where}: the column {shorten(twice[0])} appears twice in the header; rename or remove one")
     return header
 
 

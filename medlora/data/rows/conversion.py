@@ -18,7 +18,7 @@ from medlora.data.rows.schemas import EXAMS, LETTER_COLUMNS, Schema, suggest
 from medlora.records import FIELDS, LETTERS, McqRecord, Record, RecordError, TextRecord, TranslationRecord
 
 _LOST = re.compile("[\ufffd\x80-\x84\x86-\x9f]")
-"""What stands where a character was lost: the replacement character, or a byte of cp1252 that was read as Latin-1."""
+"""What replaces a character that was lost: the replacement character, or a byte of cp1252 that was read as Latin-1."""
 
 
 _RATIONALE_COLUMNS = ("rationale", "reasoning", "explanation", "cot")
@@ -62,7 +62,7 @@ def find_first_number(answers: Iterable[tuple[str, object, int]]) -> int | None:
 
 
 def get_answer(row: Any, schema: Schema) -> tuple[object, int] | None:
-    """The answer of a row as it stands and the number of its options, for `find_base`; None where there is neither."""
+    """The answer of a row as written and the number of its options, for `find_base`; None where there is neither."""
     try:
         row = _rename(row, schema)
         options, start = _get_options(row, schema.columns)
@@ -79,7 +79,7 @@ def _answer_of(schema: Schema) -> AnswerColumn:
 def to_record(
     row: Any, schema: Schema, default_id: str, base: int | None = None, subject: str | None = None, nfc: bool = False
 ) -> tuple[Record, list[str]]:
-    """A row as the record its schema makes of it, and its flags: what is odd about it though it is kept.
+    """A row as the record its schema makes of it, and its flags: what is odd about it though it is valid.
 
     `base` is the number of the first option, `subject` names the column of a question's subject, `nfc` composes all text.
     Raises RecordError with the reason when the row makes no record.
@@ -171,13 +171,13 @@ def _to_mcq(
         str(row.get(subject or columns.subject or "subject") or ""),
         _get_rationale(row, columns.rationale),
     )
-    if schema.answer_text and isinstance(said := row.get(schema.answer_text), str):
+    if schema.answer_text and isinstance(given := row.get(schema.answer_text), str):
         right = options[LETTERS.index(letter)]
         # Files that give the letter twice mean no text by it.
-        mark = read_mark(said) if marked else None
-        if fold(said) not in (fold(right), letter.casefold()) and not (mark and fold(mark.rest) == fold(right)):
+        mark = read_mark(given) if marked else None
+        if fold(given) not in (fold(right), letter.casefold()) and not (mark and fold(mark.rest) == fold(right)):
             raise RecordError(
-                f"answer {letter} is {shorten(right)}, but `{schema.answer_text}` says {shorten(said)}",
+                f"answer {letter} is {shorten(right)}, but `{schema.answer_text}` says {shorten(given)}",
                 "letter and text disagree",
             )
     plain = [fold(option) for option in options]

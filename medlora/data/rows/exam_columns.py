@@ -35,7 +35,7 @@ def match_columns(names: tuple[str, ...]) -> tuple[dict[str, str] | None, str]:
         if column is None:
             continue
         if column in found:
-            return None, f"the columns {found[column]} and {name} could both be the {_say(column)}"
+            return None, f"the columns {found[column]} and {name} could both be the {_describe(column)}"
         found[column] = name
     letters = "".join(sorted(column for column in found if column in LETTERS))
     if not {"question", "answer"} <= set(found) or letters != LETTERS[: len(letters)]:
@@ -53,7 +53,7 @@ def _read_option(name: str) -> str | None:
     return LETTERS[mark.place - 1] if mark and not mark.rest and mark.place <= len(LETTERS) else None
 
 
-def _say(column: str) -> str:
+def _describe(column: str) -> str:
     return f"option {column}" if column in LETTERS else column
 
 

@@ -78,7 +78,7 @@ def _count_from(first: int, number: int, answer: object, letters: str) -> str:
 
 
 def _place(mark: Mark, first: int, answer: str, letters: str) -> str:
-    """The letter at a mark's place: a digit counts from `first`, every other mark says which option it is."""
+    """The letter at a mark's place: a digit counts from `first`, every other mark names its option."""
     family = mark.family.strip("()")
     if family == "digit":
         return _count_from(first, mark.place, answer, letters)

@@ -19,7 +19,7 @@ _TEXTS = ("text", "texts", "content", "value", "option", "choice", "내용", "�
 
 
 _MAX_CHARS, _MAX_OPENED = 500_000, 200
-"""A text with more is no list of options; literal_eval would build what it says."""
+"""A text with more is no list of options; literal_eval would build what it describes."""
 
 
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*+'|\"(?:[^\"\\]|\\.)*+\"", re.S)
@@ -139,7 +139,7 @@ def _count_texts(value: object) -> int:
 
 
 def _split_marked(text: str) -> dict[str, str] | None:
-    """Options that stand in lines, or one behind another, each behind its mark; None where they do not."""
+    """Options in lines of their own, or one behind another, each behind its mark; None where there are none."""
     lines = [line for line in text.splitlines() if line.strip()]
     marks = [read_mark(line) for line in lines]
     if len(lines) < 2:

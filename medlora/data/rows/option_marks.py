@@ -58,7 +58,7 @@ STRONG = {"enclosed", "numbered"}
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A mark at the beginning of a text: its place from 1, its family, what stands behind it."""
+    """A mark at the beginning of a text: its place from 1, its family, what follows it."""
 
     place: int
     family: str
@@ -87,20 +87,20 @@ def _order_of(sign: str) -> int:
 
 def read_answer(text: str) -> Mark | None:
     """The mark that an answer is, or begins with: a bare letter or 가, ③, 3번, (C), `C. text`, also behind `정답:`."""
-    said = text[found.end() :] if (found := _CUE.match(text)) else text
-    plain = said.translate(HALF_WIDTH).strip().rstrip(".")
+    answer = text[found.end() :] if (found := _CUE.match(text)) else text
+    plain = answer.translate(HALF_WIDTH).strip().rstrip(".")
     if re.fullmatch(rf"[A-Ja-j]번?|[{HANGUL}]|[{JAMO}]", plain):
         plain = plain[0]
         family = "letter" if plain.isascii() else "hangul"
         return Mark(1 + _order_of(plain), family, "")
     if found and re.fullmatch(r"10|[0-9](?:\.0+)?", plain):
         return Mark(int(float(plain)), "digit", "")
-    if mark := read_mark(said):
+    if mark := read_mark(answer):
         return mark
-    if bare := _BEFORE_TEXT.match(said.translate(HALF_WIDTH)):
+    if bare := _BEFORE_TEXT.match(answer.translate(HALF_WIDTH)):
         family, sign = next((kind, each) for kind, each in bare.groupdict().items() if each)
         place = int(sign) if sign.isdigit() else 1 + _order_of(sign)
-        return Mark(place, family, said[bare.end() :].strip())
+        return Mark(place, family, answer[bare.end() :].strip())
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which columns a row has says which schema it is; a schema says where question, options and answer stand."""
+"""The columns of a row decide its schema; a schema names the columns of question, options and answer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from medlora.data.rows.exam_columns import match_columns
 from medlora.records import LETTERS
 
 LETTER_COLUMNS = tuple(LETTERS)
-"""Of options that stand in a column each."""
+"""Of options in a column each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A known shape of rows: `needs` are the columns by which it is known, `columns` where everything stands.
+    """A known shape of rows: `needs` are the columns by which it is known, `columns` where everything is.
 
     `answer_text` is a column that repeats the answer as text, held against the letter. `pinned`: answers are letters or
     numbers, never texts, so that an option that is a bare letter or number cannot be meant. `cut` is what the question

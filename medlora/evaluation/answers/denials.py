@@ -17,7 +17,7 @@ _HARD, _SOFT = 0xE500, 0xE600
 
 
 DENIED = "[\ue500-\ue619]"
-"""A denied option, which still says which one it is."""
+"""A denied option, whose letter is still known."""
 
 
 _GLOSS = r"(?:\s*\([^()\n\ue000-\ue400]{0,60}\))?"
@@ -210,6 +210,6 @@ def _denied(option: str, hard: bool) -> str:
 
 
 def find_denials(text: str, option: int) -> list[tuple[int, bool]]:
-    """Where `text` denies that option, and whether it says outright that the option is not the answer."""
+    """Where `text` denies that option, and whether it states outright that the option is not the answer."""
     marks = {chr(_HARD + option): True, chr(_SOFT + option): False}
     return [(place, marks[mark]) for place, mark in enumerate(text) if mark in marks]

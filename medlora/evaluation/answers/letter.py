@@ -1,9 +1,9 @@
-"""What a model wrote -> the option letter it meant, or None; and how well it kept the completion format.
+"""What a model wrote -> the option letter it meant, or None; and how well it followed the completion format.
 
 `parse` reads in three steps, as a careful reader does:
 
-1. *Normalise* (`option_text`): an option becomes one character, whatever its spelling; what only looks like one goes.
-2. *Collect* verdicts: who says "the answer is", where, and how strongly. One that is denied, conditional, asked or
+1. *Normalise* (`option_text`): an option becomes one character, in any spelling; what only looks like one is removed.
+2. *Collect* verdicts: what names an answer, where, and how strongly. One that is denied, conditional, asked or
    shared between two options is none.
 3. *Decide*: the strongest kind of verdict speaks. Where verdicts of that kind differ, the last one does if the model
    turned or concluded in between, and nobody otherwise.
@@ -52,11 +52,11 @@ _OPEN = re.compile(r"\b(?:not|cannot|never|whether|if|depends|unclear|wrong|inco
 
 def find_verdicts(text: str, rules: Sequence[Rule] = RULES) -> list[Verdict]:
     """What the rules read in a normalised text, in the order of the rules."""
-    found = (_judge(match, rule) for rule in rules for match in rule.pattern.finditer(text))
+    found = (_weigh_match(match, rule) for rule in rules for match in rule.pattern.finditer(text))
     return [verdict for verdict in found if verdict is not None]
 
 
-def _judge(match: re.Match[str], rule: Rule) -> Verdict | None:
+def _weigh_match(match: re.Match[str], rule: Rule) -> Verdict | None:
     """The verdict of one match; None where it is denied, asked, a condition, or an aside about another option."""
     text, groups = match.string, match.groupdict()
     name = next(n for n in ("option", "named", "last", "first", "also", "plain") if groups.get(n))
@@ -130,7 +130,7 @@ _QUESTION_NUMBER = re.compile(
 )
 
 
-# An answer field, as in our own templates; one that closes the output outweighs whatever the prose before it says.
+# An answer field, as in our own templates; one that closes the output outweighs all prose before it.
 _FIELD = re.compile(
     rf"^[ \t]*(?:최종\s*)?(?:final\s+)?(?:정답|답|answer)[ \t]*(?::\s*|\n\s*)\(?({ANY})(?=[.)]?\s*$)", re.I | re.M
 )
@@ -172,7 +172,7 @@ def _takes_back(after: str, option: int | None) -> bool:
 
 
 def parse(output: str, letters: str = LETTERS[:5]) -> str | None:
-    """The one of `letters` that `output` gives as its answer; None when it gives none, several, or does not say.
+    """The one of `letters` that `output` gives as its answer; None when it gives none or several.
 
     Never a guess: refusals, outputs that were cut off, echoes of the options and bare values ("50", "2년") are None.
     Option numbers count from 1 ("3번" is C). `letters` are the question's options in order.
@@ -196,7 +196,7 @@ extract_answer_letter = parse
 
 @dataclass(frozen=True, slots=True)
 class FormatScore:
-    """What a reasoning answer kept of its format: `score` is (fields kept + answer kept) / (fields required + 1)."""
+    """How much of its format a reasoning answer has: `score` is (fields + answer found) / (fields required + 1)."""
 
     score: float
     kept: tuple[str, ...]  # required fields with text behind them, in the required order
@@ -205,9 +205,9 @@ class FormatScore:
 
 
 def score_format(output: str, fields: Sequence[str], letters: str = LETTERS[:5]) -> FormatScore:
-    """How much of the format of `prompts` an answer keeps: each of `fields` (of records.FIELDS), then one final letter.
+    """How much of the format of `prompts` an answer has: each of `fields` (of records.FIELDS), then one final letter.
 
-    `score` is in [0, 1]. It says nothing about the answer being right; `score_total` adds that.
+    `score` is in [0, 1]. It does not measure whether the answer is right; `score_total` adds that.
     """
     text = one_turn(output)
     _, *parts = re.split(rf"^[ \t]*({'|'.join((*fields, 'answer'))})[ \t]*:", text, flags=re.M)

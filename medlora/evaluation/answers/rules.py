@@ -1,6 +1,6 @@
-"""The ways in which a text says which option is the answer, as a table of patterns on `option_text`'s characters.
+"""The ways in which a text names the answer, as a table of patterns on `option_text`'s characters.
 
-Each rule stands beside one text that it must read and one that it must not; `tests/test_answers.py` tries both.
+Each rule has one text beside it that it must read and one that it must not; `tests/test_answers.py` tries both.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ _CONCLUDED = re.compile(
 )
 
 
-# "제 생각에는 D입니다", "it's D": a sentence that says nothing but an option.
+# "제 생각에는 D입니다", "it's D": a sentence of nothing but an option.
 _STATED = re.compile(
     r"(?:^|[.!?,:\n]\s*|생각(?:에|으로)[는은]?\s*|저는\s*|이는\s*|실제로는\s*|아마도?\s*|따라서,?\s*|(?:지만|으나),?\s*"
     rf")(?:선택지\s*|보기\s*|바로\s*)?(?P<option>{OPTION}){_GLOSS}\s*"
@@ -130,7 +130,7 @@ _STATED = re.compile(
 )
 
 
-# What says which option is right without saying "answer"; a review of every option says it too, so these are weak.
+# What names the right option without "answer"; a review of every option does so too, so these are weak.
 _NOUN = (
     r"것|설명|진단명?|질환|병명|처치|치료제?|치료법|검사|약물|약제|약|원인균?|병원체|균주?|조치|중재|간호|방법|소견|시술|수술|부위|기전|합병증|"
     r"선택지|보기|옵션"
@@ -285,7 +285,7 @@ RIVAL = re.compile(
 )
 
 
-# Behind a verdict: it is taken back, and nothing stands in its place.
+# Behind a verdict: it is taken back, and nothing replaces it.
 RETRACTED = re.compile(
     r"(?:\A|[.!?\n])\s*아니(?:[,.…!]|요[,.!])|\b(?:wait|no|actually)\b[^.\n]{0,40}?\b(?:is|was|'s)\s+(?:wrong|incorrect|not right|a mistake)"
     r"|\bthat (?:is|was) (?:wrong|a mistake)",
@@ -295,7 +295,7 @@ RETRACTED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A pattern that finds an option and says how much it weighs; no verdict where `unless` follows the option."""
+    """A pattern that finds an option, and its weight; no verdict where `unless` follows the option."""
 
     name: str
     pattern: re.Pattern[str]

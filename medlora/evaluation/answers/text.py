@@ -1,8 +1,8 @@
 """Model output -> the same text with everything that can be an option spelled as one private-use character.
 
 Behind `normalise`, `B`, `(b)`, `②`, `2번` and `**B**` are one character each; letters that belong to a name
-(`비타민 D`, `B형 간염`, `E. coli`, `τ = F/A`) are no option; a list of options (`A와 C`) is one character that stands
-for none; options that are set aside (`A가 아니라`) and echoes of the option list are gone. `answers` reads the rest.
+(`비타민 D`, `B형 간염`, `E. coli`, `τ = F/A`) are no option. A list of options (`A와 C`) is one character that means none.
+Options that are excluded (`A가 아니라`) and echoes of the option list are gone. `answers` reads the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PLAIN, _MARKED, _SMALL, _DIGIT, SEVERAL = 0xE000, 0xE100, 0xE200, 0xE300, "\ue4
 PLAIN, MARKED = "[\ue000-\ue019]", "[\ue100-\ue119]"
 
 
-OPTION = "[\ue000-\ue119]"  # written plainly or marked: an option wherever it stands
+OPTION = "[\ue000-\ue119]"  # written plainly or marked: an option wherever it is
 
 
 ANY = "[\ue000-\ue319\ue400]"  # also lower case, a digit, or several at once: an option where a verdict is expected
@@ -135,7 +135,7 @@ _LIST = re.compile(
 )
 
 
-# "A가 아니라", "not A but", "A보다는", "rather than A": the option that is set aside.
+# "A가 아니라", "not A but", "A보다는", "rather than A": the option that is excluded.
 _SET_ASIDE = re.compile(
     rf"{ANY}(?:\s*\([^()\n]{{0,40}}\))?(?:이|가|은|는)?\s*아니(?:라(?![고면서])|고|며)[,\s]*|"
     rf"{ANY}보다는?\s*|(?:{ANY}(?:이|가|도)?\s*)+아닌\s+(?={ANY})"
@@ -210,7 +210,7 @@ def plain_text(output: str) -> str:
     """The model's own turn with look-alikes folded and markdown, LaTeX and quotes gone; line breaks stay."""
     text = one_turn(output).translate(_ENCLOSED)
     text = unicodedata.normalize("NFKC", text.translate(_LOOKALIKES)).translate(_LOOKALIKES)
-    text = re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]{3,}", "  ", text))  # runs of space cost time and say nothing
+    text = re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]{3,}", "  ", text))  # runs of space cost time and mean nothing
     text = re.sub(r"[’‘`´]", "'", text)
     text = flatten(re.sub(r"\bi\. ?e\.", "that is", text))
     text = _SYLLABLE.sub(lambda found: chr(_SMALL + _order(next(filter(None, found.groups())))), text)
@@ -247,7 +247,7 @@ def _options(text: str) -> str:
     # A digit that the reasoning computed ("= 3") is a value, not the third option.
     computed = set(re.findall(r"[=≈]\s*(\d+)(?![\d.])", text))
     text = _BARE_DIGIT.sub(lambda found: found[0] if (found[1] or found[2]) in computed else mark(_DIGIT)(found), text)
-    # "C(3번)": the same option said twice.
+    # "C(3번)": the same option named twice.
     return re.sub(rf"({ANY})[ \t]?({MARKED})", lambda f: f[2] if index_of(f[1]) == index_of(f[2]) else SEVERAL, text)
 
 

@@ -1,4 +1,4 @@
-"""Builds the miniature base model: an ordinary Hugging Face folder, made once and kept."""
+"""Builds the miniature base model: an ordinary Hugging Face folder, made once and cached."""
 
 from __future__ import annotations
 

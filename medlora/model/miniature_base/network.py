@@ -23,7 +23,7 @@ def start_network(tokenizer: PreTrainedTokenizerFast) -> Gemma3ForCausalLM:
     model = Gemma3ForCausalLM(config)
     half = config.hidden_size // 2
     with torch.no_grad():
-        # Tokens start in the first half of the residual stream; what stood before them is written into the second.
+        # Tokens start in the first half of the residual stream; what preceded them is written into the second.
         embedding = model.model.embed_tokens.weight
         embedding[:, half:] = 0
         embedding[:, :half] *= math.sqrt(2)

@@ -94,9 +94,9 @@ def pretrain(
 ) -> None:
     """Trains `model` in place: matching drills until they are mastered, then LESSON_STEPS of mixed lessons.
 
-    Lessons are taken with WEIGHT_NOISE on the layers' matrices (after Fan et al. 2021, "Training with Quantization Noise
-    for Extreme Model Compression"): so small a model otherwise loses its matching when its base is rounded to nf4 or
-    when plain text is trained into it.
+    Lessons are taken with WEIGHT_NOISE on the layers' matrices (after Fan et al. 2021, "Training with Quantization
+    Noise for Extreme Model Compression"). So small a model otherwise loses its matching when its base is rounded to nf4
+    or when plain text is trained into it.
 
     The switch waits for DRILL_ACCURACY over DRILL_WINDOW steps, because how long matching takes varies with the seed.
     """

@@ -42,7 +42,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     """A fast tokenizer with chat template, trained on words instead of sentences.
 
     In so small a corpus sentences would merge terms with their particles, and a term would be another token in each
-    place. For the same reason a space belongs to the word behind it, as in Gemma, and "\\n . : ?" stand alone.
+    place. For the same reason a space belongs to the word behind it, as in Gemma, and "\\n . : ?" are tokens of their
+    own.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=False))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")

@@ -25,9 +25,9 @@ _LOST_PEER = re.compile(
 
 
 class WorkerFailed(Exception):
-    """A worker's own exception as plain text, which travels to the driver whatever its class needs to be unpickled.
+    """A worker's own exception as plain text, which travels to the driver without its class being unpickled there.
 
-    `lost_peer`: it says no more than that another worker could not be reached.
+    `lost_peer`: it means only that another worker could not be reached.
     """
 
     def __init__(self, text: str, lost_peer: bool = False) -> None:
@@ -99,6 +99,6 @@ def describe_lost(failures: Mapping[int, BaseException], ranks: list[int]) -> st
     return f"worker {', '.join(map(str, ranks))} lost the connection to another worker"
 
 
-def tell_failure(inbox: Inbox, error: BaseException, rank: int = 0) -> None:
+def report_failure(inbox: Inbox, error: BaseException, rank: int = 0) -> None:
     """Send the driver what its message and its log need."""
     inbox.put(events.failed(rank, describe_exception(error)))

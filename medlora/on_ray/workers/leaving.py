@@ -32,8 +32,8 @@ _WATCHED: set[str] = set()
 def is_leaving() -> bool:
     """Whether this worker should make a checkpoint and leave.
 
-    `ray.train.get_preemption_info` would say so of a drained node, too, by way of an actor that every step would wait for
-    and that may be on the node that goes.
+    `ray.train.get_preemption_info` would report a drained node, too. It asks an actor that every step would wait for,
+    and that may be on the node that leaves.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 

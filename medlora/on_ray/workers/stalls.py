@@ -1,4 +1,4 @@
-"""Workers and actors from which no step comes: reported every minute with a stack, and ended where the config says so."""
+"""Workers and actors from which no step comes: reported every minute with a stack, and ended if configured."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def beating(inbox: Inbox, who: str, every_s: float) -> Iterator[None]:
     }
 
     def send() -> None:
-        with suppress(Exception):  # without a driver there is nobody to tell
+        with suppress(Exception):  # without a driver there is nobody to report to
             while True:
                 now = pulse.read()
                 beat: Beat = {
@@ -105,7 +105,7 @@ class _Watched:
 
 @dataclass
 class StallWatch:
-    """What the driver knows of the processes of one phase, evaluation or search; `hear` takes their beats."""
+    """What the driver knows of the processes of one phase, evaluation or search; `receive` takes their beats."""
 
     placement: Placement
     phase: str
@@ -118,7 +118,7 @@ class StallWatch:
     known: dict[tuple[str, int], _Watched] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def hear(self, event: Beat) -> None:
+    def receive(self, event: Beat) -> None:
         """Take a beat; silence and a beat without progress are the same."""
         key = (event["node"], event["pid"])
         with self.lock:
@@ -142,7 +142,7 @@ class StallWatch:
             while not ended.wait(min(1.0, self.placement.stall_s / 4)):
                 try:
                     self.check(time.monotonic())
-                except Exception:  # the work goes on without it
+                except Exception:  # the work continues without it
                     self.log.exception("looking for stalls failed")
 
         thread = threading.Thread(target=watch, name="medlora-stalls", daemon=True)
@@ -170,7 +170,7 @@ class StallWatch:
             with self.lock:
                 if self.known.get(key) is not each:  # it has moved since
                     continue
-            self._say(each.about, silent_s, seen)
+            self._report(each.about, silent_s, seen)
             if over:
                 name = f"{each.about['who']} (process {each.about['pid']} on {each.about['host']})"
                 self._note(f"{name} is ended after {silent_s:.0f} s without a step (placement.stall_kill_s)")
@@ -181,7 +181,7 @@ class StallWatch:
         with self.lock:
             self.known.pop(key, None)
 
-    def _say(self, about: Beat, silent_s: float, seen: Mapping[str, str]) -> None:
+    def _report(self, about: Beat, silent_s: float, seen: Mapping[str, str]) -> None:
         took = f"{silent_s / 60:.0f} min" if silent_s >= 120 else f"{silent_s:.0f} s"
         what = f"{about['who']} (process {about['pid']} on {about['host']})"
         if about["slow"]:
@@ -271,7 +271,7 @@ def _find(about: Beat) -> psutil.Process | None:
 
 
 def _run_there(work: Callable[[Beat], Found], about: Beat) -> Found:
-    """Run on the node of a process, beside whatever runs there."""
+    """Run on the node of a process, beside all that runs there."""
     strategy = NodeAffinitySchedulingStrategy(about["node"], soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(work).remote(about)
     found: Found = ray.get(task, timeout=_TASK_S)
