@@ -133,7 +133,7 @@ def _write_stack(export: Export, folder: Path) -> list[str]:
     for place in export.folders[1:]:
         if read_adapter_json(place).get("use_dora"):
             raise InputError(
-                f"{place}: DoRA on top of other adapters measures the plain base, which is gone once they are merged; "
+                f"{place}: DoRA on top of other adapters measures the plain base, which is changed once they are merged; "
                 "export with --as merged"
             )
     chain = read_chain_tensors(export.folders)

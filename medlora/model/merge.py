@@ -95,13 +95,16 @@ def check_merge(weights: BaseWeights, chain: ChainTensors) -> None:
 
 
 def add_low_rank(weight: torch.Tensor, parts: Sequence[LowRank]) -> torch.Tensor:
-    """The weight [outputs, inputs] with what the adapters add to it; DoRA measures the plain weight, as PEFT does."""
+    """The weight [outputs, inputs] with what the adapters add to it.
+
+    DoRA measures the plain weight and rescales what the adapters below it have made of it, as PEFT's forward pass does.
+    """
     merged = weight.clone()
     for part in parts:
         change = part.b @ part.a
         if part.magnitude is not None:
             scale = (part.magnitude / torch.linalg.norm(weight + change, dim=1)).unsqueeze(1)
-            change = (scale - 1) * weight + scale * change
+            change = (scale - 1) * merged + scale * change
         merged += change
     return merged
 
