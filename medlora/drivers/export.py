@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from medlora.model.merge import (
     write_configs,
 )
 from medlora.model.tokenizer import load_base_tokenizer, load_stage_tokenizer
+from medlora.reporting.templates import fill_text
 
 STACK_CARD = "LOADING.md"
 """How the adapters of a chain are loaded."""
@@ -164,22 +166,10 @@ def _find_untrained(weights: BaseWeights, vocabulary: Vocabulary, chain: ChainTe
 
 
 def _describe_loading(base: str, names: Sequence[str], size: int | None, has_tokenizer: bool) -> str:
-    tokenizer = 'f"{folder}/tokenizer"' if has_tokenizer else "base"
-    resize = f"model.resize_token_embeddings({size}, mean_resizing=False)\n" if size else ""
-    return f"""# How to load this stage
-
-The stage is a chain of {len(names)} LoRA adapters. They were trained on top of each other, so the order counts.
-Each one is merged before the next is opened, as below.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = {base!r}
-folder = "."
-tokenizer = AutoTokenizer.from_pretrained({tokenizer})
-model = AutoModelForCausalLM.from_pretrained(base)
-{resize}for name in {list(names)!r}:
-    model = PeftModel.from_pretrained(model, f"{{folder}}/{{name}}").merge_and_unload()
-```
-"""
+    return fill_text(
+        "loading.md",
+        base=json.dumps(base, ensure_ascii=False),
+        tokenizer='f"{folder}/tokenizer"' if has_tokenizer else "base",
+        resize=f"model.resize_token_embeddings({size}, mean_resizing=False)\n" if size else "",
+        names=json.dumps(list(names)),
+    )

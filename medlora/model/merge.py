@@ -125,7 +125,7 @@ class Merge:
         """Write the weights, a file at a time, and their index where there are several."""
         kept = [tensor for tensor in self.weights.tensors if tensor.parameter not in self.weights.tied]
         shards = list(_divide(kept, self._measure))
-        index = {}
+        index: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             save_file({each.key: self.merge(each) for each in shard}, out / name, metadata={"format": "pt"})

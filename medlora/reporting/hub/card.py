@@ -14,28 +14,11 @@ from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link
 from medlora.data.card import describe_overlap, read_card
 from medlora.evaluation.ledger import REPORT
+from medlora.reporting.templates import fill_text
 from medlora.runs.environment import get_versions
 from medlora.runs.files import read_mapping
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
-
-_ADVICE = {
-    "adapter": (
-        "One LoRA adapter with the whole chain of the stage in it. It is nothing without its base.",
-        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")',
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM",
-    ),
-    "merged": (
-        "A whole model: the chain of the stage is merged into the weights of its base.",
-        'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        "from transformers import AutoModelForCausalLM",
-    ),
-    "peft-stack": (
-        "The LoRA adapters of the stage, a folder each. LOADING.md shows how to load them, in order, on their base.",
-        "",
-        "",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -130,8 +113,7 @@ def _describe_own(facts: CardFacts) -> dict[str, Any]:
 
 
 def _describe_model(facts: CardFacts) -> Iterator[str]:
-    what, call, imports = _ADVICE[facts.kind]
-    yield f"{what} Stage `{facts.stage}` of the run `{facts.config.name}`, trained with medlora."
+    yield f"Stage `{facts.stage}` of the run `{facts.config.name}`, trained with medlora."
     base = facts.config.base
     lines = [f"- Base: `{facts.base}`" + (f", revision `{base.revision}`" if base.revision else "")]
     if base.quantization != "none":
@@ -140,8 +122,9 @@ def _describe_model(facts: CardFacts) -> Iterator[str]:
         lines.append(f"- It stands on the base `{facts.base}` and gives nothing useful on another model.")
     lines += [f"- Note: {note}." for note in facts.notes]
     yield "\n".join(lines)
-    if call:
-        yield f"```python\n{imports}\n\n{call.format(base=facts.base, name=facts.repository or facts.name)}\n```"
+    quoted = {"base": facts.base, "name": facts.repository or facts.name}
+    texts = {key: json.dumps(text, ensure_ascii=False) for key, text in quoted.items()}
+    yield fill_text(f"{facts.kind}.md", **texts).strip()
 
 
 def _describe_training(facts: CardFacts) -> Iterator[str]:

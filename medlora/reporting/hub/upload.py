@@ -42,7 +42,7 @@ def find_token(token_file: Path | None) -> str:
 def upload(folder: Path, repository: str, is_public: bool, token_file: Path | None) -> str:
     """Upload everything in a folder as one commit and return its address.
 
-    Raises InputError where the server refuses. A repository that is there already stays public or private as it is.
+    Raises InputError where the server refuses, and, unless `is_public`, where the repository is there already and public.
     """
     from huggingface_hub import HfApi, errors
 
@@ -50,6 +50,8 @@ def upload(folder: Path, repository: str, is_public: bool, token_file: Path | No
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=not is_public, exist_ok=True, repo_type="model")
+        if not is_public and not api.model_info(repository).private:
+            raise InputError(f"--push {repository}: is a public repository; add --public, or name another")
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from medlora")
     except (errors.HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(token, "***")
