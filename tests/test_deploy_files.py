@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,8 @@ def finish(job: subprocess.Popen[str], tmp_path: Path) -> list[str]:
         job.wait(timeout=20)
         return (tmp_path / "calls").read_text().splitlines()
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)  # the stand-ins of Ray, as Slurm ends the steps of a job
-        except ProcessLookupError:
-            pass
 
 
 def wait_for(text: str, tmp_path: Path) -> None:
