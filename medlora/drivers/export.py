@@ -103,7 +103,15 @@ def _write_adapter(export: Export, folder: Path) -> list[str]:
             )
         rows = start_rows(weights, vocabulary)
     export_chain(export.folders, folder, force=export.force, dtype=export.dtype or "float32", rows=rows)
-    return [f"the rows of {len(rows[next(iter(rows))])} added words are inside"] if rows and any(rows.values()) else []
+    words = len(found[2].pieces) if found is not None else 0
+    notes = [f"the rows of {words} added words are inside"] if words else []
+    return notes + _describe_plain_base(export.base.quantization)
+
+
+def _describe_plain_base(quantization: str) -> list[str]:
+    if quantization == "none":
+        return []
+    return [f"trained and scored on {quantization} weights; load the base in the same way for the same answers"]
 
 
 def _write_merged(export: Export, folder: Path) -> list[str]:
@@ -153,7 +161,7 @@ def _write_stack(export: Export, folder: Path) -> list[str]:
     (folder / STACK_CARD).write_text(
         _describe_loading(export.base.model, names, size, found is not None), encoding="utf-8"
     )
-    return [f"{STACK_CARD} says how to load {' + '.join(names)}"]
+    return [f"{STACK_CARD} says how to load {' + '.join(names)}", *_describe_plain_base(export.base.quantization)]
 
 
 def _find_untrained(weights: BaseWeights, vocabulary: Vocabulary, chain: ChainTensors) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from medlora.answering.stage_model import StageModel
+from medlora.artifacts.base_checks import check_base
 from medlora.artifacts.headers import read_header
 from medlora.cli import export
 from medlora.config.evaluation import EvaluationConfig
@@ -230,3 +231,39 @@ def test_weights_are_written_in_files_of_a_bounded_size(
     assert {t.dtype for tensors in held.values() for t in tensors.values()} == {"F16"}
     stored, loaded = load_plain(tmp_path / "out"), trained.compute_logits()
     assert (compute_logits(stored, trained.tokenizer) - loaded).abs().max() < 0.05 * loaded.abs().max()
+
+
+@SPARE
+def test_wrong_uses_are_refused_before_anything_is_written(
+    trained: Trained, bases: dict[str, str], tmp_path: Path
+) -> None:
+    run, out = trained.run.root, tmp_path / "out"
+    for more, message in (
+        (["--as", "peft-stack", "--dtype", "bf16"], "--dtype: peft-stack copies the adapters as they are"),
+        (["--plain-weights"], "--plain-weights: only --as merged"),
+        (["--public"], "go with --push"),
+        (["--base", bases["gemma"]], "--base .*: .* was made for base"),
+        (["--base", str(tmp_path / "absent")], "base.model: there is no folder"),
+        (["--push", "nobody"], "--push nobody: write OWNER/NAME"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export.main([f"{run}:02", str(out), *more])
+    for stage, message in (
+        (f"{run}:base", "the base alone has no adapter"),
+        (f"{run}:07", "has no phase 07; phases: 00, 01, 02"),
+        (f"{tmp_path}/none:02", "is no run's folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export.main([stage, str(out)])
+    out.mkdir()
+    with pytest.raises(InputError, match="is there already; name a new folder"):
+        export.main([f"{run}:02", str(out)])
+    assert list(tmp_path.iterdir()) == [out] and not list(out.iterdir())
+
+
+@SPARE
+def test_a_base_that_has_moved_is_found_by_its_weights(trained: Trained, bases: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(bases["medgemma"], tmp_path / "elsewhere")
+    command = [f"{trained.run.root}:02", str(tmp_path / "out"), "--as", "merged", "--base", str(tmp_path / "elsewhere")]
+    assert export.main(command) == 0
+    check_base(tmp_path / "out")

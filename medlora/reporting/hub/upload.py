@@ -29,7 +29,7 @@ def find_token(token_file: Path | None) -> str:
         token = get_token()
         if not token:
             raise InputError("--push: no token; set HF_TOKEN, run `hf auth login`, or name a file with --token-file")
-        return token
+        return str(token)
     try:
         token = token_file.expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
