@@ -26,7 +26,7 @@ from medlora.runs.folders import open_run
 from tests.support import ROOT
 
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "medlora").rglob("README.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),

@@ -103,6 +103,17 @@ def read_base_tensors(folder: Path) -> dict[str, TensorInfo] | None:
     return found
 
 
+def find_shards(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a model; raises InputError where files are missing, damaged, or no safetensors."""
+    tensors = read_base_tensors(folder)
+    if tensors is None:
+        raise _explain_absent_weights(folder)
+    if (folder / _SINGLE).exists():
+        return dict.fromkeys(tensors, folder / _SINGLE)
+    places = read_mapping(folder / _INDEX, _INDEX_BYTES)["weight_map"]
+    return {name: folder / places[name] for name in tensors}
+
+
 def _check_shapes(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Raise InputError where weights do not fit the sizes that the config itself names."""
     if not tensors:

@@ -16,7 +16,7 @@ COMMANDS = {
     "sweep": "search hyperparameters, judged on dev",
     "inspect": "look at data sources before anything is trained on them",
     "compare": "compare result files of other tools, question by question",
-    "export": "write a stage as one ordinary PEFT adapter",
+    "export": "write a stage for other tools: one adapter, or a whole model",
     "schema": "print the JSON schema of a config, for editors",
 }
 

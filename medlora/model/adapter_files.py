@@ -1,9 +1,11 @@
-"""Saved LoRA adapters as PEFT folders: find, read, write, and join a chain into one. No model is needed here."""
+"""Saved LoRA adapters as PEFT folders: read one, read a chain by layer, write one. No model is needed here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,10 +13,69 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from medlora.artifacts.adapter_checks import find_row_ids
+from medlora.artifacts.adapter_checks import ROWS, Targets, check_adapter, find_row_ids
 from medlora.artifacts.adapters import read_adapter_json
 from medlora.artifacts.headers import CONFIG, WEIGHTS
 from medlora.errors import InputError
+
+PREFIX = "base_model.model."
+"""How the names of PEFT's tensors begin."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What one adapter adds to the weight of one layer."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    """With the adapter's scaling folded in."""
+    magnitude: torch.Tensor | None = None
+    """DoRA's length of every output's weights."""
+
+
+@dataclass(frozen=True)
+class ChainTensors:
+    """All that a chain of adapters changes of its base, in float32."""
+
+    layers: dict[str, list[LowRank]] = field(default_factory=dict)
+    """By layer, oldest adapter first."""
+    rows: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    """Vocabulary rows by embeddings and token id; of several adapters the last one's."""
+
+
+def read_chain_tensors(folders: Sequence[Path]) -> ChainTensors:
+    """Read the adapters of a chain; raises InputError for aLoRA, and for tensors beside (Do)LoRA and vocabulary rows."""
+    found = ChainTensors()
+    for folder in folders:
+        targets, config = check_adapter(folder).targets, read_config(folder)
+        if config.alora_invocation_tokens:
+            raise InputError(
+                f"{folder}: aLoRA acts only behind its invocation tokens; it cannot become part of one LoRA adapter or of "
+                "the base's weights"
+            )
+        _collect(folder, config, targets, found)
+    return found
+
+
+def _collect(folder: Path, config: LoraConfig, targets: Targets, found: ChainTensors) -> None:
+    tensors = read_tensors(folder)
+    for name in sorted(tensors):
+        path = name.removeprefix(PREFIX)
+        if path.endswith(".lora_A.weight"):
+            layer = path.removesuffix(".lora_A.weight")
+            a, b = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
+            scaling = targets.find_alpha(layer) / (math.sqrt(len(a)) if config.use_rslora else len(a))
+            magnitude = tensors.get(f"{PREFIX}{layer}.lora_magnitude_vector")
+            length = None if magnitude is None else magnitude.float()
+            found.layers.setdefault(layer, []).append(LowRank(a, b * scaling, length))
+        elif path.endswith(f".{ROWS}"):
+            layer = path.removesuffix(f".{ROWS}")
+            found.rows.setdefault(layer, {}).update(zip(row_ids(config, layer), tensors[name].float(), strict=True))
+        elif not path.endswith((".lora_B.weight", ".lora_magnitude_vector")):
+            raise InputError(
+                f"{folder}: holds {name}, neither LoRA nor vocabulary rows; it cannot become part of one LoRA adapter or of "
+                "the base's weights"
+            )
 
 
 def read_config(folder: Path) -> LoraConfig:

@@ -30,6 +30,13 @@ def _name_of(base: PreTrainedModel, wanted: torch.nn.Module) -> str:
     return next(names)
 
 
+def name_embeddings(base: PreTrainedModel) -> tuple[str, str]:
+    """Names of the input and of the output embeddings; the first one twice where they are tied."""
+    entrance, head = base.get_input_embeddings(), base.get_output_embeddings()
+    name = _name_of(base, entrance)
+    return name, name if _bare(head) is _bare(entrance) else _name_of(base, head)
+
+
 def list_linear(base: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """The linear layers of a base by name, whether or not adapters sit on them; GPT-2's Conv1D is one with its weight turned."""
     found: dict[str, torch.nn.Module] = {}

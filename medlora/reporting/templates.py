@@ -1,13 +1,21 @@
-"""The jinja environment of the pages, and how numbers are written in them."""
+"""The jinja environment of the pages, how numbers are written in them, and the short texts of exports."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
 
 from medlora.reporting.report import is_by_likelihood
+
+_FOLDER = Path(__file__).parent / "templates"
+
+
+def fill_text(template: str, **values: str) -> str:
+    """A short text with its `$names` filled in."""
+    return Template((_FOLDER / template).read_text(encoding="utf-8")).substitute(values)
 
 
 def make_environment() -> Any:
@@ -15,7 +23,7 @@ def make_environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medlora.answering.stage_model import StageModel
+from medlora.artifacts.base_checks import check_base
 from medlora.config.evaluation import EvaluationConfig
 from medlora.config.model import BaseModelConfig
 from medlora.config.sources import SourceConfig
 from medlora.curriculum.chains import Link
 from medlora.data.sources import read
+from medlora.drivers.export import Export, write_export
 from medlora.model.base import load_base
 from medlora.model.chain import activate, load_chain
 from medlora.model.export import export_chain
@@ -64,6 +67,7 @@ def test_a_family_trains_stacks_exports_and_answers(name: str, data: Path, tmp_p
     assert ("flat batches, no padding" in notes) != family.padded
     export_chain([link.folder for link in chain], tmp_path / "one")
     compare_export(base, chain, tmp_path / "one")
+    compare_merged(base, chain, tmp_path / "merged")
     questions = [*read(SourceConfig(source=str(data / "dev.jsonl")))][:3]
     for settings in ({"scoring": "letter"}, {"scoring": "generate", "style": "kormedmcqa"}):
         evaluation = EvaluationConfig.model_validate(
@@ -94,6 +98,23 @@ def compare_export(base: BaseModelConfig, chain: list[Link], one: Path) -> None:
         joined = model(ids).logits
     torch.testing.assert_close(whole, joined, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(whole, plain, atol=1e-4)
+
+
+def compare_merged(base: BaseModelConfig, chain: list[Link], out: Path) -> None:
+    """The chain and the model that it was merged into give the same logits, and end an answer at the same tokens."""
+    out.mkdir()
+    write_export(Export(base, chain, "merged", "float32"), out)
+    check_base(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    ids = torch.tensor([tokenizer.encode("질문: 아스피린 고혈압증 answer:", add_special_tokens=False)])
+    with torch.no_grad():
+        model = load_base(base, tokenizer)
+        stops = stop_token_ids(tokenizer, model)
+        whole = load_chain(model, [(link.name, link.folder) for link in chain]).eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        torch.testing.assert_close(merged(ids).logits, whole, atol=1e-4, rtol=1e-4)
+    found = merged.generation_config.eos_token_id
+    assert sorted(found if isinstance(found, list) else [found]) == stops
 
 
 @pytest.mark.parametrize("name", ["Phi-3", "Llama 3", "Gemma 4", "gpt-oss"])

@@ -1,0 +1,67 @@
+"""What `pip install medlora` brings: the package with its configs and templates, and a command that works from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from medlora import __version__
+from tests.support import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the checkout, built from a copy of what git knows: the checkout gets no build folder."""
+    home = tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        target = home / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(home), str(home / "source")], capture_output=True, text=True, cwd=home
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = home.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_all_that_the_package_reads(wheel: Path) -> None:
+    assert wheel.name == f"medlora-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as opened:
+        held = set(opened.namelist())
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "medlora").rglob("*.py")}
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "medlora").rglob("templates/*")}
+    configs = {f"medlora/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert templates and configs
+    assert code | templates | configs | {"medlora/py.typed"} <= held
+    others = {name for name in held if not name.startswith(("medlora/", f"medlora-{__version__}.dist-info/"))}
+    assert not others
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["schema"]])
+def test_the_command_works_from_the_wheel_alone(wheel: Path, command: list[str], tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(tmp_path / "target")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "target")}
+    code = "import sys, medlora; from medlora.cli.main import main; from medlora.cli.common import find_config\n"
+    code += "assert str(find_config('quickstart.yaml')).startswith(sys.argv.pop(1)) and find_config('quickstart.yaml').is_file()\n"
+    code += "sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "target"), *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = {"--help": "medlora export", "--version": f"medlora {__version__}", "schema": '"$defs"'}[command[0]]
+    assert expected in done.stdout
