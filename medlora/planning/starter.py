@@ -78,8 +78,8 @@ def fill_data(config: str, data: Folder) -> tuple[str, list[str]]:
             text.drop(("phases", phase))
             notes.append(f"phase {phase} is left out: the folder has no data for it")
     _mend_chain(text, kept)
+    _fill_validation(text, kept, data, notes)  # first: it replaces every alias, so that the text is whole YAML again
     _fill_words(text, kept, data, notes)
-    _fill_validation(text, kept, data, notes)
     _fill_tests(text, data, notes)
     reasons = any(file.has_rationale for file in train)
     if train and not reasons:
