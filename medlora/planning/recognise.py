@@ -35,6 +35,8 @@ class DataFile:
     kind: str
     split: Split
     records: int
+    names_split: bool = True
+    """Whether its name says the split; else it is taken to train on."""
     has_rationale: bool = False
 
 
@@ -90,21 +92,21 @@ def _add(found: Folder, source: str, name: str, kind: Literal["auto", "text"]) -
         scanned = scan(SourceConfig(source=source, kind=kind))
         scanned.check(0.0)
     except InputError as error:
-        reason = str(error).partition("\n")[0].removeprefix(f"{source}: ")
+        reason = str(error).partition("\n")[0].removeprefix(source).lstrip(": ").partition("; known: ")[0].rstrip(":")
         found.left_out[source] = f"{reason} (`medlora inspect` shows its rows)"
         return
-    found.files.append(
-        DataFile(source, scanned.kind, find_split(name), scanned.records, has_rationale=bool(scanned.rationale))
-    )
+    split = find_split(name)
+    file = DataFile(source, scanned.kind, split or "train", scanned.records, split is not None, bool(scanned.rationale))
+    found.files.append(file)
 
 
-def find_split(name: str) -> Split:
-    """The split that a file's name says, the last part of its path first; `train` where it says none."""
+def find_split(name: str) -> Split | None:
+    """The split that a file's name says, the last part of its path first; None where it says none."""
     for part in reversed(name.split("/")):
         for words, split in _SPLITS:
             if _says(part, words):
                 return split
-    return "train"
+    return None
 
 
 def _says(name: str, words: str) -> bool:
