@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from medlora.planning.plan import PhasePlan, RunPlan
+from medlora.planning.figures import PhasePlan, RunPlan
 
 _STATES = {
     "finished": "finished, is reused",

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from medlora.config.run import RunConfig
 from medlora.data.card import describe_overlap, read_card
 from medlora.data.sources import scan
+from medlora.planning.figures import PhasePlan, RunPlan
 from medlora.runs.folders import RunFolder
 from medlora.runs.object_store import is_store
-
-if TYPE_CHECKING:
-    from medlora.planning.plan import PhasePlan, RunPlan
 
 _MANY_EPOCHS = 5
 

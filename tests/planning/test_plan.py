@@ -17,7 +17,8 @@ from medlora.cli.starting.plan import main
 from medlora.config.model import LoraSettings
 from medlora.config.run import RunConfig
 from medlora.errors import InputError
-from medlora.planning.plan import RunPlan, make_plan
+from medlora.planning.figures import RunPlan
+from medlora.planning.plan import make_plan
 from medlora.planning.sizes import HEAD_CHUNK_BYTES, count_lora, read_shape
 from medlora.planning.table import describe_plan
 from medlora.runs.folders import RunFolder
