@@ -74,7 +74,9 @@ def test_what_is_streamed_is_what_the_evaluation_generates(
 def test_wrong_lines_are_explained_and_the_talk_goes_on(
     bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, err = talk(monkeypatch, capsys, "/stage 07\n/mcq\nno options here\n\n/hello\n\ntext about insulin\n", bases["llama"])
+    out, err = talk(
+        monkeypatch, capsys, "/stage 07\n/mcq\nno options here\n\n/hello\n\ntext about insulin\n", bases["llama"]
+    )
     assert "/stage 07: there is no such stage; there are base" in err
     assert "/mcq: no line begins options" in err and "/hello: no such command" in err and out.strip()
 
