@@ -44,6 +44,8 @@ class PhaseJob(Section):
     """Ids of the training records that are left out, by source."""
     scans: tuple[dict[str, Any], ...] = ()
     """What `sources.scan` found in each source, so that a worker need not look again."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that show the losses, too; no part of the fingerprint."""
     fingerprint: dict[str, Any]
 
 
@@ -76,6 +78,7 @@ def make_job(
         threads=placement.cpus_per_worker,
         dropped=dict(find_dropped(config) if dropped is None else dropped),
         scans=tuple(pack_scan(source) for sources in (phase.sources, *replayed.values()) for source in sources),
+        report_to=config.report_to,
         fingerprint={},
     )
     return job.model_copy(update={"fingerprint": _describe(job)})
