@@ -18,7 +18,7 @@ from medlora.prompts import Example, render
 from medlora.records import McqRecord, Record
 from medlora.seeds import derive_seed
 from medlora.tokens.rows import Rows
-from medlora.turns import Convention, learn, load_renderer, write_prompt
+from medlora.turns import Convention, Render, learn, load_renderer, write_prompt
 
 MEASURED = 10_000
 """Records of a source that are tokenised; of a larger source these stand for the rest."""
@@ -66,7 +66,8 @@ class FileTokenizer:
         whole, bare = (len(self.tokenizer.encode("a", add_special_tokens=special).ids) for special in (True, False))
         self.start = min(whole - bare, 1)
         found = load_renderer(folder)
-        self.render, self.name = found or (None, "")
+        self.render: Render | None = found[0] if found else None
+        self.name = found[1] if found else ""
         self.convention: Convention | None = learn(*found) if found else None
 
     def _is_token(self, word: str) -> bool:
@@ -130,10 +131,13 @@ class Measuring:
             return SourceLengths(source.source, found.kind, wanted, whole, None, None, 0, None, basis)
         lengths, prompts = self._count(examples, found.kind)
         texts = [not example.prompt for example in examples]
+        order = range(len(examples))
         rows = Rows(
             [],
-            *map(numpy.array, (lengths, prompts, texts)),
-            range(len(examples)),
+            numpy.array(lengths, dtype=numpy.int64),
+            numpy.array(prompts, dtype=numpy.int64),
+            numpy.array(texts, dtype=bool),
+            order,
             self.phase.max_tokens,
             self.phase.packing,
         )
