@@ -40,12 +40,12 @@ class PhaseJob(Section):
     parent: tuple[Link, ...]
     seed: int
     threads: int
+    report_to: tuple[str, ...] = ()
+    """Trackers that show the losses, too; no part of the fingerprint."""
     dropped: dict[str, tuple[str, ...]] = {}
     """Ids of the training records that are left out, by source."""
     scans: tuple[dict[str, Any], ...] = ()
     """What `sources.scan` found in each source, so that a worker need not look again."""
-    report_to: tuple[str, ...] = ()
-    """Trackers that show the losses, too; no part of the fingerprint."""
     fingerprint: dict[str, Any]
 
 
@@ -76,9 +76,9 @@ def make_job(
         parent=tuple(parent),
         seed=config.seed,
         threads=placement.cpus_per_worker,
+        report_to=config.report_to,
         dropped=dict(find_dropped(config) if dropped is None else dropped),
         scans=tuple(pack_scan(source) for sources in (phase.sources, *replayed.values()) for source in sources),
-        report_to=config.report_to,
         fingerprint={},
     )
     return job.model_copy(update={"fingerprint": _describe(job)})
