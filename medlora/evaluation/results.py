@@ -18,7 +18,7 @@ from medlora.records import McqRecord
 from medlora.runs import mirror
 from medlora.runs.files import read_json_lines, read_mapping
 from medlora.runs.folders import RunFolder
-from medlora.runs.manifests import read_manifest
+from medlora.runs.manifests import MANIFEST
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -94,7 +94,7 @@ def _find_questions(folder: Path) -> dict[tuple[str, str], McqRecord]:
     """The questions of an evaluation by test and id, from those sources that still hold what was asked."""
     report, fingerprint = read_mapping(folder / REPORT) or {}, read_mapping(folder / FINGERPRINT) or {}
     if not fingerprint:
-        fingerprint = (read_manifest(folder) or {}).get("fingerprint") or {}
+        fingerprint = (read_mapping(folder / MANIFEST) or {}).get("fingerprint") or {}
     config = report.get("config") or {}
     hashes: Mapping[str, str] = fingerprint.get("tests") or {}
     found: dict[tuple[str, str], McqRecord] = {}
@@ -112,7 +112,7 @@ def _find_questions(folder: Path) -> dict[tuple[str, str], McqRecord]:
 
 def _describe_phase(path: Path) -> dict[str, Any] | None:
     """A phase's row; None where it is not finished."""
-    manifest = read_manifest(path)
+    manifest = read_mapping(path / MANIFEST)
     if manifest is None:
         return None
     segments = manifest.get("segments") or []

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from medlora.runs.files import read_json_lines
+from medlora.runs.files import read_json_lines, read_mapping
 from medlora.runs.folders import PhaseFolder
-from medlora.runs.manifests import MANIFEST, read_manifest
+from medlora.runs.manifests import MANIFEST
 
 _MOST_RUNS = 500
 
@@ -39,7 +38,7 @@ def choose_rate(rates: list[Rate], phase: str) -> Rate | None:
 def _read_rates(storage: Path, base_files: str, quantization: str) -> Iterator[Rate]:
     for path in sorted(storage.glob(f"*/phases/*/{MANIFEST}"))[:_MOST_RUNS]:
         folder = PhaseFolder(path.parent)
-        manifest: dict[str, Any] = read_manifest(folder.root) or {}
+        manifest = read_mapping(path) or {}
         fingerprint = manifest.get("fingerprint") or {}
         base = fingerprint.get("base") or {}
         if fingerprint.get("base_files") != base_files or base.get("quantization") != quantization:

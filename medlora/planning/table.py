@@ -25,7 +25,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         takes = f", memory about {_size(sum(phase.memory_bytes.values()))}" if phase.memory_bytes else ""
         lines.append(
             f"plan: phase {phase.name} {_STATES[phase.state]}: {learns}, {_count(phase.trainable)} trainable{takes}, "
-            f"{_time(phase.seconds)} ({phase.rate})"
+            + (f"time {phase.rate}" if phase.seconds is None else f"about {_time(phase.seconds)} ({phase.rate})")
         )
     if plan.questions:
         lines.append(f"plan: evaluation asks {plan.asked:,} times ({plan.stages} stages, scoring {plan.scoring})")
@@ -80,7 +80,8 @@ def _describe_rest(plan: RunPlan) -> list[str]:
     lines = []
     if left:
         lines.append("memory: activations are an estimate by formula; a dry run measures them before the first step")
-        lines.append(f"time: {_time(plan.seconds)} of training alone; {_describe_rates(left)}")
+        known = f"about {_time(plan.seconds)} of training alone; " if plan.seconds is not None else ""
+        lines.append(f"time: {known}{_describe_rates(left)}")
         lines.append(f"disk: at most {_size(plan.disk_bytes)} for adapters and checkpoints")
     if plan.left_out_records:
         lines.append(f"data: {plan.left_out_records:,} records are left out by data.overlap or data.dedupe")
