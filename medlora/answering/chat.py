@@ -38,7 +38,7 @@ class Chat:
         whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
         links = {link.name: Path(link.folder) for chain in stages.values() for link in chain}
         model: Any = load_base(base, max([*self.tokenizers.values(), *whole], key=len), device)
-        self.model = load_chain(model, list(links.items())) if links else model
+        self.model: Any = load_chain(model, list(links.items())) if links else model
         self.stage = next(iter(stages))
         self.switch(self.stage)
 
@@ -79,7 +79,7 @@ class Chat:
         return answer
 
 
-class _Streamer(transformers.TextStreamer):  # type: ignore[misc]
+class _Streamer(transformers.TextStreamer):
     """Hands on whole words: a character of Korean may be made of several tokens."""
 
     def __init__(self, tokenizer: Any, write: Write) -> None:

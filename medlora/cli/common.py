@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import medlora
 
@@ -29,6 +28,6 @@ def text_to_stderr(wanted: bool) -> Iterator[None]:
         yield
 
 
-def print_json(report: Any) -> None:
+def print_json(report: object) -> None:
     """A report as JSON, for programs."""
     print(json.dumps(report, indent=2, ensure_ascii=False))

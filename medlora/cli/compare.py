@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from medlora.cli.common import print_json, text_to_stderr
 from medlora.errors import InputError
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace) -> object:
     """Write the comparison's folder, print its table and return the report."""
     if arguments.out.exists():
         raise InputError(f"--out {arguments.out}: is there already; name a new folder")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
 
 from medlora.cli.common import find_config, print_json, text_to_stderr
 
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+def evaluate(arguments: argparse.Namespace) -> object:
     """Score what is not scored yet, print the table and return the report."""
     from medlora import endings
     from medlora.config.loading.files import load_evaluate_config

@@ -117,7 +117,7 @@ def find_asking(chain: Sequence[Link]) -> tuple[Scoring, McqStyle]:
         return "letter", "reasoning"
     adapter = Path(chain[-1].folder)
     styles = _find_trained_styles(adapter)
-    manifest = read_manifest(adapter.parent) or {}
+    manifest = read_manifest(adapter.parent)
     if "reasoning" in styles:
-        return ("reason" if manifest.get("rationale") else "letter"), "reasoning"
+        return ("reason" if manifest and manifest.get("rationale") else "letter"), "reasoning"
     return "letter", ("kormedmcqa" if styles == {"kormedmcqa"} else "answer" if styles else "reasoning")

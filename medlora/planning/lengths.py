@@ -13,15 +13,22 @@ import numpy
 from medlora.config.phase import PhaseConfig
 from medlora.config.sources import TrainSource
 from medlora.data.card import stream_kept
-from medlora.data.sources import scan
+from medlora.data.sources import Scan, scan
 from medlora.prompts import Example, render
+from medlora.prompts import version as prompts_version
 from medlora.records import McqRecord, Record
+from medlora.runs.files import read_mapping
+from medlora.runs.manifests import MANIFEST
 from medlora.seeds import derive_seed
+from medlora.tokens.cache import TokenStore
 from medlora.tokens.rows import Rows
 from medlora.turns import Convention, Render, learn, load_renderer, write_prompt
 
 MEASURED = 10_000
 """Records of a source that are tokenised; of a larger source these stand for the rest."""
+
+_COMPARED = 256
+"""Records by which cached tokens are known to be of this tokenizer."""
 
 _MINIATURE = {"text": 0.54, "translation": 0.42, "mcq": 0.47}
 """Tokens per character of the miniature's corpus, measured once; used until the miniature is built."""
@@ -112,47 +119,59 @@ class Measuring:
     tokenizer: FileTokenizer | None
     is_miniature: bool
     dropped: Mapping[str, Sequence[str]]
+    cache: Path
+    """Where tokens of large sources may be."""
 
     def measure(self, key: str, source: TrainSource) -> SourceLengths:
         """The examples of a source as rows of the phase."""
         found = scan(source)
         total = found.records - len(self.dropped.get(source.source, ()))
+        wanted = min(total, source.sample or total)
         records = list(islice(stream_kept(source, self.dropped), MEASURED))
+        if self.tokenizer is None and not self.is_miniature:
+            examples = round(wanted / max(1, len(records)) * sum(1 for _ in _render(records, source.style)))
+            basis = "unknown: the base has no tokenizer.json here"
+            return SourceLengths(source.source, found.kind, wanted, examples, None, None, 0, None, basis)
+        if len(records) < total and (store := self._find_cached(source, found, records)) is not None:
+            return self._measure_cached(key, source, store)
         is_whole = len(records) == total
         if is_whole:
             random.Random(derive_seed(self.seed, key)).shuffle(records)
-        wanted = min(total, source.sample or total)
         records = records[:wanted]
-        examples = list(_render(records, source.style))
-        share = wanted / max(1, len(records))
-        whole = round(share * len(examples))
-        if self.tokenizer is None and not self.is_miniature:
-            basis = "unknown: the base has no tokenizer.json here"
-            return SourceLengths(source.source, found.kind, wanted, whole, None, None, 0, None, basis)
-        lengths, prompts = self._count(examples, found.kind)
-        texts = [not example.prompt for example in examples]
-        order = range(len(examples))
-        rows = Rows(
-            [],
-            numpy.array(lengths, dtype=numpy.int64),
-            numpy.array(prompts, dtype=numpy.int64),
-            numpy.array(texts, dtype=bool),
-            order,
-            self.phase.max_tokens,
-            self.phase.packing,
-        )
+        rendered = list(_render(records, source.style))
+        lengths, prompts = self._count(rendered, found.kind)
+        texts = numpy.array([not example.prompt for example in rendered], dtype=bool)
+        rows = self._arrange(numpy.array(lengths), numpy.array(prompts), texts, range(len(rendered)))
         basis = "all records" if is_whole else f"the first {len(records):,} records"
-        return SourceLengths(
-            source.source,
-            found.kind,
-            wanted,
-            whole,
-            round(share * len(rows)),
-            round(share * rows.lengths.tokens),
-            round(share * rows.lengths.dropped),
-            int(rows.sizes.max()) if len(rows) else 0,
-            basis + ("" if self.tokenizer else ", by characters"),
-        )
+        basis += "" if self.tokenizer else ", by characters"
+        return _describe(source.source, found.kind, wanted, rows, wanted / max(1, len(records)), basis)
+
+    def _arrange(
+        self, lengths: numpy.ndarray, prompts: numpy.ndarray, texts: numpy.ndarray, order: Sequence[int]
+    ) -> Rows:
+        sizes = (array.astype(numpy.int64) for array in (lengths, prompts))
+        return Rows([], *sizes, texts, order, self.phase.max_tokens, self.phase.packing)
+
+    def _find_cached(self, source: TrainSource, found: Scan, records: Sequence[Record]) -> TokenStore | None:
+        """Tokens of a large source in the cache, if the first of them are as long as this tokenizer makes them."""
+        style = source.style if found.kind == "mcq" else ""
+        wanted = {"source": source.source, "records": found.hash, "style": style, "prompts": prompts_version()}
+        lengths = self._count(list(_render(records[:_COMPARED], source.style)), found.kind)[0]
+        for path in sorted((self.cache / "tokens").glob(f"*/{MANIFEST}")):
+            made = (read_mapping(path) or {}).get("fingerprint") or {}
+            if not self.dropped.get(source.source) and all(made.get(key) == value for key, value in wanted.items()):
+                store = TokenStore(path.parent)
+                if abs(int(store.lengths[: len(lengths)].sum()) - sum(lengths)) <= 0.02 * sum(lengths):
+                    return store
+        return None
+
+    def _measure_cached(self, key: str, source: TrainSource, store: TokenStore) -> SourceLengths:
+        """The rows of a source whose tokens are in the cache, in the order in which they are trained."""
+        records = store.find_included(self.dropped.get(source.source, ()))
+        random.Random(derive_seed(self.seed, key)).shuffle(records)
+        records = records[: source.sample]
+        rows = self._arrange(store.lengths, store.prompts, store.texts, store.order_examples(records))
+        return _describe(source.source, scan(source).kind, len(records), rows, 1.0, "the token cache")
 
     def _count(self, examples: Sequence[Example], kind: str) -> tuple[list[int], list[int]]:
         if self.tokenizer is not None:
@@ -160,6 +179,13 @@ class Measuring:
         ratio = _MINIATURE.get(kind, 0.5)
         prompts = [round(len(example.prompt) * ratio) for example in examples]
         return [n + round(len(each.completion) * ratio) + 1 for n, each in zip(prompts, examples, strict=True)], prompts
+
+
+def _describe(source: str, kind: str, records: int, rows: Rows, share: float, basis: str) -> SourceLengths:
+    """The figures of rows that stand for `share` times as many."""
+    lengths, longest = rows.lengths, int(rows.sizes.max()) if len(rows) else 0
+    counts = [round(share * n) for n in (lengths.examples, len(rows), lengths.tokens, lengths.dropped)]
+    return SourceLengths(source, kind, records, *counts, longest, basis)
 
 
 def _render(records: Sequence[Record], style: str) -> Iterator[Example]:

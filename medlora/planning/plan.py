@@ -57,7 +57,7 @@ def make_plan(config: RunConfig, run: RunFolder, device: str) -> RunPlan:
         if trainable is not None:
             sizes[phase.name] = trainable
         seed = derive_seed(config.seed, "phase", phase.name)
-        measuring = Measuring(phase, seed, base.tokenizer, base.is_miniature, dropped)
+        measuring = Measuring(phase, seed, base.tokenizer, base.is_miniature, dropped, config.storage.cache_folder)
         made = _plan_phase(config, phase, measuring, base.rates)
         made = replace(made, state=state, chain=tuple(link.name for link in chain), trainable=trainable)
         frozen = sum(sizes.get(link.name, 0) for link in chain[:-1])

@@ -22,7 +22,9 @@ def find_warnings(config: RunConfig, run: RunFolder, plan: RunPlan) -> Iterator[
         if "mcq" in kinds and phase.validation is None and planned.is_left:
             yield f"phase {phase.name} has no validation: nothing says when it is good, or how good it was"
         yield from _warn_of_phase(planned, phase.weights == "records", phase.max_tokens)
-    yield from describe_overlap(read_card(run.data) or {})
+    card = read_card(run.data)
+    if card is not None:
+        yield from describe_overlap(card)
     if is_store(config.storage.folder):
         yield "the run is in a store: what is finished there was not looked at, only the copy on this machine"
 

@@ -102,6 +102,30 @@ def test_time_is_measured_or_not_said(bases: dict[str, str], data: Path, finishe
     assert "not measured yet" in "\n".join(describe_plan(plan))
 
 
+def test_a_large_source_is_measured_in_the_token_cache_or_on_a_sample(
+    bases: dict[str, str], data: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tests.support.tiny_run import configure
+
+    config = configure(bases["gemma"], data)
+    whole = make_plan(config, RunFolder(tmp_path / "new"), "cpu")
+    monkeypatch.setattr("medlora.planning.lengths.MEASURED", 6)
+    cached = make_plan(config, RunFolder(tmp_path / "new"), "cpu")
+    other = config.storage.model_copy(update={"cache": str(tmp_path)})
+    sampled = make_plan(config.model_copy(update={"storage": other}), RunFolder(tmp_path / "new"), "cpu")
+    for phases in zip(whole.phases, cached.phases, sampled.phases, strict=True):
+        for all_of_it, found, guess in zip(*(phase.sources for phase in phases), strict=True):
+            assert (all_of_it.basis, found.basis, guess.basis) == (
+                "all records",
+                "the token cache",
+                "the first 6 records",
+            )
+            assert found.rows == pytest.approx(all_of_it.rows, abs=1) and found.tokens == pytest.approx(
+                all_of_it.tokens, rel=0.02
+            )
+            assert guess.tokens == pytest.approx(all_of_it.tokens, rel=0.3) and guess.records == all_of_it.records
+
+
 @pytest.mark.parametrize("family", ["gemma", "medgemma", "llama"])
 @pytest.mark.parametrize("targets", ["all-linear", "attention", ("q_proj", "down_proj")])
 def test_lora_parameters_by_headers_are_peft_s(family: str, targets: Any, bases: dict[str, str]) -> None:
