@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from medlora.planning.figures import RunPlan
 from medlora.planning.plan import make_plan
 from medlora.planning.sizes import HEAD_CHUNK_BYTES, count_lora, read_shape
 from medlora.planning.table import describe_plan
+from medlora.planning.warnings import find_memory_warnings
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
 from tests.support import ROOT
@@ -145,6 +147,15 @@ def test_the_head_s_chunk_is_the_kernel_s() -> None:
     from medlora.kernels.supervised_head import CHUNK_BYTES
 
     assert HEAD_CHUNK_BYTES == CHUNK_BYTES
+
+
+def test_a_card_that_is_too_small_is_warned_of(planned: tuple[RunConfig, RunPlan], tmp_path: Path) -> None:
+    fresh = make_plan(planned[0], RunFolder(tmp_path / "new"), "cuda")
+    large = replace(fresh, phases=tuple(replace(phase, memory_bytes={"base": 30 * 2**30}) for phase in fresh.phases))
+    (first, *rest) = find_memory_warnings(large, ["L4", "T4", "unheard-of"])
+    assert "phase 00 is estimated to need 30 GiB a worker" in first and "(L4) has 24" in first and len(rest) == 2
+    assert not list(find_memory_warnings(large, ["L4", "H100"])) and not list(find_memory_warnings(large, ["new"]))
+    assert not list(find_memory_warnings(planned[1], ["T4"]))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from medlora.errors import InputError
 
 if TYPE_CHECKING:
     from medlora.config.run import RunConfig
+    from medlora.planning.figures import RunPlan
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -68,18 +69,19 @@ def show_plan(
     run = RunFolder(Path(os.path.abspath(mirror.find_copy(where, config.storage.cache).expanduser())))
     plan = make_plan(config, run, guess_device(config.placement))
     if ask_cluster:
-        plan = replace(plan, cluster=_ask_cluster(config))
+        plan = _ask_cluster(config, plan)
     if as_json:
         print(json.dumps(plan.as_plain(), indent=2, ensure_ascii=False))
     else:
         print_plan(plan)
 
 
-def _ask_cluster(config: RunConfig) -> str:
-    """What the cluster has; raises InputError where it never has room for a phase or the evaluation."""
+def _ask_cluster(config: RunConfig, plan: RunPlan) -> RunPlan:
+    """The plan with what the cluster has, and which phases its cards may be too small for; raises InputError where it never has room for a phase or the evaluation."""
     from medlora.drivers.curriculum import find_evaluation_placement
     from medlora.on_ray.cluster import connect
     from medlora.on_ray.placement import check_placement
+    from medlora.planning.warnings import find_memory_warnings
 
     with connect() as cluster:
         for phase in config.phases:
@@ -88,4 +90,6 @@ def _ask_cluster(config: RunConfig) -> str:
         if config.evaluation is not None:
             placement, key = find_evaluation_placement(config)
             check_placement(placement, cluster, key)
-        return f"{cluster}, which has room for every phase"
+        cards = {name for node, _ in cluster.kinds() for name in node.accelerators}
+        warnings = (*plan.warnings, *find_memory_warnings(plan, cards))
+        return replace(plan, cluster=f"{cluster}, which has room for every phase", warnings=warnings)
