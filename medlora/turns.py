@@ -161,11 +161,17 @@ def check_template(folder: Path, key: str = "base.model") -> None:
 
     A folder without a template is fine: its prompts are plain text.
     """
+    if (found := load_renderer(folder, key)) is not None:
+        learn(*found)
+
+
+def load_renderer(folder: Path, key: str = "base.model") -> tuple[Render, str] | None:
+    """What writes the chats of a model's folder, without its tokenizer, and its name; None where it has no template."""
     file, template, words = _read_template(folder, key)
     if not template:
-        return
+        return None
     name = f"{key}: the chat template in {file}"
-    learn(_make_renderer(template, words, name), name)
+    return _make_renderer(template, words, name), name
 
 
 def _read_template(folder: Path, key: str) -> tuple[Path, str, dict[str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from medlora.cli.common import print_json, text_to_stderr
 from medlora.errors import InputError
 from medlora.evaluation.ledger import PAGE, PREDICTIONS, REPORT
 from medlora.evaluation.predictions import write_predictions
@@ -32,6 +33,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reparse", action="store_true", help="read letters from the responses, not from column pred")
     parser.add_argument("--letters", default="ABCDE", help="the letters of the options (default: ABCDE)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON to stdout, all else to stderr")
     return parser.parse_args(argv)
 
 
@@ -61,26 +63,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the report is there, 2 when something the user gave is wrong."""
     arguments = parse(argv)
     try:
-        if arguments.out.exists():
-            raise InputError(f"--out {arguments.out}: is there already; name a new folder")
-        logs = read_logs(arguments.logs, arguments.letters, arguments.reparse)
-        notes = [describe_counts(p.stem, log.counts) for p, log in zip(arguments.logs, logs, strict=True)]
-        predictions = [prediction for log in logs for prediction in sorted(log.predictions, key=lambda p: p.id)]
-        about = {
-            "name": arguments.out.name,
-            "notes": [note for note in notes if note],
-            "config": {"logs": [path.name for path in arguments.logs], "reparse": arguments.reparse},
-            "versions": get_versions(),
-            "hashes": {path.name: hash_file(path) for path in arguments.logs},
-        }
-        report = build_report(predictions, about, arguments.seed)
-        arguments.out.mkdir(parents=True)
-        write_predictions(arguments.out / PREDICTIONS, predictions)
-        write_json(arguments.out / REPORT, report)
-        write_page(arguments.out / PAGE, report, predictions)
-        print_report(report, worked=True)
-        print(f"comparison: {arguments.out}")
-        return 0
+        with text_to_stderr(arguments.json):
+            report = compare(arguments)
     except InputError as error:
         print(f"medlora: {error}", file=sys.stderr)
         return 2
+    if arguments.json:
+        print_json(report)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> object:
+    """Write the comparison's folder, print its table and return the report."""
+    if arguments.out.exists():
+        raise InputError(f"--out {arguments.out}: is there already; name a new folder")
+    logs = read_logs(arguments.logs, arguments.letters, arguments.reparse)
+    notes = [describe_counts(p.stem, log.counts) for p, log in zip(arguments.logs, logs, strict=True)]
+    predictions = [prediction for log in logs for prediction in sorted(log.predictions, key=lambda p: p.id)]
+    about = {
+        "name": arguments.out.name,
+        "notes": [note for note in notes if note],
+        "config": {"logs": [path.name for path in arguments.logs], "reparse": arguments.reparse},
+        "versions": get_versions(),
+        "hashes": {path.name: hash_file(path) for path in arguments.logs},
+    }
+    report = build_report(predictions, about, arguments.seed)
+    arguments.out.mkdir(parents=True)
+    write_predictions(arguments.out / PREDICTIONS, predictions)
+    write_json(arguments.out / REPORT, report)
+    write_page(arguments.out / PAGE, report, predictions)
+    print_report(report, worked=True)
+    print(f"comparison: {arguments.out}")
+    return report

@@ -11,7 +11,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from medlora.cli.common import find_config
+from medlora.cli.common import find_config, print_json, text_to_stderr
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,12 +32,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="score adapters made for another base, stage or prompt style; the report says so",
     )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON to stdout, all else to stderr")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when the report is there; `endings.run_job` gives the code where it is not."""
     arguments = parse(argv)
+    with text_to_stderr(arguments.json):
+        report = evaluate(arguments)
+    if arguments.json:
+        print_json(report)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> object:
+    """Score what is not scored yet, print the table and return the report."""
     from medlora import endings
     from medlora.config.loading.files import load_evaluate_config
     from medlora.evaluation.ledger import FINGERPRINT, find_report
@@ -70,4 +80,4 @@ def main(argv: list[str] | None = None) -> int:
             report = run_evaluation(config, plan, out, display.show)
     print_report(report, worked)
     print(f"evaluation: {mirror.name_place(out.root)}")
-    return 0
+    return report

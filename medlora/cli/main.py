@@ -11,14 +11,19 @@ from importlib import import_module
 from medlora import __version__
 
 COMMANDS = {
+    "init": "write a commented config to start from, with your data in it",
+    "plan": "what a run will do: steps, memory, time, disk, without starting it",
     "train": "train a base through a curriculum of phases and score every stage",
     "evaluate": "score stages on multiple-choice tests",
     "sweep": "search hyperparameters, judged on dev",
     "inspect": "look at data sources before anything is trained on them",
     "compare": "compare result files of other tools, question by question",
+    "chat": "ask a stage or a base questions on the terminal",
     "export": "write a stage for other tools: one adapter, or a whole model",
     "schema": "print the JSON schema of a config, for editors",
 }
+_PLACES = {"init": "starting.init", "plan": "starting.plan", "chat": "using.chat"}
+"""Where a command's module is, if not in a module of its own name."""
 
 
 def describe_commands() -> str:
@@ -47,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     from medlora.endings import run_job
 
     sys.argv[0] = f"medlora {command}"  # what argparse calls the program
-    return run_job(partial(import_module(f"medlora.cli.{command}").main, rest))
+    return run_job(partial(import_module(f"medlora.cli.{_PLACES.get(command, command)}").main, rest))

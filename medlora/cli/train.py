@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="begin from adapters in `start` that were made for another base or stage"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan (as `medlora plan`) and start nothing")
     arguments = parser.parse_args(argv)
     arguments.config = arguments.config or [default]
     return arguments
@@ -70,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments.config) > 1 and (arguments.run_dir or arguments.redo):
         raise InputError("--run-dir and --redo are for one run; several go to <storage.folder>/<name> of their configs")
     configs = [load(path, arguments.overrides) for path in arguments.config]
+    if arguments.dry_run:
+        from medlora.cli.starting.plan import show_plan
+
+        for config in configs:
+            show_plan(config, arguments.run_dir, arguments.force)
+        return 0
     for config in configs:
         for doubt in check_inputs(config, arguments.force):
             print(f"medlora: --force: {doubt}", file=sys.stderr)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medlora.config.base import Name, Section
 from medlora.config.evaluation import StageEvaluationConfig
@@ -28,6 +28,16 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     placement: Placement = Placement()
     storage: Storage = Storage()
+    report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Also show losses there; servers and keys come from the environment. Without a key W&B writes files for `wandb sync`."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As for sources: dumps are in the fingerprints of sweeps that are finished.
+        dumped: dict[str, Any] = serialise(self)
+        if not dumped.get("report_to"):
+            dumped.pop("report_to", None)
+        return dumped
 
     @model_validator(mode="after")
     def _check_whole(self) -> Self:

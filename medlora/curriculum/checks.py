@@ -19,6 +19,7 @@ from medlora.config.model import BaseModelConfig
 from medlora.config.run import RunConfig
 from medlora.config.sources import SourceConfig
 from medlora.curriculum.chains import Link, start_chain
+from medlora.curriculum.tracking import check_trackers
 from medlora.data.sources import Scan, read, scan
 from medlora.errors import InputError
 from medlora.records import Record
@@ -51,6 +52,7 @@ def check_inputs(config: RunConfig, force: bool = False) -> list[str]:
 
     Returns what is doubtful about adapters in `start` where `force` overrules it. Raises InputError with the dotted key.
     """
+    check_trackers(config.report_to)
     check_base_files(config.base)
     start = {"start": start_chain(config)}
     check_adapters(config.base, start)

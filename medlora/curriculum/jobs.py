@@ -40,6 +40,8 @@ class PhaseJob(Section):
     parent: tuple[Link, ...]
     seed: int
     threads: int
+    report_to: tuple[str, ...] = ()
+    """Trackers that show the losses, too; no part of the fingerprint."""
     dropped: dict[str, tuple[str, ...]] = {}
     """Ids of the training records that are left out, by source."""
     scans: tuple[dict[str, Any], ...] = ()
@@ -74,6 +76,7 @@ def make_job(
         parent=tuple(parent),
         seed=config.seed,
         threads=placement.cpus_per_worker,
+        report_to=config.report_to,
         dropped=dict(find_dropped(config) if dropped is None else dropped),
         scans=tuple(pack_scan(source) for sources in (phase.sources, *replayed.values()) for source in sources),
         fingerprint={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from medlora.evaluation.questions import read_asked
 from medlora.evaluation.reports import Report
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
+from medlora.planning.plan import guess_device, make_plan
+from medlora.planning.table import describe_plan
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
 from medlora.runs.files import read_mapping, remove, set_aside, sweep_temporary, write_sealed, write_yaml
@@ -111,7 +114,16 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
         chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
         on_event(events.reused(phase.name))
     report = None if left else _find_report(config, run, stages)
+    if left:
+        _log_plan(config, run)
     return Begun(config, run, redo, on_event, done, left, chain, stages, report)
+
+
+def _log_plan(config: RunConfig, run: RunFolder) -> None:
+    """Open the run's log with what it is going to do."""
+    log = logging.getLogger("medlora.run").getChild(run.name)
+    for line in describe_plan(make_plan(config, run, guess_device(config.placement))):
+        log.info(line)
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from medlora.artifacts.adapters import fetch_adapter
+from medlora.config.base import McqStyle, Scoring
 from medlora.config.evaluation import EvaluateConfig, EvaluationConfig, StageConfig
 from medlora.config.model import BaseModelConfig
-from medlora.curriculum.chains import Link, find_chain
+from medlora.config.run import RunConfig
+from medlora.curriculum.chains import Link, extend_chain, find_chain, start_chain
 from medlora.curriculum.checks import find_stage_doubts
 from medlora.data.card import describe_overlap, read_card
 from medlora.errors import InputError
@@ -95,3 +97,28 @@ def _find_trained_styles(adapter: Path) -> set[str]:
     described: dict[str, Any] = next((v for k, v in fingerprint.items() if k.startswith("phases.")), {})
     questions = set(manifest.get("question_sources", []))
     return {source["style"] for source in described.get("sources", []) if source["source"] in questions}
+
+
+def find_trained(run: RunFolder, config: RunConfig) -> dict[str, tuple[Link, ...]]:
+    """The stages of a run that exist: the base, and the chain of every phase that is finished, in their order."""
+    stages: dict[str, tuple[Link, ...]] = {"base": ()}
+    chain = start_chain(config)
+    if chain:
+        stages["start"] = chain
+    for phase in config.phases:
+        chain = extend_chain(chain, phase, run.phase(phase.name).adapter)
+        if all(Path(link.folder).is_dir() for link in chain):
+            stages[phase.name] = chain
+    return stages
+
+
+def find_asking(chain: Sequence[Link]) -> tuple[Scoring, McqStyle]:
+    """How a stage is asked as it was trained: with its reasoning, or for the letter at once."""
+    if not chain:
+        return "letter", "reasoning"
+    adapter = Path(chain[-1].folder)
+    styles = _find_trained_styles(adapter)
+    manifest = read_manifest(adapter.parent)
+    if "reasoning" in styles:
+        return ("reason" if manifest and manifest.get("rationale") else "letter"), "reasoning"
+    return "letter", ("kormedmcqa" if styles == {"kormedmcqa"} else "answer" if styles else "reasoning")

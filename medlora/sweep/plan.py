@@ -88,7 +88,7 @@ class SweepPlan:
             if phase["name"] not in [each.name for each in list_earlier(self)]:
                 phase["placement"] = self.config.placement.model_dump(mode="json")
         phases[-1]["validation"] = {**(phases[-1]["validation"] or {}), **dev}
-        made = run.model_dump(mode="json") | {"name": name, "phases": phases, "evaluation": None}
+        made = run.model_dump(mode="json") | {"name": name, "phases": phases, "evaluation": None, "report_to": []}
         return RunConfig.model_validate(made)
 
     def check_against(self) -> RunConfig:
@@ -131,7 +131,7 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
         "sweep": plan.config.model_dump(
             mode="json", exclude={"trials", "concurrency", "placement", "best", "mlflow", "storage", "config", "set"}
         ),
-        "run": plan.run.model_dump(mode="json", exclude={"evaluation", "placement", "storage"}),
+        "run": plan.run.model_dump(mode="json", exclude={"evaluation", "placement", "storage", "report_to"}),
         "tests": [test.source for test in plan.run.evaluation.tests] if plan.run.evaluation else [],
         "retries": plan.config.placement.retries,
     }

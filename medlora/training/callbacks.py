@@ -84,6 +84,30 @@ class LossLoggingCallback(TrainerCallback):
         )
 
 
+class TrackerGuard:
+    """A tracker of transformers that cannot end a phase: once it fails, that is reported and it is left alone."""
+
+    def __init__(self, tracker: TrainerCallback, phase: str, report: OnEvent) -> None:
+        self.tracker, self.phase, self.report, self.failed = tracker, phase, report, False
+
+    def __getattr__(self, event: str) -> Any:
+        if not event.startswith("on_"):
+            raise AttributeError(event)
+        return lambda *arguments, **options: self._hand_on(event, arguments, options)
+
+    def _hand_on(self, event: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if self.failed:
+            return
+        try:
+            getattr(self.tracker, event)(*arguments, **options)
+        except Exception as error:  # a server that is gone raises what its own library likes
+            self.failed = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            text = f"{type(self.tracker).__name__.removesuffix('Callback')} fails and is not reported to any more: {reason}"
+            log.warning(text)
+            self.report(events.note(self.phase, text))
+
+
 class PulseCallback(TrainerCallback):
     """Signals after each forward pass and step that training is alive, for the watch on stalls."""
 

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +21,7 @@ from medlora.artifacts.bases import identify_weights
 from medlora.config.model import BaseModelConfig
 from medlora.curriculum.chains import extend_chain
 from medlora.curriculum.jobs import PhaseJob
+from medlora.curriculum.tracking import Tracking, check_trackers
 from medlora.data.sources import remember, scan, stream
 from medlora.errors import InputError
 from medlora.events import OnEvent
@@ -67,7 +68,9 @@ def run_phase(
     phases of one process share; the adapter has the same bytes without it. Raises InputError for what only the user can
     fix, and callbacks.Leaving, after a checkpoint, when `is_leaving` reports that the node is about to be taken away.
     """
-    worker = Worker.here(device, report, is_leaving)
+    check_trackers(job.report_to)
+    tracking = Tracking(job.report_to, job.run, folder.root.parent.parent / "tracking")
+    worker = replace(Worker.here(device, report, is_leaving), tracking=tracking)
     sinks = (
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),

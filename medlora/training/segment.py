@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from medlora.config.base import McqStyle
 from medlora.config.phase import PhaseConfig
+from medlora.curriculum.tracking import Tracking
 from medlora.events import OnEvent
 from medlora.records import McqRecord
 from medlora.seeds import derive_seed
@@ -138,6 +139,7 @@ class Worker:
     is_leaving: Callable[[], bool] | None = None
     rank: int = 0
     world: int = 1
+    tracking: Tracking = Tracking()
 
     @classmethod
     def here(cls, device: str, report: OnEvent, is_leaving: Callable[[], bool] | None = None) -> Worker:

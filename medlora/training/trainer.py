@@ -31,6 +31,7 @@ from medlora.training.callbacks import (
     LossLoggingCallback,
     MCQValidationCallback,
     PulseCallback,
+    TrackerGuard,
 )
 from medlora.training.divergence import StepWatch, check_checkpoint, forget_divergence, read_divergence
 from medlora.training.segment import Segment, SegmentFigures, Worker
@@ -152,21 +153,19 @@ def train(
     validation = None
     if segment.validate is not None and phase.validation is not None:
         validation = MCQValidationCallback(folder, segment, phase, phase.name, losses, worker.report)
-    trainer = _AdapterTrainer(
-        phase.name,
-        model=model,
-        watch=watch,
-        args=arguments,
-        train_dataset=segment.rows,
-        data_collator=collator,
-        callbacks=_list_callbacks(segment, phase, folder, worker, losses, validation),
-    )
-    # The default printer writes dicts to stdout; our callback logs the same in a better form.
-    trainer.callback_handler.callbacks = [
-        each for each in trainer.callback_handler.callbacks if type(each).__name__ != "PrinterCallback"
-    ]
     started = time.monotonic()
-    _optimise(trainer, model, segment, phase, resume)
+    with worker.tracking.open(worker.tracking.name_run(phase.name, segment.name)):
+        trainer = _AdapterTrainer(
+            phase.name,
+            model=model,
+            watch=watch,
+            args=arguments,
+            train_dataset=segment.rows,
+            data_collator=collator,
+            callbacks=_list_callbacks(segment, phase, folder, worker, losses, validation),
+        )
+        _tidy_callbacks(trainer, phase.name, worker)
+        _optimise(trainer, model, segment, phase, resume)
     logged = [
         row for row in read_json_lines(folder.metrics, keys=("segment", "loss")) if row["segment"] == segment.name
     ]
@@ -181,6 +180,15 @@ def train(
         "resumed_from_step": resume.step or None,
         "optimizer": _choose_optimizer(model, phase),
     }
+
+
+def _tidy_callbacks(trainer: Trainer, phase: str, worker: Worker) -> None:
+    """Take off the default printer, since our callback logs the same in a better form, and keep trackers from ending a phase."""
+    kept = [each for each in trainer.callback_handler.callbacks if type(each).__name__ != "PrinterCallback"]
+    trainer.callback_handler.callbacks = [
+        TrackerGuard(each, phase, worker.report) if type(each).__module__.endswith("integration_utils") else each
+        for each in kept
+    ]
 
 
 def _find_resume(segment: Segment, phase: PhaseConfig, folder: PhaseFolder, worker: Worker) -> _Resume:
@@ -243,7 +251,8 @@ def _make_arguments(
         ddp_find_unused_parameters=False,
         seed=segment.seed,
         data_seed=segment.seed,
-        report_to="none",
+        report_to=list(worker.tracking.to) or "none",
+        run_name=worker.tracking.name_run(phase.name, segment.name) if worker.tracking.to else None,
         torch_compile=phase.compile,
         disable_tqdm=True,
         log_level="error",

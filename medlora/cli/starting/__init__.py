@@ -1,0 +1,1 @@
+"""Commands for before a run: write a config, look at its plan."""

@@ -1,0 +1,51 @@
+"""How fast phases trained before: tokens per second of earlier runs in the same storage folder, never a guess."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from medlora.runs.files import read_json_lines, read_mapping
+from medlora.runs.folders import PhaseFolder
+from medlora.runs.manifests import MANIFEST
+
+_MOST_RUNS = 500
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The median rate of a finished phase, and where it was measured."""
+
+    phase: str
+    tokens_per_s: float
+    basis: str
+    modified: float
+
+
+def find_rates(storage: Path, base_files: str, quantization: str) -> list[Rate]:
+    """Rates of finished phases on the same base in the same quantization, the newest first."""
+    found = list(_read_rates(storage, base_files, quantization)) if storage.is_dir() else []
+    return sorted(found, key=lambda rate: -rate.modified)
+
+
+def choose_rate(rates: list[Rate], phase: str) -> Rate | None:
+    """The newest rate of a phase of that name, else the newest of any."""
+    return next((rate for rate in rates if rate.phase == phase), rates[0] if rates else None)
+
+
+def _read_rates(storage: Path, base_files: str, quantization: str) -> Iterator[Rate]:
+    for path in sorted(storage.glob(f"*/phases/*/{MANIFEST}"))[:_MOST_RUNS]:
+        folder = PhaseFolder(path.parent)
+        manifest = read_mapping(path) or {}
+        fingerprint = manifest.get("fingerprint") or {}
+        base = fingerprint.get("base") or {}
+        if fingerprint.get("base_files") != base_files or base.get("quantization") != quantization:
+            continue
+        measured = [row["tokens_per_s"] for row in read_json_lines(folder.metrics, keys=("tokens_per_s",))]
+        # The first line holds the first step, which also warms up.
+        if steady := [rate for rate in measured[1:] or measured if rate > 0]:
+            rate = statistics.median(steady)
+            where = f"{folder.root.parent.parent.name}, phase {folder.root.name}, on {manifest.get('device', 'an unknown device')}"
+            yield Rate(folder.root.name, rate, f"{rate:,.0f} tokens/s in {where}", path.stat().st_mtime)
