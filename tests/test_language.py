@@ -80,6 +80,7 @@ def list_docstring_sentences(source: str) -> list[tuple[int, str]]:
         for line, text in strings
         for part in re.split(r"\n\s*\n", inspect.cleandoc(text))
         for sentence in list_sentences(part)
+        if not part.startswith(("medlora ", "python ", "PYTHONPATH="))  # commands, one a line
     ]
 
 

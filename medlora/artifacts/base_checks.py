@@ -111,6 +111,7 @@ def find_shards(folder: Path) -> dict[str, Path]:
     if (folder / _SINGLE).exists():
         return dict.fromkeys(tensors, folder / _SINGLE)
     places = read_mapping(folder / _INDEX, _INDEX_BYTES)["weight_map"]
+    assert isinstance(places, dict)  # `read_base_tensors` has looked
     return {name: folder / places[name] for name in tensors}
 
 

@@ -140,7 +140,7 @@ def _rename(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str,
     own = model.state_dict()
     found = {}
     for key in sorted(keys, key=dot_natural_key):  # the order of transformers: some renamings wait for an earlier key
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)  # type: ignore[arg-type]
         found[key] = (name, pattern is not None)
     return found
 
@@ -154,4 +154,5 @@ def requantize(weight: torch.Tensor, quantization: str) -> torch.Tensor:
         found: torch.Tensor = functional.dequantize_4bit(packed, state)
         return found.float()
     rounded, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-    return rounded.float() * scales.float().unsqueeze(1) / 127
+    restored: torch.Tensor = rounded.float() * scales.float().unsqueeze(1) / 127
+    return restored

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from medlora.artifacts.headers import FLOATS
 from medlora.errors import InputError
@@ -18,6 +17,7 @@ from medlora.model.adapter_files import ChainTensors, LowRank
 from medlora.model.base_weights import BaseWeights, StoredTensor, requantize
 from medlora.model.tokenizer import stop_token_ids
 from medlora.runs.files import write_json
+from medlora.tokens.tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one file of weights."""
@@ -36,9 +36,7 @@ class Vocabulary:
     """For each added token the tokens whose mean its row starts as."""
 
 
-def find_vocabulary(
-    weights: BaseWeights, tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizerBase
-) -> Vocabulary:
+def find_vocabulary(weights: BaseWeights, tokenizer: Tokenizer, original: Tokenizer) -> Vocabulary:
     """What the words of `tokenizer` that `original` lacks need of rows, as `load_base` gives them."""
     old = original.get_vocab()
     new = {token: i for token, i in tokenizer.get_vocab().items() if token not in old}
@@ -212,7 +210,7 @@ def copy_base_files(base: Path, out: Path, without_tokenizer: bool) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def write_configs(merge: Merge, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def write_configs(merge: Merge, tokenizer: Tokenizer, out: Path) -> None:
     """Bring config.json and generation_config.json up to the stage: vocabulary, type, the tokens that end an answer."""
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config

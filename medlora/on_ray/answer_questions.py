@@ -255,9 +255,7 @@ class BatchAnswerer:
         pulse.begin("loads the model", slow=True)
         try:
             if not ray.get(attempts.begin_load.remote()):
-                raise RuntimeError(
-                    "the processes that load the model keep dying; see Ray's logs (out of memory?)"
-                )
+                raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
             with explaining(Path.cwd()):
                 self.model = build()
         except InputError as error:

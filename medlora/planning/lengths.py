@@ -149,8 +149,8 @@ class Measuring:
     def _arrange(
         self, lengths: numpy.ndarray, prompts: numpy.ndarray, texts: numpy.ndarray, order: Sequence[int]
     ) -> Rows:
-        sizes = (array.astype(numpy.int64) for array in (lengths, prompts))
-        return Rows([], *sizes, texts, order, self.phase.max_tokens, self.phase.packing)
+        counts, heads = lengths.astype(numpy.int64), prompts.astype(numpy.int64)
+        return Rows([], counts, heads, texts, order, self.phase.max_tokens, self.phase.packing)
 
     def _find_cached(self, source: TrainSource, found: Scan, records: Sequence[Record]) -> TokenStore | None:
         """Tokens of a large source in the cache, if the first of them are as long as this tokenizer makes them."""
@@ -184,8 +184,10 @@ class Measuring:
 def _describe(source: str, kind: str, records: int, rows: Rows, share: float, basis: str) -> SourceLengths:
     """The figures of rows that stand for `share` times as many."""
     lengths, longest = rows.lengths, int(rows.sizes.max()) if len(rows) else 0
-    counts = [round(share * n) for n in (lengths.examples, len(rows), lengths.tokens, lengths.dropped)]
-    return SourceLengths(source, kind, records, *counts, longest, basis)
+    examples, count, tokens, dropped = (
+        round(share * n) for n in (lengths.examples, len(rows), lengths.tokens, lengths.dropped)
+    )
+    return SourceLengths(source, kind, records, examples, count, tokens, dropped, longest, basis)
 
 
 def _render(records: Sequence[Record], style: str) -> Iterator[Example]:

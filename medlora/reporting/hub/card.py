@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medlora.artifacts.adapter_origin import identify_adapter, read_origin
 from medlora.artifacts.bases import find_base
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link
-from medlora.data.card import describe_overlap, read_card
+from medlora.data.card import DataCard, describe_overlap, read_card
 from medlora.evaluation.ledger import REPORT
 from medlora.reporting.templates import fill_text
 from medlora.runs.environment import get_versions
@@ -51,7 +51,7 @@ def build_card(facts: CardFacts) -> str:
     """The text of README.md: metadata, then what a user of the model must know."""
     report = read_mapping(facts.run.evaluation / REPORT) or {}
     rows = [row for row in report.get("stages", []) if row.get("stage") == facts.stage]
-    data = read_card(facts.run.data) or {}
+    data: Mapping[str, Any] = read_card(facts.run.data) or {}
     parts = [
         f"# {facts.name}",
         *_describe_model(facts),
@@ -155,9 +155,9 @@ def _describe_training(facts: CardFacts) -> Iterator[str]:
 
 def _list_phases(facts: CardFacts) -> dict[str, dict[str, Any]]:
     """The phases up to the stage, each with its manifest: also those whose adapter a later one continued."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for phase in facts.config.phases:
-        found[phase.name] = read_manifest(facts.run.phase(phase.name).root) or {}
+        found[phase.name] = dict(read_manifest(facts.run.phase(phase.name).root) or {})
         if phase.name == facts.stage:
             break
     return found
@@ -187,7 +187,7 @@ def _describe_data(data: Mapping[str, Any]) -> Iterator[str]:
         if overlap.get("records")
         else "No training record held a question of the tests or of dev, as far as medlora's comparison of texts finds them."
     )
-    yield " ".join([f"Overlap: {found}", *(f"{text}." for text in describe_overlap(data))])
+    yield " ".join([f"Overlap: {found}", *(f"{text}." for text in describe_overlap(cast(DataCard, data)))])
     if data["personal"]:
         places = ", ".join(f"{kind} {n}" for kind, n in data["personal"].items())
         yield f"Places in the training data that look like personal data: {places}."
