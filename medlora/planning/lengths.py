@@ -149,8 +149,8 @@ class Measuring:
     def _arrange(
         self, lengths: numpy.ndarray, prompts: numpy.ndarray, texts: numpy.ndarray, order: Sequence[int]
     ) -> Rows:
-        counts, heads = lengths.astype(numpy.int64), prompts.astype(numpy.int64)
-        return Rows([], counts, heads, texts, order, self.phase.max_tokens, self.phase.packing)
+        lengths, prompts = lengths.astype(numpy.int64), prompts.astype(numpy.int64)
+        return Rows([], lengths, prompts, texts, order, self.phase.max_tokens, self.phase.packing)
 
     def _find_cached(self, source: TrainSource, found: Scan, records: Sequence[Record]) -> TokenStore | None:
         """Tokens of a large source in the cache, if the first of them are as long as this tokenizer makes them."""
@@ -183,11 +183,18 @@ class Measuring:
 
 def _describe(source: str, kind: str, records: int, rows: Rows, share: float, basis: str) -> SourceLengths:
     """The figures of rows that stand for `share` times as many."""
-    lengths, longest = rows.lengths, int(rows.sizes.max()) if len(rows) else 0
-    examples, count, tokens, dropped = (
-        round(share * n) for n in (lengths.examples, len(rows), lengths.tokens, lengths.dropped)
+    lengths = rows.lengths
+    return SourceLengths(
+        source=source,
+        kind=kind,
+        records=records,
+        examples=round(share * lengths.examples),
+        rows=round(share * len(rows)),
+        tokens=round(share * lengths.tokens),
+        too_long=round(share * lengths.dropped),
+        longest=int(rows.sizes.max()) if len(rows) else 0,
+        basis=basis,
     )
-    return SourceLengths(source, kind, records, examples, count, tokens, dropped, longest, basis)
 
 
 def _render(records: Sequence[Record], style: str) -> Iterator[Example]:

@@ -16,7 +16,7 @@ _MOST_RUNS = 500
 
 @dataclass(frozen=True)
 class Rate:
-    """The median rate of a finished phase, and where it was measured."""
+    """The mean rate of a finished phase, and where it was measured."""
 
     phase: str
     tokens_per_s: float
@@ -46,6 +46,6 @@ def _read_rates(storage: Path, base_files: str, quantization: str) -> Iterator[R
         measured = [row["tokens_per_s"] for row in read_json_lines(folder.metrics, keys=("tokens_per_s",))]
         # The first line holds the first step, which also warms up.
         if steady := [rate for rate in measured[1:] or measured if rate > 0]:
-            rate = statistics.median(steady)
+            rate = statistics.harmonic_mean(steady)  # each line is of as many steps
             where = f"{folder.root.parent.parent.name}, phase {folder.root.name}, on {manifest.get('device', 'an unknown device')}"
             yield Rate(folder.root.name, rate, f"{rate:,.0f} tokens/s in {where}", path.stat().st_mtime)

@@ -37,7 +37,7 @@ def find_warnings(config: RunConfig, run: RunFolder, plan: RunPlan) -> Iterator[
         kinds = {scan(source).kind for source in phase.sources}
         if "mcq" in kinds and phase.validation is None and planned.is_left:
             yield f"phase {phase.name} has no validation: nothing says when it is good, or how good it was"
-        yield from _warn_of_phase(planned, phase.weights == "records", phase.max_tokens)
+        yield from _warn_of_phase(planned, phase.max_tokens)
     card = read_card(run.data)
     if card is not None:
         yield from describe_overlap(card)
@@ -64,7 +64,7 @@ def _warn_of_evaluation(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _warn_of_phase(planned: PhasePlan, by_records: bool, max_tokens: int) -> Iterator[str]:
+def _warn_of_phase(planned: PhasePlan, max_tokens: int) -> Iterator[str]:
     if planned.state == "changed":
         yield f"phase {planned.name} in the run's folder was made from something else; train will refuse it"
     for source in planned.sources:
@@ -75,8 +75,6 @@ def _warn_of_phase(planned: PhasePlan, by_records: bool, max_tokens: int) -> Ite
             )
     if planned.epochs is not None and planned.epochs > _MANY_EPOCHS:
         yield f"phase {planned.name} sees its data {planned.epochs:g} times"
-    if planned.epochs is not None and planned.epochs < 1 and planned.is_left and by_records:
-        yield f"phase {planned.name} ends after {planned.epochs:.0%} of its data"
 
 
 def find_memory_warnings(plan: RunPlan, accelerators: Iterable[str]) -> Iterator[str]:
