@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": "score stages on multiple-choice tests",
     "sweep": "search hyperparameters, judged on dev",
     "inspect": "look at data sources before anything is trained on them",
-    "compare": "compare result files of other tools, question by question",
+    "compare": "compare evaluations, runs and files of other tools, question by question",
     "export": "write a stage as one ordinary PEFT adapter",
     "schema": "print the JSON schema of a config, for editors",
 }
