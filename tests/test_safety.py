@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from medlora.config.loading.files import load, load_evaluate_config
 from medlora.errors import InputError
 from medlora.evaluation.plan import check_evaluation
 from medlora.records import McqRecord
-from medlora.reporting.page import write_page
 from medlora.reporting.report import build_report
+from medlora.reporting.results.files import write_results
 from medlora.runs.folders import RunFolder
 from tests.support import ROOT
 from tests.support.cluster import CANARIES, read_token
@@ -271,8 +272,8 @@ def test_hostile_names_are_refused_before_anything_is_written(tmp_path: Path, ki
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
 
-def write_hostile_page(folder: Path, payload: str) -> Markup:
-    """A report in which a payload stands wherever text comes from outside."""
+def write_hostile_page(folder: Path, payload: str, name: str) -> Markup:
+    """A page of a report in which a payload stands wherever text comes from outside."""
     predictions = [
         replace(
             p,
@@ -291,18 +292,22 @@ def write_hostile_page(folder: Path, payload: str) -> Markup:
         for test in ("one", "two")
     }
     report = build_report(predictions, {"name": payload, "notes": [payload], "config": {payload: payload}}, seed=0)
-    write_page(folder / "report.html", report, predictions, questions)
-    return Markup((folder / "report.html").read_text(encoding="utf-8"))
+    write_results(folder, report, predictions, questions)
+    return Markup((folder / name).read_text(encoding="utf-8"))
 
 
-def test_markup_in_data_names_and_outputs_stays_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["report.html", "questions.html"])
+def test_markup_in_data_names_and_outputs_stays_text(tmp_path: Path, name: str) -> None:
     assert len(XSS) >= 50
-    plain = write_hostile_page(tmp_path, "harmless")
-    assert not plain.attributes & {"src", "href", "onerror", "onload"} and "script" not in plain.tags
+    plain = write_hostile_page(tmp_path, "harmless", name)
+    assert not plain.attributes & {"src", "onerror", "onload"} and ("script" in plain.tags) == (
+        name == "questions.html"
+    )
+    assert all(re.fullmatch(r"#[a-z]+\d*|report\.html|questions\.html", link or "") for link in plain.links)
     for at in range(0, len(XSS), 10):
         payloads = XSS[at : at + 10]
-        page = write_hostile_page(tmp_path, " ".join(payloads))
-        assert (page.tags, page.attributes) == (plain.tags, plain.attributes), payloads
+        page = write_hostile_page(tmp_path, " ".join(payloads), name)
+        assert (page.tags, page.attributes, page.links) == (plain.tags, plain.attributes, plain.links), payloads
         for payload in payloads:
             # As often as the harmless word, but for what is shortened: nothing was swallowed or read as markup.
             assert page.text.count(payload) >= 0.9 * plain.text.count("harmless") > 50, payload

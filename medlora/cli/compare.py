@@ -1,7 +1,12 @@
-"""Compare other tools' result files with each other, as stages are compared.
+"""Compare answers from anywhere with each other, as stages are compared: question by question.
 
-medlora compare LOG.csv ... --out DIR                a row a file in the tables, files paired question by question
-medlora compare LOG.csv ... --out DIR --reparse      letters read anew from the raw responses
+medlora compare runs/a evaluations/b --out DIR           every stage of a run and of an evaluation
+medlora compare runs/a:02=before runs/b:02=after --out DIR   stages of one name, under names of your own
+medlora compare out/model/samples_*.jsonl evaluations/b --out DIR   files of lm-evaluation-harness
+medlora compare LOG.csv ... --out DIR --reparse          csv logs, letters read anew from the raw responses
+medlora compare evaluations/b --out DIR --lm-eval        also as files of lm-evaluation-harness, in DIR/lm_eval
+
+The verdict compares the last stage with the first. Questions are paired by test and id, else by their text.
 """
 
 from __future__ import annotations
@@ -9,54 +14,75 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 from medlora.cli.common import print_json, text_to_stderr
 from medlora.errors import InputError
-from medlora.evaluation.ledger import PAGE, PREDICTIONS, REPORT
+from medlora.evaluation.ledger import PAGE, PREDICTIONS
+from medlora.evaluation.logs.inputs import Input, Reading, list_files, parse_input, read_inputs
+from medlora.evaluation.logs.lm_eval_files import write_lm_eval
+from medlora.evaluation.logs.log import Log
+from medlora.evaluation.logs.pairing import Paired, pair_logs
 from medlora.evaluation.predictions import write_predictions
-from medlora.evaluation.result_logs import LogCounts, ResultLog, read_result_log
-from medlora.reporting.page import write_page
+from medlora.evaluation.reports import TotalRow
+from medlora.evaluation.statistics import wilson
 from medlora.reporting.report import build_report
+from medlora.reporting.results.files import write_results
 from medlora.reporting.tables import print_report
 from medlora.runs.environment import get_versions
-from medlora.runs.files import write_json
 from medlora.runs.manifests import hash_file
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG.csv", help="result files, a stage each")
+    parser.add_argument(
+        "logs", nargs="+", metavar="PATH[:STAGE,...][=NAME]", help="folders and files of answers; see above"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the report")
-    parser.add_argument("--reparse", action="store_true", help="read letters from the responses, not from column pred")
-    parser.add_argument("--letters", default="ABCDE", help="the letters of the options (default: ABCDE)")
+    parser.add_argument(
+        "--reparse", action="store_true", help="read letters from the responses, not as the file has them"
+    )
+    parser.add_argument("--letters", default="ABCDE", help="the letters of a csv's options (default: ABCDE)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--json", action="store_true", help="print the report as JSON to stdout, all else to stderr")
+    parser.add_argument("--lm-eval", action="store_true", help="also write files of lm-evaluation-harness")
     return parser.parse_args(argv)
 
 
-def read_logs(paths: Sequence[Path], letters: str, reparse: bool) -> list[ResultLog]:
-    """The logs with one set of questions: all that any of them holds; what one lacks is a failed answer of it.
+def list_totals(logs: Sequence[Log]) -> list[TotalRow]:
+    """Results that are known as sums alone, with their intervals: they stand beside the comparison."""
+    return [
+        {
+            "stage": log.stage,
+            "test": total.test,
+            "metric": total.metric,
+            "correct": total.correct,
+            "total": total.total,
+            "interval": list(wilson(total.correct, total.total)),
+        }
+        for log in logs
+        for total in log.totals
+    ]
 
-    Raises InputError when two files have one name, or give a question different gold letters.
-    """
-    names = [path.stem for path in paths]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{', '.join(twice)}: several files of that name; rename one, a stage is named by its file")
-    expected: dict[str, str] = {}
-    for path in paths:
-        for prediction in read_result_log(path, letters=letters).predictions:
-            expected.setdefault(prediction.id, prediction.gold)
-    return [read_result_log(path, letters=letters, expected=expected, reparse=reparse) for path in paths]
 
-
-def describe_counts(stage: str, counts: LogCounts) -> str | None:
-    """One sentence with everything irregular of a file; None where nothing was."""
-    found = {name: value if isinstance(value, int) else len(value) for name, value in asdict(counts).items()}
-    odd = [f"{n} {name.replace('_', ' ')}" for name, n in found.items() if n and name not in ("rows", "questions")]
-    return f"{stage}: {found['rows']} rows, {found['questions']} questions; {', '.join(odd)}" if odd else None
+def describe(
+    inputs: Sequence[Input], logs: Sequence[Log], paired: Paired, arguments: argparse.Namespace
+) -> dict[str, object]:
+    """What the report says of where its answers come from."""
+    return {
+        "name": arguments.out.name,
+        "notes": list(paired.notes),
+        "paired": list(paired.counts),
+        "totals": list_totals(logs),
+        "config": {"logs": [each.path.name for each in inputs], "reparse": arguments.reparse},
+        "versions": get_versions(),
+        "hashes": {
+            f"{path.parent.name}/{path.name}" if path.suffix == ".parquet" else path.name: hash_file(path)
+            for path in list_files(inputs)
+        },
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,21 +103,21 @@ def compare(arguments: argparse.Namespace) -> object:
     """Write the comparison's folder, print its table and return the report."""
     if arguments.out.exists():
         raise InputError(f"--out {arguments.out}: is there already; name a new folder")
-    logs = read_logs(arguments.logs, arguments.letters, arguments.reparse)
-    notes = [describe_counts(p.stem, log.counts) for p, log in zip(arguments.logs, logs, strict=True)]
-    predictions = [prediction for log in logs for prediction in sorted(log.predictions, key=lambda p: p.id)]
-    about = {
-        "name": arguments.out.name,
-        "notes": [note for note in notes if note],
-        "config": {"logs": [path.name for path in arguments.logs], "reparse": arguments.reparse},
-        "versions": get_versions(),
-        "hashes": {path.name: hash_file(path) for path in arguments.logs},
-    }
-    report = build_report(predictions, about, arguments.seed)
+    inputs = [parse_input(text) for text in arguments.logs]
+    logs = read_inputs(inputs, Reading(arguments.letters, arguments.reparse))
+    paired = pair_logs(logs)
+    if not paired.predictions:
+        raise InputError(
+            f"{arguments.logs[0]}: holds sums and no answers, so nothing can be paired; "
+            "run lm_eval with --log_samples, or add an evaluation with answers"
+        )
+    report = build_report(paired.predictions, describe(inputs, logs, paired, arguments), arguments.seed)
     arguments.out.mkdir(parents=True)
-    write_predictions(arguments.out / PREDICTIONS, predictions)
-    write_json(arguments.out / REPORT, report)
-    write_page(arguments.out / PAGE, report, predictions)
+    write_predictions(arguments.out / PREDICTIONS, paired.predictions)
+    write_results(arguments.out, report, paired.predictions, paired.questions)
+    if arguments.lm_eval:
+        write_lm_eval(arguments.out / "lm_eval", paired.predictions, paired.questions, datetime.now())
     print_report(report, worked=True)
     print(f"comparison: {arguments.out}")
+    print(f"report: {(arguments.out / PAGE).resolve().as_uri()}")
     return report

@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": "score stages on multiple-choice tests",
     "sweep": "search hyperparameters, judged on dev",
     "inspect": "look at data sources before anything is trained on them",
-    "compare": "compare result files of other tools, question by question",
+    "compare": "compare evaluations, runs and files of other tools, question by question",
     "chat": "ask a stage or a base questions on the terminal",
     "export": "write a stage for other tools: one adapter, or a whole model",
     "schema": "print the JSON schema of a config, for editors",

@@ -13,9 +13,7 @@ from medlora.data.quarantine import write_quarantine
 from medlora.evaluation.ledger import (
     FINGERPRINT,
     LEDGER,
-    PAGE,
     PREDICTIONS,
-    REPORT,
     SECONDS,
     name_answer,
     pack_prediction,
@@ -30,11 +28,11 @@ from medlora.events import OnEvent
 from medlora.on_ray.answer_questions import Actors, Build, answer_on_ray, make_builder
 from medlora.on_ray.cluster import connect
 from medlora.on_ray.placement import check_placement
-from medlora.reporting.page import write_page
 from medlora.reporting.report import build_report
+from medlora.reporting.results.files import write_results
 from medlora.runs import mirror
 from medlora.runs.environment import get_versions
-from medlora.runs.files import append_json, read_mapping, set_aside, truncate_json_lines, write_json, write_sealed
+from medlora.runs.files import append_json, read_mapping, set_aside, truncate_json_lines, write_sealed
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import MANIFEST, commit, find_differences
 
@@ -94,8 +92,7 @@ def score_stages(
     )
     write_predictions(folder / PREDICTIONS, ordered)
     write_seconds(folder / SECONDS, ordered)
-    write_json(folder / REPORT, report)
-    write_page(folder / PAGE, report, ordered, task.asked.tests)
+    write_results(folder, report, ordered, task.asked.tests)
     ledger = folder / LEDGER
     commit(folder, {"fingerprint": fingerprint, "seconds": round(seconds, 2)}, exclude=(ledger,))
     ledger.unlink(missing_ok=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
+
+from medlora.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,23 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     )
     rows = [asdict(prediction) for prediction in predictions]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """What `write_predictions` wrote; raises InputError for a file that is something else."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: not a readable parquet file: {error}") from error
+    known = {each.name for each in fields(Prediction)}
+    needed = {each.name for each in fields(Prediction) if each.default is MISSING and each.default_factory is MISSING}
+    if not rows or not needed <= set(rows[0]):
+        raise InputError(f"{path}: holds no predictions; it needs rows with {', '.join(sorted(needed))}")
+    kept = [{name: value for name, value in row.items() if name in known} for row in rows]
+    return [Prediction(**{**row, "probabilities": tuple(row.get("probabilities") or ())}) for row in kept]
 
 
 def write_seconds(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -55,6 +55,26 @@ class ByLikelihood(TypedDict):
     kept_accuracy: float | None
 
 
+class Kept(TypedDict):
+    """Answers that have every field of the asked format, and how many of them are right."""
+
+    answers: int
+    correct: int
+    accuracy: float | None
+    interval: list[float] | None
+
+
+class TotalRow(TypedDict):
+    """A result that is known as a sum alone."""
+
+    stage: str
+    test: str
+    metric: str
+    correct: int
+    total: int
+    interval: list[float]
+
+
 class _Counted(TypedDict):
     interval: list[float]
     n: int
@@ -74,10 +94,12 @@ class StageRow(_Counted):
     accuracy: float
     subjects: dict[str, Share]
     letters: Letters
+    confusion: NotRequired[dict[str, dict[str, int]]]
     calibration: Calibrated | None
     rotations: NotRequired[dict[str, object] | None]
     format_score: NotRequired[float | None]
     total: NotRequired[float | None]
+    format_kept: NotRequired[Kept | None]
     by_likelihood: NotRequired[ByLikelihood | None]
 
 
@@ -111,6 +133,7 @@ class Report(TypedDict):
 
     seed: int
     resamples: int
+    verdict: NotRequired[str]
     stages: list[StageRow]
     overall: list[OverallRow]
     comparisons: list[PairRow]
@@ -120,6 +143,8 @@ class Report(TypedDict):
     trial: NotRequired[str]
     created: NotRequired[str]
     notes: NotRequired[list[str]]
+    paired: NotRequired[list[str]]
+    totals: NotRequired[list[TotalRow]]
     prompts: NotRequired[str]
     seconds: NotRequired[float]
     seconds_to_first_answer: NotRequired[float | None]

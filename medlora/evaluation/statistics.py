@@ -87,8 +87,8 @@ class Comparison:
     """Two stages on the same questions: `difference` is accuracy(after) - accuracy(before).
 
     [low, high] is the paired bootstrap interval of the difference, or `bound_undivided` where no question is gained or
-    lost. `p_value` is the exact two-sided McNemar test on the gained and lost questions; `p_holm` is the same corrected
-    for all comparisons made together.
+    lost, or `bound_all_changed` where all are. `p_value` is the exact two-sided McNemar test on the gained and lost
+    questions; `p_holm` is the same corrected for all comparisons made together.
     """
 
     before: str
@@ -124,7 +124,9 @@ def compare(
         raise ValueError(f"stages {names[0]!r} and {names[1]!r} have different gold letters, e.g. for {differing[0]}")
     gained = tuple(sorted(q for q in first if second[q].correct and not first[q].correct))
     lost = tuple(sorted(q for q in first if first[q].correct and not second[q].correct))
-    if gained or lost:
+    if len(first) in (len(gained), len(lost)):
+        low, high = bound_all_changed(len(first), bool(gained), confidence)
+    elif gained or lost:
         low, high = _bootstrap(len(gained), len(lost), len(first), seed, resamples, confidence)
     else:
         low, high = bound_undivided(len(first), confidence)
@@ -144,6 +146,16 @@ def bound_undivided(total: int, confidence: float = 0.95) -> tuple[float, float]
         raise ValueError("no questions to bound a difference on")
     limit = float(1 - ((1 - confidence) / 2) ** (1 / total))
     return -limit, limit
+
+
+def bound_all_changed(total: int, gained: bool, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of a difference where every question was gained, or every one lost: a bootstrap has no width there.
+
+    Clopper and Pearson's lower limit for `total` of `total` is share = (alpha/2)^(1/total). At most 1 - share are then
+    changed the other way, so that the difference is at least 2 share - 1.
+    """
+    bound = 2 * ((1 - confidence) / 2) ** (1 / total) - 1
+    return (bound, 1.0) if gained else (-1.0, -bound)
 
 
 SATURATED = 0.98

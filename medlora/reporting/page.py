@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +30,9 @@ _ABOUT = (
     "created",
     "notes",
     "remarks",
+    "verdict",
+    "paired",
+    "totals",
     "prompts",
     *_TIMES,
     "phase_seconds",
@@ -45,10 +49,12 @@ def write_page(
     report: Report,
     predictions: Sequence[Prediction],
     questions: Mapping[str, Sequence[McqRecord]] | None = None,
+    browse: str = "",
 ) -> None:
     """Write the page of a report (`medlora.reporting.report.build_report`) and of the predictions it was built from.
 
-    `questions` maps tests to their questions; where one is not there, its letters are shown alone. Every text of the
+    `questions` maps tests to their questions; where one is not there, its letters are shown alone.
+    `browse` names a page of all questions beside this one, "" where there is none. Every text of the
     report, the predictions and the questions is escaped; the page's policy allows no script and nothing from elsewhere.
     The same arguments give the same bytes.
     """
@@ -65,9 +71,27 @@ def write_page(
         listing=list_changes(report, predictions, questions or {}),
         text_limit=_TEXT_LIMIT,
         letters=LETTERS,
+        letters_chosen=_list_chosen,
+        browse=browse,
     )
+    text = text.replace(_CONTENTS, _list_contents(text), 1)
     # A lone half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a replacement character.
     path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+
+
+def _list_chosen(confusion: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """The letters of a confusion's columns in order, no letter ("") last."""
+    chosen = {letter for counts in confusion.values() for letter in counts} | set(confusion)
+    return sorted(chosen, key=lambda letter: (not letter, letter))
+
+
+_CONTENTS = "<!--contents-->"
+"""Where the template wants the table of contents; texts of others are escaped, so none of them holds it."""
+
+
+def _list_contents(text: str) -> str:
+    sections = re.findall(r'<section id="([a-z]+)">\s*<h2>([^<]+)</h2>', text)
+    return "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in sections)
 
 
 class Drawings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -10,8 +11,9 @@ from typing import cast
 from medlora.evaluation import statistics
 from medlora.evaluation.answers.letter import find_written_letter, score_total
 from medlora.evaluation.predictions import Prediction
-from medlora.evaluation.reports import ByLikelihood, Report, StageRow
+from medlora.evaluation.reports import ByLikelihood, Kept, OverallRow, PairRow, Report, StageRow
 from medlora.records import LETTERS
+from medlora.reporting.results.verdict import describe_verdict
 from medlora.runs.manifests import as_json
 
 RESAMPLES = 10_000
@@ -21,11 +23,12 @@ RESAMPLES = 10_000
 def build_report(predictions: Sequence[Prediction], about: Mapping[str, object], seed: int) -> Report:
     """What `report.json` holds and the page shows: the same predictions, `about` and `seed` give the same values.
 
-    Computed here: `stages` (see `summarise`); `overall`, one row a stage over all its tests: `micro` weighted by size,
-    `macro` the mean of the tests. `comparisons` holds every two stages on every test they share, and with several tests
-    (`test` null) on all of them together, with the ids gained and lost as [test, id]. `forgetting` is the stage x test
-    matrix. Holm's correction runs over all comparisons on single tests, and apart from them over those on all tests
-    together. `remarks`, sentences about the figures themselves, such as a test that all stages pass.
+    Computed here: `verdict`, one sentence with interval and n (see `results.verdict`); `stages` (see `summarise`).
+    `overall` has one row a stage over all its tests: `micro` weighted by size, `macro` the mean of the tests.
+    `comparisons` holds every two stages on every test they share, and with several tests (`test` null) on all of them
+    together, with the ids gained and lost as [test, id]. `forgetting` is the stage x test matrix. Holm's correction
+    runs over all comparisons on single tests, and apart from them over those on all tests together. `remarks` are
+    sentences about the figures themselves, such as a test that all stages pass.
 
     `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
     `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
@@ -34,12 +37,18 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, object],
     """
     stages = list(dict.fromkeys(p.stage for p in predictions))
     rows = summarise(predictions)
+    # `asdict` gives the fields of a dataclass without their types.
+    overall = cast(
+        list[OverallRow], [_summarise_tests([p for p in predictions if p.stage == stage], stage) for stage in stages]
+    )
+    comparisons = cast(list[PairRow], _compare(predictions, seed))
     computed: dict[str, object] = {
         "seed": seed,
         "resamples": RESAMPLES,
+        "verdict": describe_verdict(overall, comparisons),
         "stages": rows,
-        "overall": [_summarise_tests([p for p in predictions if p.stage == stage], stage) for stage in stages],
-        "comparisons": _compare(predictions, seed),
+        "overall": overall,
+        "comparisons": comparisons,
         "remarks": describe_saturation(rows),
         "forgetting": asdict(statistics.forgetting_matrix(predictions)),
     }
@@ -55,7 +64,9 @@ def summarise(predictions: Sequence[Prediction]) -> list[StageRow]:
     `macro` is the mean over subjects. `calibration` is None where the scoring gives no probabilities; `rotations` is
     None where only one order of the options was asked. `format_score` and `total` (a third format, two thirds right, as
     the replaced scripts had it) are None where no format was asked for. `by_likelihood` (see `count_by_likelihood`) is
-    None where no letter was taken by likelihood behind a text that the model wrote.
+    None where no letter was taken by likelihood behind a text that the model wrote. `confusion` maps gold letters to
+    counts of what was chosen ("" where no letter was). `format_kept` counts the answers that have every field of the
+    asked format.
     """
     rows: list[StageRow] = []
     groups: dict[tuple[str, str], list[Prediction]] = {}
@@ -76,6 +87,7 @@ def summarise(predictions: Sequence[Prediction]) -> list[StageRow]:
                     "macro": subjects.macro,
                     "subjects": {name: asdict(part) for name, part in subjects.groups.items()},
                     "letters": asdict(statistics.letter_bias(group)),
+                    "confusion": count_choices(group),
                     "calibration": calibration and asdict(calibration),
                     "rotations": rotations and asdict(rotations),
                     **_score_formats(group),
@@ -84,6 +96,14 @@ def summarise(predictions: Sequence[Prediction]) -> list[StageRow]:
             )
         )
     return rows
+
+
+def count_choices(group: Sequence[Prediction]) -> dict[str, dict[str, int]]:
+    """Gold letter -> chosen letter -> how often; "" stands for no letter, and only what occurs is listed."""
+    counted: dict[str, Counter[str]] = {}
+    for prediction in group:
+        counted.setdefault(prediction.gold, Counter())[prediction.choice or ""] += 1
+    return {gold: dict(sorted(counted[gold].items())) for gold in sorted(counted)}
 
 
 def is_by_likelihood(prediction: Prediction) -> bool:
@@ -128,13 +148,24 @@ def describe_saturation(rows: Sequence[StageRow]) -> list[str]:
     return said
 
 
-def _score_formats(group: Sequence[Prediction]) -> dict[str, float | None]:
+def _score_formats(group: Sequence[Prediction]) -> dict[str, object]:
     if all(p.format_score is None for p in group):
-        return {"format_score": None, "total": None}
+        return {"format_score": None, "total": None, "format_kept": None}
     # A failed question has written nothing, so it has kept nothing of the format.
     formats = [p.format_score or 0.0 for p in group]
     totals = [score_total(kept, p.correct) for kept, p in zip(formats, group, strict=True)]
-    return {"format_score": fmean(formats), "total": fmean(totals)}
+    return {"format_score": fmean(formats), "total": fmean(totals), "format_kept": _count_kept(group)}
+
+
+def _count_kept(group: Sequence[Prediction]) -> Kept:
+    kept = [p for p in group if p.format_score == 1]
+    correct = sum(p.correct for p in kept)
+    return {
+        "answers": len(kept),
+        "correct": correct,
+        "accuracy": correct / len(kept) if kept else None,
+        "interval": list(statistics.wilson(correct, len(kept))) if kept else None,
+    }
 
 
 def _summarise_tests(predictions: Sequence[Prediction], stage: str) -> dict[str, object]:

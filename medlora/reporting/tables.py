@@ -42,6 +42,8 @@ def print_reports(reports: Mapping[str, Report | None], worked: bool) -> None:
     console.print(table)
     for name, report in there.items():
         said = f"{name}: " if named else ""
+        for line in _list_findings(report):
+            console.print(f"{said}{line}", markup=False)
         failed = sum(row["failed"] for row in report["stages"])
         if failed:
             console.print(f"{said}{failed} answers failed and count as wrong; see predictions.parquet, column error")
@@ -55,6 +57,20 @@ def print_reports(reports: Mapping[str, Report | None], worked: bool) -> None:
         rate = f", {report['questions_per_s']:.1f} questions/s once running" if report.get("questions_per_s") else ""
         if "seconds" in report:
             console.print(f"{said}evaluation: {report['seconds']:.0f} s{rate}")
+
+
+def _list_findings(report: Report) -> list[str]:
+    """The verdict, how many questions are paired, and what is known as sums alone."""
+    lines = [str(report["verdict"])] if report.get("verdict") else []
+    lines += report.get("paired") or []
+    for row in report.get("totals") or []:
+        low, high = row["interval"]
+        share = row["correct"] / row["total"]
+        lines.append(
+            f"{row['stage']}, {row['test']}: {share:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {row['total']:,}); "
+            "a sum alone, not paired"
+        )
+    return lines
 
 
 _Column = tuple[str, Callable[[StageRow], str]]

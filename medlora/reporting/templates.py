@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -33,6 +34,7 @@ def make_environment() -> Any:
     environment.filters |= {
         "percent": format_percent,
         "points": format_points,
+        "forgotten": describe_forgotten,
         "p": format_p,
         "number": format_number,
         "yaml": lambda value: yaml.safe_dump(value, allow_unicode=True, sort_keys=False, width=100),
@@ -54,6 +56,14 @@ def format_points(difference: float | None) -> str:
     return f"{100 * difference:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0").replace("-", "\N{MINUS SIGN}")
 
 
+def describe_forgotten(forgotten: float | None) -> str:
+    """What was lost since the best earlier stage, in words: 0.028 -> "lost 2.8", -0.028 -> "gained 2.8"."""
+    if forgotten is None:
+        return "\N{EN DASH}"
+    size = f"{100 * abs(forgotten):.1f}"
+    return "as before" if size == "0.0" else f"{'lost' if forgotten > 0 else 'gained'} {size}"
+
+
 def format_p(p_value: float, named: str = "p") -> str:
     """A p-value as journals print it: "p < 0.001", "p = 0.012", "p = 0.41"; with `named` empty, without the sign "="."""
     sign, number = ("<", "0.001") if p_value < 0.001 else ("=", f"{p_value:.{3 if p_value < 0.095 else 2}f}")
@@ -68,8 +78,9 @@ def format_number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
 def _clean(text: str) -> str:
     """Text without control characters, which HTML cannot hold."""
-    return "".join(
-        c if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

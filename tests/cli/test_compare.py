@@ -30,6 +30,10 @@ def test_logs_are_paired_question_by_question_and_gaps_are_failed(
     assert report["notes"] == ["one: 4 rows, 3 questions; 1 repeated rows", "two: 2 rows, 3 questions; 1 missing"]
     assert "beware: two: 2 rows, 3 questions; 1 missing" in capsys.readouterr().out
     assert "<script" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert report["paired"] == ["d: 3 questions are paired across 2 stages"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("predictions.parquet", "questions.html", "report.html", "report.json", "table.csv", "table.md", "table.tex")
+    ]
 
 
 def test_answers_in_numbers_are_compared(tmp_path: Path) -> None:
@@ -58,7 +62,7 @@ def test_what_is_wrong_is_said_and_nothing_is_overwritten(tmp_path: Path, capsys
         ([one], "there", "is there already; name a new folder"),
         ([one, one], "new", "one: several files of that name"),
         ([one, other], "new", "question d_0 has gold B, expected was A"),
-        ([str(tmp_path / "none.csv")], "new", "none.csv: not a readable UTF-8 csv file"),
+        ([str(tmp_path / "none.csv")], "new", "none.csv: is not there; give an evaluation's or a run's folder"),
     ):
         assert main([*logs, "--out", str(tmp_path / out)]) == 2
         assert said in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 
 from medlora.errors import InputError
 from medlora.evaluation import statistics
-from medlora.evaluation.result_logs import read_result_log
+from medlora.evaluation.logs.result_logs import read_result_log
 from tests.support import ROOT
 
 LOGS = ROOT.parent / "shared" / "data" / "kormedmcqa_logs"

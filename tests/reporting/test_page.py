@@ -169,6 +169,8 @@ def check_harmless(page: Page) -> None:
             "summary",
             "pre",
             "code",
+            "nav",
+            "a",
             "svg",
             "path",
             "text",
@@ -177,9 +179,9 @@ def check_harmless(page: Page) -> None:
     }
     assert {tag for tag, _ in page.elements} <= known
     names = {name for _, attributes in page.elements for name in attributes}
-    assert not {
-        name for name in names if name.startswith("on") or name in ("href", "src", "srcset", "action", "xlink:href")
-    }
+    assert not {name for name in names if name.startswith("on") or name in ("src", "srcset", "action", "xlink:href")}
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert {attributes.get("href") for _, attributes in page.elements} <= {None, *(f"#{id}" for id in ids)}
     assert len(page.find("style")) == 1
     for hostile in HOSTILE:
         assert page.text.count(hostile) > 50  # ids, stages, questions, options, answers ...
@@ -195,7 +197,7 @@ def test_the_policy_allows_no_script_and_nothing_from_elsewhere(tmp_path: Path) 
     html, _ = make_page(tmp_path)
     metas = Page(html).find("meta")
     (policy,) = [m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     assert html.index("Content-Security-Policy") < html.index("<style")
     assert not re.search(r"https?://|url\(|@import", html)
 
@@ -431,7 +433,7 @@ def test_format_and_rotations_are_shown_as_the_report_has_them(tmp_path: Path) -
     predictions = [replace(p, format_score=0.5, rotated="ABCD") for p in answer("00", "one", "ABCDABCA")]
     html, report = make_page(tmp_path, predictions)
     cells = [cells for _, cells in Page(html).rows if cells[:2] == ["00", "one"]]
-    assert cells[0] == ["00", "one", "50.0", format_percent(0.5 / 3 + 2 / 3 * 7 / 8), "87.5"]
+    assert cells[0] == ["00", "one", "50.0", format_percent(0.5 / 3 + 2 / 3 * 7 / 8), "87.5", "0", "–", "–"]
     row = report["stages"][0]["rotations"]
     assert cells[1][2:5] == ["4", format_percent(row["accuracy"]), format_percent(row["consistency"])]
     assert cells[1][5] == "A 8 / 8 · B 8 / 8 · C 8 / 8 · D 8 / 8"
@@ -457,3 +459,42 @@ REASONED_PAGE = [
     )
     for i, p in enumerate(answer("00", "one", "ABCDABCD"))
 ]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_a_report_is_printed_on_few_pages(tmp_path: Path) -> None:
+    assert CHROMIUM
+    predictions = [
+        replace(p, id=f"{p.id}-{i}", subject=f"과목 {i % 9}")
+        for stage, choices in (("base", "AACDAACD"), ("00", "ABCDAB-!"), ("01", "ABCDABCA"), ("02", "ABCDABCD"))
+        for test in ("doctor", "nurse", "pharm", "dentist")
+        for i in range(20)
+        for p in answer(stage, test, choices)
+    ]
+    config = {"config": {f"key{i}": list(range(9)) for i in range(200)}}
+    make_page(tmp_path, predictions, config, {test: [] for test in ("doctor",)})
+    flags = f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path / 'profile'} --no-pdf-header-footer"
+    command = [CHROMIUM, *flags.split(), f"--print-to-pdf={tmp_path / 'p.pdf'}", (tmp_path / "report.html").as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    pages = len(re.findall(rb"/Type /Page\b(?!s)", (tmp_path / "p.pdf").read_bytes()))
+    assert 1 < pages <= 6
+
+
+def test_contents_lead_to_every_section(tmp_path: Path) -> None:
+    page = Page(make_page(tmp_path)[0])
+    sections = [attributes["id"] for attributes in page.find("section")]
+    assert [link["href"] for link in page.find("a")] == [f"#{name}" for name in sections] and len(sections) > 4
+
+
+def test_what_was_forgotten_is_said_in_words(tmp_path: Path) -> None:
+    cells = [cells for _, cells in Page(make_page(tmp_path)[0]).rows if cells[:1] == ["Last stage"]]
+    assert cells == [["Last stage", "as before", "gained 75.0"]]
+    html, _ = make_page(tmp_path, [*TWO_TESTS[16:], *TWO_TESTS[:16]])
+    assert ["Last stage", "as before", "lost 75.0"] in [cells for _, cells in Page(html).rows]
+
+
+def test_choices_are_shown_against_right_letters(tmp_path: Path) -> None:
+    html, report = make_page(tmp_path)
+    rows = [cells for _, cells in Page(html).rows]
+    assert ["", "A", "B", "C", "D", "none"] in rows and ["C", "0", "0", "1", "0", "1"] in rows
+    assert report["verdict"] in Page(html).text

@@ -131,6 +131,7 @@ class Markup(HTMLParser):
         super().__init__()
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
+        self.links: set[str | None] = set()
         self.texts: list[str] = []
         self.feed(html)
         self.text = " ".join("".join(self.texts).split())
@@ -138,6 +139,7 @@ class Markup(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
+        self.links |= {value for name, value in attrs if name == "href"}
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)

@@ -1,0 +1,28 @@
+"""Everything that people read of an evaluation, written beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from medlora.evaluation.ledger import PAGE, REPORT
+from medlora.evaluation.predictions import Prediction
+from medlora.evaluation.reports import Report
+from medlora.records import McqRecord
+from medlora.reporting.page import write_page
+from medlora.reporting.results.browse import BROWSE, write_browse_page
+from medlora.reporting.results.paper import write_tables
+from medlora.runs.files import write_json
+
+
+def write_results(
+    folder: Path,
+    report: Report,
+    predictions: Sequence[Prediction],
+    questions: Mapping[str, Sequence[McqRecord]],
+) -> None:
+    """Write `report.json`, `report.html`, `questions.html` and the tables of a report and its predictions."""
+    write_json(folder / REPORT, report)
+    write_tables(folder, report)
+    write_browse_page(folder / BROWSE, report, predictions, questions)
+    write_page(folder / PAGE, report, predictions, questions, browse=BROWSE)
