@@ -39,7 +39,7 @@ def test_every_ending_holds_the_same_rows_packed_or_not(tmp_path: Path) -> None:
     table = 'id,question,A,B,answer\nq1,"Q,\nsecond line",가,b,B\n'.encode()
     for name, content in (("rows.jsonl", line), ("rows.json", array), ("lines.json", line), ("rows.csv", table)):
         (tmp_path / name).write_bytes(content)
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
         write_zst(tmp_path / f"{name}.zst", content)
         for packed in (name, f"{name}.gz", f"{name}.zst"):
             assert read_all(tmp_path / packed) == [ROW], packed
@@ -121,12 +121,12 @@ def test_a_row_that_cannot_be_taken_apart_is_broken_where_it_stands(
     ("name", "content", "said"),
     [
         ("a.jsonl", b"", "the file is empty"),
-        ("a.csv.gz", gzip.compress(b""), "the file is empty"),
+        ("a.csv.gz", gzip.compress(b"", mtime=0), "the file is empty"),
         ("a.jsonl", "글".encode("utf-32"), "is UTF-32, not UTF-8 text"),
-        ("a.jsonl", gzip.compress(b"x"), "is gzip, not UTF-8 text"),
+        ("a.jsonl", gzip.compress(b"x", mtime=0), "is gzip, not UTF-8 text"),
         ("a.txt", b"PK\x03\x04", "is a zip archive"),
         ("a.jsonl.gz", b"{}", "cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9999)[:-20], "cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9999, mtime=0)[:-20], "cannot be unpacked"),
         ("a.jsonl.zst", b"no zstd", "cannot be unpacked"),
         ("a.parquet", b"no parquet", "is no readable parquet file"),
         ("a.json", b'[{"a": 1}, {"a" 2}]', ":1:17: not valid JSON"),
@@ -183,7 +183,7 @@ def test_object_stores_go_through_pyarrow(tmp_path: Path, monkeypatch: pytest.Mo
     from pyarrow import fs
 
     (tmp_path / "bucket" / "deep").mkdir(parents=True)
-    (tmp_path / "bucket" / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode()))
+    (tmp_path / "bucket" / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode(), mtime=0))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / "bucket" / "deep" / "b.parquet")
     (tmp_path / "bucket" / "notes.md").write_text("no data")
 
