@@ -1,4 +1,4 @@
-"""Connect to Ray, see what is there, turn "one GPU" into resources."""
+"""Connect to Ray, and see what nodes there are."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Options that a text denies, doubts or rules out become marks of their own, which no verdict can read.
 
-Works on the option characters of `option_text`. Each pattern has two examples: a text in which it finds a denied
+Works on the option characters of `text.normalise`. Each pattern has two examples: a text in which it finds a denied
 option, and one in which it must find none; `tests/test_answers.py` tries both.
 """
 

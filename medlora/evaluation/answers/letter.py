@@ -2,7 +2,7 @@
 
 `parse` reads in three steps, as a careful reader does:
 
-1. *Normalise* (`option_text`): an option becomes one character, in any spelling; what only looks like one is removed.
+1. *Normalise* (`text.normalise`): an option becomes one character, in any spelling; what only looks like one is removed.
 2. *Collect* verdicts: what names an answer, where, and how strongly. One that is denied, conditional, asked or
    shared between two options is none.
 3. *Decide*: the strongest kind of verdict speaks. Where verdicts of that kind differ, the last one does if the model

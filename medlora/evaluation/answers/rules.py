@@ -1,4 +1,4 @@
-"""The ways in which a text names the answer, as a table of patterns on `option_text`'s characters.
+"""The ways in which a text names the answer, as a table of patterns on `text.normalise`'s characters.
 
 Each rule has one text beside it that it must read and one that it must not; `tests/test_answers.py` tries both.
 """

@@ -1,4 +1,4 @@
-"""Tables, JSON, tags and boxes in a model's output -> plain lines such as `answer: B`, which `option_text` reads on.
+"""Tables, JSON, tags and boxes in a model's output -> plain lines such as `answer: B`, which `text.normalise` reads on.
 
 A structure that names several answers becomes nothing: which of them was meant is not ours to choose.
 """
