@@ -26,7 +26,7 @@ from medlora.reporting.report import build_report
 from medlora.reporting.results.files import write_results
 from medlora.runs.folders import RunFolder
 from tests.support import ROOT
-from tests.support.cluster import CANARIES, read_token, start_head
+from tests.support.cluster import CANARIES, read_token
 from tests.support.hostile import NAMES, XSS, Markup, write_pickle
 from tests.support.predictions import TWO_TESTS
 
@@ -56,13 +56,6 @@ def find_text(folder: Path, texts: dict[str, str]) -> list[str]:
             content = path.read_bytes()
             found += [f"{name} in {path}" for name, text in texts.items() if text.encode() in content]
     return found
-
-
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of this test's own: what other tests left in the logs of theirs is not looked through."""
-    with start_head(tmp_path_factory.mktemp("token") / "auth_token", {}) as env:
-        yield env
 
 
 def test_secrets_and_a_patient_s_number_are_found_nowhere(

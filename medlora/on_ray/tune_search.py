@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Literal, Protocol, TypedDict
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
@@ -136,8 +137,20 @@ def search_on_ray(search: Search, folder: Path, cluster: Cluster) -> None:
         search.suggester.end(trial)
 
 
+_SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+
+
+def keep_secrets_out_of_logs() -> None:
+    """Stop Tune from copying AWS keys into the runtime environment of trials, which Ray writes into its logs as it is.
+
+    Nodes have their credentials in their own environment, as for phases and evaluations (Ray 2.60: class_cache.py).
+    """
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_SECRETS)
+
+
 def _run(search: Search, unfinished: Sequence[Trial], left: int, folder: Path, cluster: Cluster) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
+    keep_secrets_out_of_logs()
     gpus = count_gpus(search.placement, cluster)
     bundle = {"CPU": float(search.placement.cpus_per_worker), **({"GPU": gpus} if gpus else {})}
     if search.placement.accelerator_type:
