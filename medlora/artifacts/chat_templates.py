@@ -43,9 +43,8 @@ environment.globals["raise_exception"] = refuse
 environment.globals["strftime_now"] = lambda form: "2026-01-01"
 try:
     template = environment.from_string(json.load(sys.stdin))
-except (jinja2.exceptions.TemplateSyntaxError, RecursionError) as error:
-    print("syntax", error)
-    sys.exit()
+except (jinja2.exceptions.TemplateSyntaxError, RecursionError):
+    sys.exit()  # `turns.check_template` says it, where a prompt needs the template
 user, assistant = ({{"role": role, "content": role + " text"}} for role in ("user", "assistant"))
 for turns in ([user], [user, assistant, user]):
     try:
@@ -60,7 +59,7 @@ for turns in ([user], [user, assistant, user]):
 
 @lru_cache(maxsize=64)
 def _try_template(template: str) -> str:
-    """What is wrong with a template: "" where nothing is, "syntax ...", or "limit ..."."""
+    """What a template exceeds, as "limit ..."; "" where it exceeds nothing."""
     command = [sys.executable, "-I", "-c", _TRIAL]
     try:
         done = subprocess.run(
