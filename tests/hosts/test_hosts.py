@@ -65,18 +65,20 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str]) -> Iterator[Lab]:
     """Hosts that have what setup would install, a laptop with a checkout in which deploy/on-prem.yaml names them, and the
     README's commands up to the first job.
 
     The workers have one CPU each, so that what asks for two is on two hosts; the head has none, as in cluster.yaml, and
     gives a silent host up after 9 s instead of a minute.
     """
-    seen, private = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("lab")
+    # The bases lie outside the folder of a worker of pytest-xdist.
+    seen = [tmp_path_factory.getbasetemp(), Path(bases["gemma"]).parent, ROOT]
+    private = tmp_path_factory.mktemp("lab")
     shared = private / "shared"
     base = ensure(Path("~/.cache/medlora").expanduser(), 0)
     shutil.copytree(base, shared / "cache" / base.name)
-    with make_hosts(["laptop", "head", "worker1", "worker2"], private, [seen, ROOT], shared) as network:
+    with make_hosts(["laptop", "head", "worker1", "worker2"], private, seen, shared) as network:
         laptop, head, *workers = network.hosts
         for host in (head, *workers):
             (host.home / "medlora").mkdir()
