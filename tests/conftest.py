@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores
 
+
+ON_THE_SECOND_CLUSTER = {
+    "test_sweep.py",
+    "test_nodes.py",
+    "test_safety.py",
+    "test_early_scoring.py",
+    "test_failures.py",
+}
+"""Files whose tests share another cluster; test_safety.py looks for secrets in the logs that the sweeps left there."""
 
 REAL_DATA = ROOT.parent / "shared" / "data"
 
@@ -109,6 +120,14 @@ def ray_cluster(cluster: dict[str, str]) -> Any:
         os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
 
 
+@pytest.fixture
+def local_ray() -> Iterator[dict[str, str]]:
+    """Environment of a process that starts a Ray of its own, whose sockets need short paths."""
+    sockets = tempfile.mkdtemp(prefix="ml")
+    yield {"RAY_ADDRESS": "local", "RAY_TMPDIR": sockets}
+    shutil.rmtree(sockets, ignore_errors=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-gpu", action="store_true", help="also run the tests that need a CUDA GPU")
 
@@ -118,17 +137,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark what a test needs by its fixtures and its folder, so that nobody can forget to.
 
     Tests that share a cluster, or hosts, form a group: they run one after another in one process of pytest-xdist.
+    There are two clusters, so that two processes share their time.
     """
     for item in items:
         needs = {item.path.relative_to(ROOT / "tests").parts[0], *getattr(item, "fixturenames", ())}
+        group = pytest.mark.xdist_group("sweeps" if item.path.name in ON_THE_SECOND_CLUSTER else "cluster")
         if "canary" in item.keywords:
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            item.add_marker(group)
         elif needs & {"hosts", "lab"}:
             item.add_marker(pytest.mark.hosts)
             item.add_marker(pytest.mark.xdist_group("hosts"))
         elif needs & {"cluster", "ray_cluster"}:
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            item.add_marker(group)
+        elif "local_ray" in needs:
+            item.add_marker(pytest.mark.cluster)
         if "gpu" in needs:
             item.add_marker(pytest.mark.gpu)
         if "gpu" in item.keywords and not config.getoption("--run-gpu"):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -151,15 +149,11 @@ with connect() as cluster:
 """
 
 
-def test_a_ray_that_medlora_starts_listens_on_loopback_with_a_token_that_is_its_owner_s(tmp_path: Path) -> None:
-    sockets = Path(tempfile.mkdtemp(prefix="ml"))
+def test_a_ray_that_medlora_starts_listens_on_loopback_with_a_token_that_is_its_owner_s(
+    tmp_path: Path, local_ray: dict[str, str]
+) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    env |= {
-        "HOME": str(tmp_path),
-        "RAY_TMPDIR": str(sockets),
-        "RAY_ADDRESS": "local",
-        "PYTHONPATH": str(ROOT),
-    }
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), **local_ray}
     code = f"import os; os.umask(0o022)\n{HERE}"
     driver = subprocess.Popen(
         [sys.executable, "-c", code], env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -178,4 +172,3 @@ def test_a_ray_that_medlora_starts_listens_on_loopback_with_a_token_that_is_its_
     finally:
         driver.stdin.close()
         driver.wait(timeout=60)
-        shutil.rmtree(sockets, ignore_errors=True)

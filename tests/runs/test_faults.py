@@ -45,7 +45,9 @@ def _start(config: Any, folder: Path, injector: Injector | None = None) -> None:
         print("EVENTS", len(injector.events))
 
 
-@pytest.mark.parametrize("fault", [KILL, TEAR, errno.ENOSPC])
+@pytest.mark.parametrize(
+    "fault", [KILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (TEAR, errno.ENOSPC))]
+)
 def test_a_driver_may_fail_at_every_file_event_of_its_start(fault: str | int, config: Any, tmp_path: Path) -> None:
     log = tmp_path / "log"
     _start(config, tmp_path / "warm")

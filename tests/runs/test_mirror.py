@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -391,6 +390,7 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     data: Path,
     undisturbed: Path,
     tmp_path: Path,
+    local_ray: dict[str, str],
     uri: str,
 ) -> None:
     """Its first stages are scored while later phases train; the predictions are those of one pass over all stages."""
@@ -404,51 +404,45 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     arguments = ("--config", str(tmp_path / "c.yaml"))
     home, other = tmp_path / "home", tmp_path / "other"
-    sockets = tempfile.mkdtemp(prefix="ml")
-    try:
-        env = {**run_env(store, home), "RAY_TMPDIR": sockets}
-        store.rule = fail("503", "optimizer.pt", 2)
-        said = run_job("curriculum", env, *arguments)
-        assert f"run: {uri}/tiny\n" in said
-        early, there = (
-            re.findall(r"(\w+)  scored beside the training", said),
-            re.search(r"(\d+) answers are there", said),
-        )
-        assert early in (["base"], ["base", "00"]) and there and int(there[1]) >= 24 * len(early)
-        evaluation = RunConfig.model_validate(config).evaluation
-        assert evaluation
-        predictions = store.read(key(uri, "tiny/evaluation/predictions.parquet"))
-        assert predictions == answer_in_one_pass(bases["gemma"], undisturbed, evaluation, tmp_path)
-        for phase in ("00", "01"):
-            name = f"tiny/phases/{phase}/adapter/adapter_model.safetensors"
-            assert store.read(key(uri, name)) == weights(undisturbed, phase)
-        kept = store.list(key(uri, "tiny/"))
-        assert {key(uri, f"tiny/{name}") for name in ("run.json", "run.log", "data.json", "config.yaml")} <= set(kept)
-        assert key(uri, "tiny/evaluation/report.html") in kept and key(uri, "tiny/evaluation/manifest.json") in kept
-        assert not [
-            name for name in kept if "lock" in name or "ledger" in name or re.search("checkpoint-.*[^/]$", name)
-        ]
-        # Another machine finds all of it done; a difference is refused there as it is here.
-        stranger = {**env, "HOME": str(other)}
-        assert "everything is done already" in run_job("curriculum", stranger, *arguments)
-        said = run_job("curriculum", stranger, *arguments, "--set", "phases.01.learning_rate=5e-3", code=2)
-        assert "phases.01.learning_rate: was 0.01, now 0.005" in said
+    env = run_env(store, home) | local_ray
+    store.rule = fail("503", "optimizer.pt", 2)
+    said = run_job("curriculum", env, *arguments)
+    assert f"run: {uri}/tiny\n" in said
+    early, there = (
+        re.findall(r"(\w+)  scored beside the training", said),
+        re.search(r"(\d+) answers are there", said),
+    )
+    assert early in (["base"], ["base", "00"]) and there and int(there[1]) >= 24 * len(early)
+    evaluation = RunConfig.model_validate(config).evaluation
+    assert evaluation
+    predictions = store.read(key(uri, "tiny/evaluation/predictions.parquet"))
+    assert predictions == answer_in_one_pass(bases["gemma"], undisturbed, evaluation, tmp_path)
+    for phase in ("00", "01"):
+        name = f"tiny/phases/{phase}/adapter/adapter_model.safetensors"
+        assert store.read(key(uri, name)) == weights(undisturbed, phase)
+    kept = store.list(key(uri, "tiny/"))
+    assert {key(uri, f"tiny/{name}") for name in ("run.json", "run.log", "data.json", "config.yaml")} <= set(kept)
+    assert key(uri, "tiny/evaluation/report.html") in kept and key(uri, "tiny/evaluation/manifest.json") in kept
+    assert not [name for name in kept if "lock" in name or "ledger" in name or re.search("checkpoint-.*[^/]$", name)]
+    # Another machine finds all of it done; a difference is refused there as it is here.
+    stranger = {**env, "HOME": str(other)}
+    assert "everything is done already" in run_job("curriculum", stranger, *arguments)
+    said = run_job("curriculum", stranger, *arguments, "--set", "phases.01.learning_rate=5e-3", code=2)
+    assert "phases.01.learning_rate: was 0.01, now 0.005" in said
 
-        evaluate = {
-            "name": "scored",
-            "base": config["base"],
-            "stages": [f"{uri}/tiny:base,01"],
-            "evaluation": {"tests": config["evaluation"]["tests"], "batch_size": 8},
-        }
-        (tmp_path / "e.yaml").write_text(yaml.safe_dump(evaluate), encoding="utf-8")
-        chosen = ("--config", str(tmp_path / "e.yaml"), "--out", f"{uri}/scored")
-        assert f"evaluation: {uri}/scored\n" in run_job("evaluate_mcq", stranger, *chosen)
-        assert store.read(key(uri, "scored/predictions.parquet"))[:4] == b"PAR1"
-        assert "everything is done already" in run_job("evaluate_mcq", env, *chosen)
-        said = run_job("evaluate_mcq", env, *chosen, "--set", "seed=1", code=2)
-        assert "holds another evaluation" in said
-    finally:
-        shutil.rmtree(sockets, ignore_errors=True)
+    evaluate = {
+        "name": "scored",
+        "base": config["base"],
+        "stages": [f"{uri}/tiny:base,01"],
+        "evaluation": {"tests": config["evaluation"]["tests"], "batch_size": 8},
+    }
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(evaluate), encoding="utf-8")
+    chosen = ("--config", str(tmp_path / "e.yaml"), "--out", f"{uri}/scored")
+    assert f"evaluation: {uri}/scored\n" in run_job("evaluate_mcq", stranger, *chosen)
+    assert store.read(key(uri, "scored/predictions.parquet"))[:4] == b"PAR1"
+    assert "everything is done already" in run_job("evaluate_mcq", env, *chosen)
+    said = run_job("evaluate_mcq", env, *chosen, "--set", "seed=1", code=2)
+    assert "holds another evaluation" in said
 
 
 def test_a_store_that_denies_ends_a_run_with_one_message(store: Store, data: Path, tmp_path: Path, uri: str) -> None:
