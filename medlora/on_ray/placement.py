@@ -79,7 +79,7 @@ def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
     if cpus > all_cpus:
         raise InputError(
             f"{key}: {workers} workers x {placement.cpus_per_worker} CPUs = {cpus} CPUs asked; the cluster has {cluster}; "
-            f"lower {key}.cpus_per_worker"
+            f"{_advise(placement, key, all_cpus)}"
         )
     accelerators = {kind for node, _ in kinds for kind in node.accelerators}
     if placement.accelerator_type and placement.accelerator_type not in accelerators:
@@ -98,6 +98,16 @@ def check_placement(placement: Placement, cluster: Cluster, key: str) -> None:
             f"{key}: {workers} workers, each with {describe_worker(placement, gpus)}, asked; a worker runs on one node, "
             f"and node by node there is room for {room}: {nodes}; lower {key}.workers, {key}.cpus_per_worker or {key}.gpus_per_worker"
         )
+
+
+def _advise(placement: Placement, key: str, cpus: float) -> str:
+    """Which key to lower until the workers' CPUs are there: CPUs of a worker only where one is enough for each."""
+    workers = placement.least_workers
+    if placement.cpus_per_worker > 1 and workers <= cpus:
+        return f"lower {key}.cpus_per_worker to {int(cpus // workers)}, or add nodes"
+    if not (room := int(cpus // placement.cpus_per_worker)):
+        return "add nodes"
+    return f"lower {key}.{'workers' if workers == placement.workers else 'min_workers'} to {room}, or add nodes"
 
 
 def find_concurrency(concurrency: int | None, placement: Placement, cluster: Cluster) -> int:
