@@ -28,6 +28,7 @@ from medlora.events import OnEvent
 from medlora.planning.plan import guess_device, make_plan
 from medlora.planning.table import describe_plan
 from medlora.reporting.results.story import describe_phases
+from medlora.reporting.results.story import describe_data, describe_phases
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
 from medlora.runs.files import read_mapping, remove, set_aside, sweep_temporary, write_sealed, write_yaml
@@ -281,6 +282,7 @@ def _evaluate(begun: Begun, cluster: Cluster) -> Report | None:
             *describe_quarantine(task.config),
         ],
         "phases": describe_phases(run, config.phases, begun.done),
+        "data": describe_data(read_card(run.data) or {}),
         "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in begun.done.items()},
     }
     placement, _ = find_evaluation_placement(config)

@@ -94,6 +94,16 @@ class PhaseRow(TypedDict):
     dev: Curve
 
 
+class DataRow(TypedDict):
+    """A source of the data card."""
+
+    use: str
+    source: str
+    licence: str | None
+    records: int
+    quarantined: int
+
+
 class _Counted(TypedDict):
     interval: list[float]
     n: int
@@ -163,7 +173,7 @@ class Report(TypedDict):
     created: NotRequired[str]
     notes: NotRequired[list[str]]
     phases: NotRequired[list[PhaseRow]]
-    data: NotRequired[list[dict[str, object]]]
+    data: NotRequired[list[DataRow]]
     paired: NotRequired[list[str]]
     totals: NotRequired[list[TotalRow]]
     prompts: NotRequired[str]

@@ -514,7 +514,9 @@ def test_phases_are_shown_with_what_they_learned_from(tmp_path: Path) -> None:
         "loss": [[1, 5.0], [2, 4.0]],
         "dev": [[2, 0.5]],
     }
-    html, _ = make_page(tmp_path, about={"phases": [phase]})
+    data = {"use": "training", "source": f"a.jsonl{nasty}", "licence": None, "records": 1234, "quarantined": 2}
+    html, _ = make_page(tmp_path, about={"phases": [phase], "data": [data]})
+    assert ["1,234", "2", "not given"] in [cells[2:] for _, cells in Page(html).rows]
     page = Page(html)
     assert "plain text <script>" in page.text and 'id="phases"' in html and html.count("<figure>") >= 4
     assert "dev accuracy in % by step" in page.text and "training loss by step" in page.text

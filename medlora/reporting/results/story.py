@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medlora.config.phase import PhaseConfig
-from medlora.evaluation.reports import Curve, PhaseRow
+from medlora.evaluation.reports import Curve, DataRow, PhaseRow
 from medlora.reporting import svg as shapes
 from medlora.runs.files import read_json_lines
 from medlora.runs.folders import RunFolder
@@ -39,6 +39,21 @@ def describe_phases(
             }
         )
     return rows
+
+
+def describe_data(card: Mapping[str, Any]) -> list[DataRow]:
+    """The data card as rows: each source with its counts and licence, training data first."""
+    return [
+        {
+            "use": use,
+            "source": str(part["source"]),
+            "licence": part.get("licence"),
+            "records": int(part["records"]),
+            "quarantined": sum(part.get("quarantine", {}).values()),
+        }
+        for use, key in (("training", "training"), ("dev and test", "held_out"))
+        for part in card.get(key, {}).values()
+    ]
 
 
 def _make_curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
