@@ -27,7 +27,6 @@ from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.planning.plan import guess_device, make_plan
 from medlora.planning.table import describe_plan
-from medlora.reporting.results.story import describe_phases
 from medlora.reporting.results.story import describe_data, describe_phases
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
