@@ -27,6 +27,7 @@ from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.planning.plan import guess_device, make_plan
 from medlora.planning.table import describe_plan
+from medlora.reporting.hub.card import write_phase_cards
 from medlora.reporting.results.story import describe_data, describe_phases
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
@@ -178,6 +179,8 @@ def finish(begun: Begun, cluster: Cluster) -> Outcome:
                 early.add(phase.name, chain)
     report = _find_report(config, run, stages) or _evaluate(begun, cluster)
     remove(run.scoring)
+    write_phase_cards(run, config, stages)
+    mirror.push(run.root)
     return Outcome(done, report, worked=True)
 
 
