@@ -70,8 +70,8 @@ def _list_files(folder: Path, exclude: Sequence[Path] = ()) -> list[Path]:
 
 
 def is_card(path: Path) -> bool:
-    """Whether medlora wrote this card; a card of another tool is an ordinary file."""
-    if path.name != CARD:
+    """Whether medlora wrote this card; a card of another tool is an ordinary file, and a pipe is never opened."""
+    if path.name != CARD or not path.is_file():
         return False
     with path.open("rb") as file:
         return any(line.startswith(CARD_MARK) for line in file.read(2**20).splitlines()[:20])

@@ -210,3 +210,19 @@ def test_finished_adapters_have_cards_that_change_no_hash(finished: Path, tmp_pa
         copied, original = read_origin(tmp_path / name), read_origin(folder.adapter)
         assert copied and original and (copied.below, copied.base) == (original.below, original.base)
     assert "**Not for use alone.** It was trained on top of `01`" in (run.phase("02").adapter / "README.md").read_text()
+
+
+def test_a_pipe_in_place_of_a_card_is_neither_opened_nor_replaced(finished: Path, tmp_path: Path) -> None:
+    """Whoever opened the pipe would wait for ever: this test would not end."""
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, run.root)
+    adapter = run.phase("02").adapter
+    before = hash_adapter(adapter)
+    (adapter / "README.md").unlink()
+    os.mkfifo(adapter / "README.md")
+    config = configure("base", tmp_path)
+    stages = {"02": (Link(name="02", folder=str(adapter)),)}
+    assert write_phase_cards(run, config, stages) == [] and (adapter / "README.md").is_fifo()
+    assert hash_adapter(adapter) == before and read_origin(adapter)
+    shutil.move(adapter, tmp_path / "alone")
+    assert read_origin(tmp_path / "alone") is None and hash_adapter(tmp_path / "alone") == before
