@@ -118,8 +118,6 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
     report = None if left else _find_report(config, run, stages)
     if left:
         _log_plan(config, run)
-    elif write_phase_cards(run, config, stages, absent_only=True):  # a run of an earlier version has none
-        mirror.push(run.root)
     return Begun(config, run, redo, on_event, done, left, chain, stages, report)
 
 

@@ -64,19 +64,16 @@ def build_card(facts: CardFacts) -> str:
     return f"---\n{_write_metadata(facts, rows)}---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def write_phase_cards(
-    run: RunFolder, config: RunConfig, stages: Mapping[str, Sequence[Link]], absent_only: bool = False
-) -> list[Path]:
+def write_phase_cards(run: RunFolder, config: RunConfig, stages: Mapping[str, Sequence[Link]]) -> list[Path]:
     """Write the card of every finished adapter of a run; returns the cards that were written.
 
     A README.md of the user's own stays as it is, and so does anything of that name that is no file, such as a pipe.
-    With `absent_only`, cards that are there stay, too.
     """
     written = []
     for phase in config.phases:
         card = run.phase(phase.name).adapter / CARD
         is_free = not (card.exists() or card.is_symlink())
-        if phase.name in stages and card.parent.is_dir() and (is_free or (is_card(card) and not absent_only)):
+        if phase.name in stages and card.parent.is_dir() and (is_free or is_card(card)):
             facts = CardFacts(run, config, phase.name, stages[phase.name], "phase")
             write_bytes(card, build_card(facts).encode())
             written.append(card)
