@@ -168,18 +168,22 @@ def finish(begun: Begun, cluster: Cluster) -> Outcome:
             for stage, links in stages.items():
                 early.add(stage, links)
         for phase in begun.left:
-            if manifest := _find_finished(config, run, phase, chain, done, begun.redo):
+            manifest = _find_finished(config, run, phase, chain, done, begun.redo)
+            is_reused = manifest is not None
+            if manifest:
                 on_event(events.reused(phase.name))
             else:
                 placement = phase.placement or config.placement
                 manifest = train_and_report(make_job(config, phase, chain), run, placement, cluster, on_event, early)
             done[phase.name] = manifest
             chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+            if not is_reused:
+                write_phase_cards(run, config, {phase.name: chain})
             if early and phase != begun.left[-1]:
                 early.add(phase.name, chain)
     report = _find_report(config, run, stages) or _evaluate(begun, cluster)
     remove(run.scoring)
-    write_phase_cards(run, config, stages)
+    write_phase_cards(run, config, stages, only_known=True)  # phases of an earlier version stay as they were
     mirror.push(run.root)
     return Outcome(done, report, worked=True)
 

@@ -64,16 +64,19 @@ def build_card(facts: CardFacts) -> str:
     return f"---\n{_write_metadata(facts, rows)}---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def write_phase_cards(run: RunFolder, config: RunConfig, stages: Mapping[str, Sequence[Link]]) -> list[Path]:
-    """Write the card of every finished adapter of a run; returns the cards that were written.
+def write_phase_cards(
+    run: RunFolder, config: RunConfig, stages: Mapping[str, Sequence[Link]], only_known: bool = False
+) -> list[Path]:
+    """Write the cards of finished phases with what the run knows by now; returns the cards that were written.
 
     A README.md of the user's own stays as it is, and so does anything of that name that is no file, such as a pipe.
+    With `only_known`, only cards that are there are written anew.
     """
     written = []
     for phase in config.phases:
         card = run.phase(phase.name).adapter / CARD
         is_free = not (card.exists() or card.is_symlink())
-        if phase.name in stages and card.parent.is_dir() and (is_free or is_card(card)):
+        if phase.name in stages and card.parent.is_dir() and (is_card(card) or (is_free and not only_known)):
             facts = CardFacts(run, config, phase.name, stages[phase.name], "phase")
             write_bytes(card, build_card(facts).encode())
             written.append(card)
