@@ -87,6 +87,7 @@ class Validation(_Validated, total=False):
     """The dev sample was scored; which scores there are depends on its records."""
 
     best: bool
+    questions: int
     accuracy: float
     format_score: float
     perplexity: float

@@ -43,7 +43,7 @@ class Origin:
 def read_origin(adapter: Path) -> Origin | None:
     """Where an adapter comes from, by the manifest beside it or else by its card; None for adapters of other tools."""
     manifest = read_manifest(adapter.parent)
-    trained_here = _describe(manifest) if manifest and adapter.name == "adapter" else None
+    trained_here = describe_origin(manifest) if manifest and adapter.name == "adapter" else None
     about = trained_here or _read_card(adapter / CARD)
     try:
         if about is None:
@@ -68,7 +68,8 @@ def _shorten(folder: Path) -> str:
     return str(folder) if relative.startswith("..") else relative
 
 
-def _describe(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def describe_origin(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the line of a card says of an adapter, by the manifest of its phase; None where that does not tell."""
     fingerprint = manifest.get("fingerprint") or {}
     if "base" not in fingerprint or "chain" not in manifest:
         return None
@@ -89,7 +90,7 @@ def _describe(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def write_card(adapter: Path, manifest: dict[str, object]) -> None:
     """Write the card of an adapter that was trained on others, from what its phase's manifest is going to hold."""
-    about = _describe(manifest)
+    about = describe_origin(manifest)
     if about is None or not about["below"]:
         return
     *below, own = about["chain"]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from medlora.cli.common import print_json, text_to_stderr
 from medlora.errors import InputError
-from medlora.evaluation.ledger import PAGE, PREDICTIONS
+from medlora.evaluation.ledger import PREDICTIONS
 from medlora.evaluation.logs.inputs import Input, Reading, list_files, parse_input, read_inputs
 from medlora.evaluation.logs.lm_eval_files import write_lm_eval
 from medlora.evaluation.logs.log import Log
@@ -29,7 +29,7 @@ from medlora.evaluation.reports import TotalRow
 from medlora.evaluation.statistics import wilson
 from medlora.reporting.report import build_report
 from medlora.reporting.results.files import write_results
-from medlora.reporting.tables import print_report
+from medlora.reporting.tables import print_next, print_report
 from medlora.runs.environment import get_versions
 from medlora.runs.manifests import hash_file
 
@@ -119,5 +119,5 @@ def compare(arguments: argparse.Namespace) -> object:
         write_lm_eval(arguments.out / "lm_eval", paired.predictions, paired.questions, datetime.now())
     print_report(report, worked=True)
     print(f"comparison: {arguments.out}")
-    print(f"report: {(arguments.out / PAGE).resolve().as_uri()}")
+    print_next(arguments.out)
     return report

@@ -62,7 +62,7 @@ def evaluate(arguments: argparse.Namespace) -> object:
     where = arguments.out or mirror.join(config.storage.folder, config.name)
     out = open_run(mirror.find_copy(where, config.storage.cache), mark=FINGERPRINT)
     from medlora.reporting.progress import Display
-    from medlora.reporting.tables import print_report
+    from medlora.reporting.tables import print_next, print_report
 
     with (
         hold_file_lock(out.lock, f"evaluation {out.root}"),
@@ -80,4 +80,5 @@ def evaluate(arguments: argparse.Namespace) -> object:
             report = run_evaluation(config, plan, out, display.show)
     print_report(report, worked)
     print(f"evaluation: {mirror.name_place(out.root)}")
+    print_next(out.root)
     return report

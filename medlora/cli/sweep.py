@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     from medlora.runs.folders import open_run
     from medlora.runs.locks import hold_file_lock
     from medlora.sweep.checks import check_sweep, refuse_other
-    from medlora.sweep.ledger import FINGERPRINT, LEDGER, Ledger
+    from medlora.sweep.ledger import BEST, FINGERPRINT, LEDGER, Ledger
 
     config = load_sweep_config(arguments.config, arguments.overrides)
     plan = check_sweep(config, arguments.force)
@@ -77,4 +77,7 @@ def main(argv: list[str] | None = None) -> int:
                 summary = run_sweep(plan, folder, ledger, arguments.final_test, display.show)
     print_sweep(summary, ledger, worked)
     print(f"sweep: {mirror.name_place(folder.root)}")
+    if (best := folder.root / BEST).is_file():
+        print(f"best config: {best}")
+        print(f"next: medlora train --config {best}")
     return 0

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         where = arguments.run_dir or mirror.join(config.storage.folder, config.name)
         folders.append(open_run(mirror.find_copy(where, config.storage.cache)))
     from medlora.reporting.progress import Display
-    from medlora.reporting.tables import print_report
+    from medlora.reporting.tables import print_next, print_report
 
     if len(configs) > 1:
         return run_several(configs, folders)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         hold_file_lock(run.lock, f"run {run.root}"),
         mirror.hold_run(run.root),
         log_to((logging.getLogger("medlora.run"), run.log)),
-        Display() as display,
+        Display(phases={phase.name: phase.description for phase in config.phases}) as display,
     ):
         endings.describe_progress(lambda: describe_progress(run, [p.name for p in config.phases]), run.log)
         from medlora.drivers.curriculum import run_curriculum
@@ -102,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         outcome = run_curriculum(config, run, arguments.redo, display.show)
     print_report(outcome.report, outcome.worked)
     print(f"run: {mirror.name_place(run.root)}")
+    if outcome.report is not None:
+        print_next(run.evaluation)
+    print(f"next: medlora export {mirror.name_place(run.root)}:{config.phases[-1].name} adapter")
     return 0
 
 
@@ -129,7 +132,8 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
             held.enter_context(mirror.hold_run(run.root))
             held.enter_context(log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
             endings.describe_progress(lambda: _describe_several(configs, folders), folders[0].log)
-            begun.append(begin(config, run, None, Display(name=run.name, beside=first).show))
+            phases = {phase.name: phase.description for phase in config.phases}
+            begun.append(begin(config, run, None, Display(name=run.name, beside=first, phases=phases).show))
         ends = run_side_by_side(begun)
     failed = {
         run.name: explain(end, run.root) or end

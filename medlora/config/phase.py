@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from medlora.config.base import Name, PlainStyle, Scoring, Section
 from medlora.config.model import LoraSettings
@@ -52,6 +52,8 @@ class PhaseConfig(Section):
     """One phase of the curriculum."""
 
     name: Name
+    description: str = Field("", max_length=200)
+    """What the phase is for, in a few words; shown on the terminal and in the report, and no part of the fingerprint."""
     chain: Literal["new", "continue", "stack"]
     """`new`: an adapter on the base alone. `continue`: train the last adapter on. `stack`: freeze what is there, which
     stays active, and train one more adapter."""
@@ -99,3 +101,9 @@ class PhaseConfig(Section):
     checkpoint_every_steps: int = Field(100, ge=1)
     placement: Placement | None = None
     """Where this phase runs, if not where the run's `placement` puts it."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Dumps stand in the records of finished runs: a key that came later must not make them look changed.
+        dumped: dict[str, Any] = serialise(self)
+        return {key: value for key, value in dumped.items() if key != "description" or value}

@@ -22,7 +22,7 @@ from medlora.runs.files import is_temporary
 from medlora.runs.folders import PhaseFolder, RunFolder
 from medlora.runs.manifests import as_json, find_differences, hash_files, hash_json, read_manifest
 
-_NOT_IN_FINGERPRINT = {"placement", "log_every_steps", "checkpoint_every_steps", "batching", "compile"}
+_NOT_IN_FINGERPRINT = {"description", "placement", "log_every_steps", "checkpoint_every_steps", "batching", "compile"}
 """Keys of a phase that change where and how loudly it runs, not what it learns."""
 
 

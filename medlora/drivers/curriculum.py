@@ -27,6 +27,8 @@ from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.planning.plan import guess_device, make_plan
 from medlora.planning.table import describe_plan
+from medlora.reporting.hub.card import write_phase_cards
+from medlora.reporting.results.story import describe_data, describe_phases
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
 from medlora.runs.files import read_mapping, remove, set_aside, sweep_temporary, write_sealed, write_yaml
@@ -166,17 +168,23 @@ def finish(begun: Begun, cluster: Cluster) -> Outcome:
             for stage, links in stages.items():
                 early.add(stage, links)
         for phase in begun.left:
-            if manifest := _find_finished(config, run, phase, chain, done, begun.redo):
+            manifest = _find_finished(config, run, phase, chain, done, begun.redo)
+            is_reused = manifest is not None
+            if manifest:
                 on_event(events.reused(phase.name))
             else:
                 placement = phase.placement or config.placement
                 manifest = train_and_report(make_job(config, phase, chain), run, placement, cluster, on_event, early)
             done[phase.name] = manifest
             chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+            if not is_reused:
+                write_phase_cards(run, config, {phase.name: chain})
             if early and phase != begun.left[-1]:
                 early.add(phase.name, chain)
     report = _find_report(config, run, stages) or _evaluate(begun, cluster)
     remove(run.scoring)
+    write_phase_cards(run, config, stages, only_known=True)  # phases of an earlier version stay as they were
+    mirror.push(run.root)
     return Outcome(done, report, worked=True)
 
 
@@ -279,6 +287,8 @@ def _evaluate(begun: Begun, cluster: Cluster) -> Report | None:
             *describe_overlap(read_card(run.data)),
             *describe_quarantine(task.config),
         ],
+        "phases": describe_phases(run, config.phases, begun.done),
+        "data": describe_data(read_card(run.data) or {}),
         "phase_seconds": {name: m["seconds"]["all"] - m["seconds"]["base"] for name, m in begun.done.items()},
     }
     placement, _ = find_evaluation_placement(config)

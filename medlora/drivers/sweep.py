@@ -87,6 +87,9 @@ def _find_or_train_start(
     if earlier:
         run.root.mkdir(exist_ok=True)
         write_yaml(run.config, plan.run.model_dump(mode="json"))
+        names = ", ".join(phase.name for phase in earlier)
+        text = f"all trials share phase {names}: trained once before the first trial, or reused"
+        on_event(events.note("start", text))
     for phase in earlier:
         job, there = make_job(plan.run, phase, chain), run.phase(phase.name)
         if differences := find_obstacle(job, there):

@@ -75,6 +75,35 @@ class TotalRow(TypedDict):
     interval: list[float]
 
 
+Curve = list[list[float]]
+"""Pairs of step and value."""
+
+
+class PhaseRow(TypedDict):
+    """What a phase learned from, and how."""
+
+    name: str
+    description: str
+    chain: str
+    sources: list[str]
+    replayed: list[str]
+    seconds: float | None
+    tokens_per_s: float | None
+    peak_memory_mib: float | None
+    loss: Curve
+    dev: Curve
+
+
+class DataRow(TypedDict):
+    """A source of the data card."""
+
+    use: str
+    source: str
+    licence: str | None
+    records: int
+    quarantined: int
+
+
 class _Counted(TypedDict):
     interval: list[float]
     n: int
@@ -143,6 +172,8 @@ class Report(TypedDict):
     trial: NotRequired[str]
     created: NotRequired[str]
     notes: NotRequired[list[str]]
+    phases: NotRequired[list[PhaseRow]]
+    data: NotRequired[list[DataRow]]
     paired: NotRequired[list[str]]
     totals: NotRequired[list[TotalRow]]
     prompts: NotRequired[str]

@@ -85,7 +85,7 @@ def export_chain(
 
 def copy_adapter(adapter: Path, out: Path, rows: Rows) -> None:
     """Copy an adapter's folder, with more vocabulary rows than it has."""
-    shutil.copytree(adapter, out)
+    shutil.copytree(adapter, out, ignore=_list_special)
     if not any(rows.values()):
         return
     config, tensors = read_config(adapter), read_tensors(adapter)
@@ -97,6 +97,11 @@ def copy_adapter(adapter: Path, out: Path, rows: Rows) -> None:
         tensors[name] = torch.stack([by_id[i].float() for i in ids[layer]])
     config.trainable_token_indices = ids
     write_adapter(out, config, tensors, config.base_model_name_or_path)
+
+
+def _list_special(folder: str, names: Sequence[str]) -> list[str]:
+    """What is neither a file nor a folder, such as a pipe, which would wait for ever for someone to write into it."""
+    return [name for name in names if not ((path := Path(folder) / name).is_file() or path.is_dir())]
 
 
 def check_chain(folders: Sequence[Path], out: Path, force: bool) -> None:

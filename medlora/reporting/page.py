@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from medlora.evaluation.predictions import Prediction
-from medlora.evaluation.reports import OverallRow, PairRow, Report, StageRow
+from medlora.evaluation.reports import Curve, OverallRow, PairRow, Report, StageRow
 from medlora.records import LETTERS, McqRecord
 from medlora.reporting import svg as shapes
 from medlora.reporting.changes import _TEXT_LIMIT, list_changes
+from medlora.reporting.results.story import draw_curve
 from medlora.reporting.templates import make_environment
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _ABOUT = (
     "verdict",
     "paired",
     "totals",
+    "phases",
+    "data",
     "prompts",
     *_TIMES,
     "phase_seconds",
@@ -144,6 +147,10 @@ class Drawings:
         calibration = row["calibration"]
         assert calibration is not None  # the template draws no other row
         return _safe(shapes.draw_reliability(calibration["bins"], self.places[row["stage"]]))
+
+    def curve_of(self, points: Curve, stage: str, percent: bool = False) -> Markup:
+        """A phase's loss or dev accuracy by step, in its stage's colour."""
+        return _safe(draw_curve(points, self.places.get(stage, 0), percent))
 
     def marker_of(self, stage: str) -> Markup:
         """The stage's sign."""

@@ -6,13 +6,15 @@ import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
-from medlora.events import Event
+from medlora.events import Event, Validation
 
 log = logging.getLogger("medlora.run")
 
@@ -29,14 +31,45 @@ _SCORES: tuple[Literal["accuracy", "format_score", "perplexity", "token_f1"], ..
 """Of a validation, in this order."""
 
 
+def describe_times(elapsed_s: float, left_s: float | None) -> str:
+    """ "16 s, 1 s left": what has passed, and what is left where that is known."""
+    return _describe_seconds(elapsed_s) + ("" if left_s is None else f", {_describe_seconds(left_s)} left")
+
+
+def _describe_seconds(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+class _TimesColumn(ProgressColumn):
+    """The times of a task in the words of a log."""
+
+    def render(self, task: Task) -> Text:
+        return Text(describe_times(task.elapsed or 0.0, task.time_remaining))
+
+
 class Display:
     """Shows a run's events: one bar per phase on a terminal, at most a line every ten seconds elsewhere.
 
     Runs side by side have a display each, `beside` the first one and on its console, that says its run's name on every
-    line. What is said goes to the logger `log`, too.
+    line. What is said goes to the logger `log`, too. `phases` maps the names of all phases to their descriptions.
     """
 
-    def __init__(self, console: Console | None = None, name: str = "", beside: Display | None = None) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        name: str = "",
+        beside: Display | None = None,
+        phases: Mapping[str, str] | None = None,
+    ) -> None:
+        self.phases = dict(phases or {})
+        self.losses: dict[str, list[float]] = {}
+        self.best: dict[tuple[str, str], float] = {}
         self.name = f"{name}  " if name else ""
         self.log = logging.getLogger(f"medlora.run.{name}") if name else log
         if console is None and beside is not None:
@@ -50,8 +83,7 @@ class Display:
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                _TimesColumn(),
                 console=self.console,
                 transient=True,
                 disable=not self.console.is_terminal,
@@ -79,6 +111,7 @@ class Display:
             figures = (
                 f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {event['peak_memory_mib']:,.0f} MiB"
             )
+            self.losses.setdefault(phase, []).append(event["loss"])
             label = phase if event["segment"] == "normal" else f"{phase} {event['segment']}"
             self._advance(label, event["step"], event["steps"], figures)
         elif event["event"] == "build":
@@ -95,15 +128,15 @@ class Display:
             self.rates.append((time.monotonic(), event["questions"], event["seconds"]))
             self._advance("evaluation", self.answered, self.total, f"{self._measure_rate():.1f} questions/s")
         elif event["event"] == "validation":
-            scores = "  ".join(f"{name} {event[name]:.3f}" for name in _SCORES if name in event)
-            self._say(f"{phase}  dev at step {event['step']}: {scores}")
+            self._say(f"{phase}  dev at step {event['step']}: {self._describe_dev(phase, event)}")
         elif event["event"] == "phase":
             self._begin(phase)
-            self._say(f"{phase}  on {event['device']}")
+            self.losses.pop(phase, None)
+            self._say(f"{phase}  {self._place(phase)}on {event['device']}")
         elif event["event"] == "finished":
             self._begin("")
             around = f", and {event['around_s']:.0f} s to start and end its workers" if event["around_s"] else ""
-            self._say(f"{phase}  done in {event['seconds']:.0f} s{around}")
+            self._say(f"{phase}  done in {event['seconds']:.0f} s{self._describe_losses(phase)}{around}")
         elif event["event"] == "reused":
             self._say(f"{phase}  is finished already and reused")
         elif event["event"] == "cluster":
@@ -111,6 +144,36 @@ class Display:
             self._say(f"{how}: {event['text']} ({event['seconds']:.1f} s)")
         elif event["event"] == "note" or event["event"] == "refused" or event["event"] == "failed":
             self._say(f"{phase}  {event['text']}")
+
+    def _place(self, phase: str) -> str:
+        """Which phase of how many this is, and what it is for."""
+        if phase not in self.phases:
+            return ""
+        about = f" ({self.phases[phase]})" if self.phases[phase] else ""
+        return f"phase {list(self.phases).index(phase) + 1} of {len(self.phases)}{about}, "
+
+    def _describe_losses(self, phase: str) -> str:
+        losses = self.losses.get(phase, [])
+        return f": loss {losses[0]:.3f} -> {losses[-1]:.3f}" if len(losses) > 1 else ""
+
+    def _describe_dev(self, phase: str, event: Validation) -> str:
+        """Shares in % with n where it is known, and the best score of the phase so far."""
+        shown = []
+        for name in _SCORES:
+            if name in event:
+                value = event[name]
+                shown.append(f"{name} {value:.3f}" if name == "perplexity" else f"{name} {100 * value:.1f} %")
+        n = event.get("questions")
+        if n and shown and shown[0].startswith("accuracy"):
+            shown[0] += f" (n {n:,})"
+        key = (phase, event["segment"])
+        before = self.best.get(key)
+        self.best[key] = event["score"] if before is None else max(before, event["score"])
+        if before is not None:
+            best = abs(self.best[key])  # of perplexity, the score is its negative
+            text = f"{best:.3f}" if event["score"] < 0 else f"{100 * best:.1f} %"
+            shown.append("best so far" if event["score"] > before else f"best so far {text}")
+        return "  ".join(shown)
 
     def _measure_rate(self) -> float:
         """Questions/s over the last batches; the first one's own time stands for what was before it."""
@@ -133,8 +196,8 @@ class Display:
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.said > _PLAIN_EVERY_S or step == total):
             done = step - self.first_step
-            left = f"  {(now - self.started) / done * (total - step):.0f} s left" if done and step < total else ""
-            self._say(f"{label}  {step}/{total}  {figures}{left}")
+            left = (now - self.started) / done * (total - step) if done and step < total else None
+            self._say(f"{label}  {step}/{total}  {figures}  {describe_times(now - self.started, left)}")
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()

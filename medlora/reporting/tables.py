@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from medlora.evaluation.ledger import PAGE
 from medlora.evaluation.reports import Report, StageRow
 from medlora.events import TrialStep
+from medlora.reporting.results.browse import BROWSE
 from medlora.sweep.ledger import Ledger, Trial
 from medlora.sweep.results import describe_pair
 from medlora.sweep.space import format_value
@@ -31,6 +34,9 @@ def print_reports(reports: Mapping[str, Report | None], worked: bool) -> None:
         return
     named, timed = list(there) != [""], any(report.get("phase_seconds") for report in there.values())
     extra = _find_columns([row for report in there.values() for row in report["stages"]])
+    changes = {id(row): text for report in there.values() for row, text in _list_changes(report)}
+    if changes:
+        extra.insert(0, ("change", lambda row: changes.get(id(row), "")))
     table = Table(
         *(["run"] if named else []),
         *("stage", "test", "accuracy", "95 % interval", "n"),
@@ -59,6 +65,27 @@ def print_reports(reports: Mapping[str, Report | None], worked: bool) -> None:
             console.print(f"{said}evaluation: {report['seconds']:.0f} s{rate}")
 
 
+def _list_changes(report: Report) -> list[tuple[StageRow, str]]:
+    """For each row but the first stage's, the points that it has gained or lost against the first stage."""
+    if not report.get("overall"):
+        return []
+    first = report["overall"][0]["stage"]
+    points = {
+        (pair["test"], pair["after"]): f"{100 * pair['difference']:+.1f}"
+        for pair in report["comparisons"]
+        if pair["before"] == first
+    }
+    named = ((row, points.get((row["test"], row["stage"]))) for row in report["stages"])
+    return [(row, text) for row, text in named if text is not None]
+
+
+def print_next(folder: Path) -> None:
+    """Where a finished evaluation can be read, as links that a terminal opens."""
+    for what, name in (("report", PAGE), ("questions", BROWSE)):
+        if (folder / name).is_file():  # an evaluation of an earlier medlora has no page of questions
+            print(f"{what}: {(folder / name).resolve().as_uri()}")
+
+
 def _list_findings(report: Report) -> list[str]:
     """The verdict, how many questions are paired, and what is known as sums alone."""
     lines = [str(report["verdict"])] if report.get("verdict") else []
@@ -79,6 +106,8 @@ _Column = tuple[str, Callable[[StageRow], str]]
 def _find_columns(rows: Sequence[StageRow]) -> list[_Column]:
     """The columns that only some reports need: what was unparsed, and what `reason` took by likelihood."""
     columns: list[_Column] = []
+    if any(row.get("chance") is not None for row in rows):
+        columns.append(("chance", lambda row: "" if row["chance"] is None else f"{row['chance']:.1%}"))
     if any(row.get("unparsed") for row in rows):
         columns.append(("unparsed", lambda row: str(row["unparsed"])))
     if any(row.get("by_likelihood") for row in rows):

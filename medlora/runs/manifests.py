@@ -65,13 +65,13 @@ def hash_files(folder: Path, exclude: Sequence[Path] = ()) -> dict[str, str]:
 def _list_files(folder: Path, exclude: Sequence[Path] = ()) -> list[Path]:
     ours = {folder / name for name in (MANIFEST, *LIVING)}
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
-    files = [path for path in files if not is_temporary(path.name) and not _is_card(path)]
+    files = [path for path in files if not is_temporary(path.name) and not is_card(path)]
     return [path for path in files if not any(path.is_relative_to(other) for other in exclude)]
 
 
-def _is_card(path: Path) -> bool:
-    """Whether medlora wrote this card; a card of another tool is an ordinary file."""
-    if path.name != CARD:
+def is_card(path: Path) -> bool:
+    """Whether medlora wrote this card; a card of another tool is an ordinary file, and a pipe is never opened."""
+    if path.name != CARD or not path.is_file():
         return False
     with path.open("rb") as file:
         return any(line.startswith(CARD_MARK) for line in file.read(2**20).splitlines()[:20])

@@ -137,6 +137,7 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
     }
     plain: dict[str, Any] = as_json(described)
     for phase in plain["run"]["phases"]:  # when a stall is reported changes no result
+        phase.pop("description", None)
         for key in ("stall_s", "stall_kill_s"):
             (phase["placement"] or {}).pop(key, None)
     return plain

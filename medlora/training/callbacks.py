@@ -220,7 +220,9 @@ class MCQValidationCallback(TrainerCallback):
             "%s step %d  %s",
             self.segment.name,
             step,
-            "  ".join(f"{name} {value:.4f}" for name, value in scores.items()),
+            "  ".join(
+                f"{name} {value}" if name == "questions" else f"{name} {value:.4f}" for name, value in scores.items()
+            ),
         )
         return scores.get("format_score", 0.0)
 

@@ -116,7 +116,7 @@ class Validator:
         )
         answers = McqAnswerer(model, self.tokenizer, settings).answer(self.questions)
         right = sum(answer.choice == record.answer for answer, record in zip(answers, self.questions, strict=True))
-        scores = {"accuracy": right / len(answers)}
+        scores = {"accuracy": right / len(answers), "questions": len(answers)}
         if self.config.scoring == "reason":
             formats = [
                 score_format(answer.text, self.required_fields, record.letters).score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,20 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from medlora.artifacts.adapter_origin import identify_adapter, read_origin
 from medlora.config.run import RunConfig
-from medlora.curriculum.chains import Link
+from medlora.curriculum.chains import Link, extend_chain
 from medlora.errors import InputError
 from medlora.evaluation.predictions import Prediction
-from medlora.reporting.hub.card import CardFacts, build_card
+from medlora.reporting.hub.card import CardFacts, build_card, write_phase_cards
 from medlora.reporting.hub.upload import check_target
 from medlora.reporting.report import build_report
 from medlora.runs.files import write_json
 from medlora.runs.folders import RunFolder
-from medlora.runs.manifests import CARD_MARK, hash_files
+from medlora.runs.manifests import CARD_MARK, check_files, hash_adapter, hash_files, read_manifest
 from tests.support import ROOT
 from tests.support.hub_server import serve_hub
+from tests.support.tiny_run import configure
 
 CARD = {
     "training": {
@@ -181,3 +184,46 @@ def test_without_a_token_or_a_hub_nothing_is_pushed(tmp_path: Path, monkeypatch:
     (tmp_path / "token").write_text("two words")
     with pytest.raises(InputError, match="must hold one token"):
         check_target("lab/model", tmp_path / "token")
+
+
+def test_finished_adapters_have_cards_that_change_no_hash(finished: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, run.root)
+    config = configure("base", tmp_path)
+    stages: dict[str, tuple[Link, ...]] = {}
+    chain: tuple[Link, ...] = ()
+    for phase in config.phases:
+        chain = stages[phase.name] = extend_chain(chain, phase, run.phase(phase.name).adapter)
+    before = {name: identify_adapter(run.phase(name).adapter) for name in stages}
+    (run.phase("00").adapter / "README.md").write_text("mine")
+    write_phase_cards(run, config, stages)
+    assert (run.phase("00").adapter / "README.md").read_text() == "mine"
+    (run.phase("00").adapter / "README.md").unlink()
+    assert run.phase("00").adapter / "README.md" not in write_phase_cards(run, config, stages, only_known=True)
+    assert len(write_phase_cards(run, config, stages)) == 3
+    for name in stages:
+        folder = run.phase(name)
+        manifest = read_manifest(folder.root)
+        assert manifest and check_files(folder.root, manifest) is None
+        assert hash_adapter(folder.adapter) == before[name]
+        assert ModelCard.load(folder.adapter / "README.md").data.library_name == "peft"
+        shutil.copytree(folder.adapter, tmp_path / name)
+        copied, original = read_origin(tmp_path / name), read_origin(folder.adapter)
+        assert copied and original and (copied.below, copied.base) == (original.below, original.base)
+    assert "**Not for use alone.** It was trained on top of `01`" in (run.phase("02").adapter / "README.md").read_text()
+
+
+def test_a_pipe_in_place_of_a_card_is_neither_opened_nor_replaced(finished: Path, tmp_path: Path) -> None:
+    """Whoever opened the pipe would wait for ever: this test would not end."""
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, run.root)
+    adapter = run.phase("02").adapter
+    before = hash_adapter(adapter)
+    (adapter / "README.md").unlink()
+    os.mkfifo(adapter / "README.md")
+    config = configure("base", tmp_path)
+    stages = {"02": (Link(name="02", folder=str(adapter)),)}
+    assert write_phase_cards(run, config, stages) == [] and (adapter / "README.md").is_fifo()
+    assert hash_adapter(adapter) == before and read_origin(adapter)
+    shutil.move(adapter, tmp_path / "alone")
+    assert read_origin(tmp_path / "alone") is None and hash_adapter(tmp_path / "alone") == before

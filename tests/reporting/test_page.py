@@ -498,3 +498,26 @@ def test_choices_are_shown_against_right_letters(tmp_path: Path) -> None:
     rows = [cells for _, cells in Page(html).rows]
     assert ["", "A", "B", "C", "D", "none"] in rows and ["C", "0", "0", "1", "0", "1"] in rows
     assert report["verdict"] in Page(html).text
+
+
+def test_phases_are_shown_with_what_they_learned_from(tmp_path: Path) -> None:
+    nasty = " ".join(HOSTILE)
+    phase = {
+        "name": "00",
+        "description": f"plain text {nasty}",
+        "chain": "new",
+        "sources": [f"a.jsonl{nasty}", "b.jsonl"],
+        "replayed": [],
+        "seconds": 51.2,
+        "tokens_per_s": 2000.0,
+        "peak_memory_mib": None,
+        "loss": [[1, 5.0], [2, 4.0]],
+        "dev": [[2, 0.5]],
+    }
+    data = {"use": "training", "source": f"a.jsonl{nasty}", "licence": None, "records": 1234, "quarantined": 2}
+    html, _ = make_page(tmp_path, about={"phases": [phase], "data": [data]})
+    assert ["1,234", "2", "not given"] in [cells[2:] for _, cells in Page(html).rows]
+    page = Page(html)
+    assert "plain text <script>" in page.text and 'id="phases"' in html and html.count("<figure>") >= 4
+    assert "dev accuracy in % by step" in page.text and "training loss by step" in page.text
+    assert "script" not in {tag for tag, _ in page.elements}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from medlora.artifacts.adapter_origin import identify_adapter, read_origin
+from medlora.artifacts.adapter_origin import describe_origin, identify_adapter, read_origin
 from medlora.artifacts.bases import find_base
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link
@@ -16,9 +16,9 @@ from medlora.data.card import DataCard, describe_overlap, read_card
 from medlora.evaluation.ledger import REPORT
 from medlora.reporting.templates import fill_text
 from medlora.runs.environment import get_versions
-from medlora.runs.files import read_mapping
+from medlora.runs.files import read_mapping, write_bytes
 from medlora.runs.folders import RunFolder
-from medlora.runs.manifests import read_manifest
+from medlora.runs.manifests import CARD, is_card, read_manifest
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,25 @@ def build_card(facts: CardFacts) -> str:
     return f"---\n{_write_metadata(facts, rows)}---\n\n" + "\n\n".join(parts) + "\n"
 
 
+def write_phase_cards(
+    run: RunFolder, config: RunConfig, stages: Mapping[str, Sequence[Link]], only_known: bool = False
+) -> list[Path]:
+    """Write the cards of finished phases with what the run knows by now; returns the cards that were written.
+
+    A README.md of the user's own stays as it is, and so does anything of that name that is no file, such as a pipe.
+    With `only_known`, only cards that are there are written anew.
+    """
+    written = []
+    for phase in config.phases:
+        card = run.phase(phase.name).adapter / CARD
+        is_free = not (card.exists() or card.is_symlink())
+        if phase.name in stages and card.parent.is_dir() and (is_card(card) or (is_free and not only_known)):
+            facts = CardFacts(run, config, phase.name, stages[phase.name], "phase")
+            write_bytes(card, build_card(facts).encode())
+            written.append(card)
+    return written
+
+
 def _write_metadata(facts: CardFacts, rows: Sequence[Mapping[str, Any]]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -98,6 +117,8 @@ def _write_metadata(facts: CardFacts, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _describe_own(facts: CardFacts) -> dict[str, Any]:
+    if facts.kind == "phase" and (known := describe_origin(_list_phases(facts)[facts.stage])):
+        return known
     origin = read_origin(Path(facts.chain[-1].folder))
     about = {"model": facts.base} | ({} if origin is None else origin.base)
     if about["model"] != "miniature":
@@ -120,6 +141,11 @@ def _describe_model(facts: CardFacts) -> Iterator[str]:
         lines.append(f"- The base was loaded as {base.quantization} for training and scoring.")
     if facts.kind != "merged":
         lines.append(f"- It stands on the base `{facts.base}` and gives nothing useful on another model.")
+    if facts.kind == "phase" and (below := facts.chain[:-1]):
+        shown = ", ".join(f"`{link.name}`" for link in below)
+        lines.append(
+            f"- **Not for use alone.** It was trained on top of {shown}, which must be active under it, in this order."
+        )
     lines += [f"- Note: {note}." for note in facts.notes]
     yield "\n".join(lines)
     quoted = {"base": facts.base, "name": facts.repository or facts.name}
