@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from medlora.errors import InputError
 
@@ -21,12 +23,18 @@ Turn = tuple[str, str]
 Render = Callable[..., str]
 """What a template makes of messages, called with them and `add_generation_prompt`."""
 
+Made = TypeVar("Made")
+
 OPTIONS: dict[str, object] = {
     # Each family has its own name for an answer without reasoning.
     "enable_thinking": False,
     "thinking": False,
 }
 """What every template is called with."""
+
+LIMIT_S = 60
+"""Seconds for one rendering, which takes about a tenth of a millisecond; a busy machine must never reach them."""
+_LOOK_S = 1.0
 
 _DATE = datetime(2024, 7, 26)
 """Templates that write today's date would give other tokens tomorrow; this is the day that Llama 3.1's falls back to."""
@@ -88,6 +96,11 @@ def learn(render: Render, name: str) -> Convention:
     return Convention(parts, lead if lead.strip() else "", end if at else None, between if at else "", closes)
 
 
+def learn_in_time(render: Render, name: str) -> Convention:
+    """The same within LIMIT_S a rendering."""
+    return render_in_time(render, name, lambda limited: learn(limited, name))
+
+
 def _try_render(render: Render, turns: Sequence[Turn], parts: bool) -> str:
     """Turns as the template writes them; empty where it raises, since some render questions alone and are fine for these."""
     try:
@@ -107,6 +120,47 @@ def write_prompt(render: Render, convention: Convention, turns: Sequence[Turn], 
     if missing is not None:
         raise InputError(f"{name}: it leaves out or changes a turn: {missing.strip()[:80]!r}")
     return prompt + convention.closes + convention.lead
+
+
+class _Endless(BaseException):
+    """Raised inside a rendering that does not end; no Exception, which a template's own errors are caught as."""
+
+
+def render_in_time(render: Render, name: str, act: Callable[[Render], Made]) -> Made:
+    """What `act` makes with a renderer; raises InputError, led by `name`, where one rendering takes longer than LIMIT_S.
+
+    jinja's sandbox lets a template loop for hours, and a short conversation need not show it. A signal would reach the
+    main thread alone, and workers render in others. So a thread looks on, one for all renderings of `act`, and raises
+    in this one. It counts its looks, not the time: a process that was stopped for an hour has done nothing wrong.
+    """
+    asking, begun, ended = threading.get_ident(), [0], threading.Event()
+
+    def count(*arguments: Any, **options: Any) -> str:
+        begun[0] += 1
+        return render(*arguments, **options)
+
+    def look_on() -> None:
+        seen, looks = 0, 0
+        while not ended.wait(_LOOK_S):
+            seen, looks = begun[0], looks + 1 if begun[0] == seen else 0
+            if looks * _LOOK_S >= LIMIT_S:
+                looks = 0
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(asking), ctypes.py_object(_Endless))
+
+    watch = threading.Thread(target=look_on, name="medlora-template", daemon=True)
+    watch.start()
+    try:
+        try:
+            return act(count)
+        finally:
+            ended.set()
+            watch.join()
+    except _Endless:
+        ended.set()
+        raise InputError(
+            f"{name}: writing one prompt did not end in {LIMIT_S} s; a template of the model's makers ends at once, so put "
+            "theirs in its place"
+        ) from None
 
 
 def _pack(turns: Sequence[Turn], parts: bool) -> list[dict[str, object]]:
@@ -162,7 +216,7 @@ def check_template(folder: Path, key: str = "base.model") -> None:
     A folder without a template is fine: its prompts are plain text.
     """
     if (found := load_renderer(folder, key)) is not None:
-        learn(*found)
+        learn_in_time(*found)
 
 
 def load_renderer(folder: Path, key: str = "base.model") -> tuple[Render, str] | None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medlora import turns
 from medlora.config.loading.files import load_evaluate_config
 from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
 from medlora.evaluation.plan import check_evaluation
-from medlora.turns import _make_renderer, check_template, fix_date, learn, write_prompt
+from medlora.turns import _make_renderer, check_template, fix_date, learn, learn_in_time, render_in_time, write_prompt
 from tests.support import ROOT
 from tests.support.tiny_run import configure
 
@@ -99,6 +103,47 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None
     assert render_with(fixed)([{"role": "user", "content": "Q"}], add_generation_prompt=True).startswith(
         "26 Jul 2024|2024-07-26<|user|>"
     )
+
+
+LOOPS_ON_LONG_TEXTS = (
+    "{% set row = range(99999) %}{% if messages[0].content | length > 50 %}"
+    "{% for a in row %}{% for b in row %}{% for c in row %}{% endfor %}{% endfor %}{% endfor %}{% endif %}"
+)
+"""Every short conversation is fine, and each loop is as short as the sandbox wants it."""
+
+
+def in_another_thread(act: Callable[[], object]) -> object:
+    """As in Ray's workers."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result()
+
+
+@pytest.mark.parametrize("run", [lambda act: act(), in_another_thread], ids=["main", "worker"])
+def test_a_template_that_loops_on_some_prompts_alone_is_ended(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "LIMIT_S", 0.3)
+    monkeypatch.setattr(turns, "_LOOK_S", 0.1)
+    render = render_with(LOOPS_ON_LONG_TEXTS + PLAIN)
+    convention = learn_in_time(render, "here")
+    asked = ["short", "long " * 20]
+
+    def write(limited: Any) -> list[str]:
+        return [write_prompt(limited, convention, [("user", text)], "here") for text in asked]
+
+    with pytest.raises(InputError, match="^here: writing one prompt did not end in 0.3 s"):
+        run(lambda: render_in_time(render, "here", write))
+    asked.pop()
+    assert render_in_time(render, "here", write) == ["<|user|>\nshort<|end|>\n<|assistant|>\n"]
+
+
+def test_many_renderings_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "LIMIT_S", 1.0)
+    monkeypatch.setattr(turns, "_LOOK_S", 0.1)
+
+    def slow(*arguments: Any, **options: Any) -> str:
+        time.sleep(0.05)
+        return "written"
+
+    assert render_in_time(slow, "here", lambda render: [render([]) for _ in range(30)]) == ["written"] * 30
 
 
 def write_base(folder: Path, bases: dict[str, str], template: Any, in_config: bool = True) -> str:

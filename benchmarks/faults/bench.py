@@ -48,8 +48,13 @@ class Row:
         print(f"| {self.name} | {self.right} of {self.tried} |", flush=True)
 
 
-def run_in_fork(act: Callable[[], Any], log: Path, timeout_s: float = 120) -> tuple[int, str]:
-    """The exit code of a fork that does `act` (2 for InputError, as in a job; 1 for a traceback), and what it printed."""
+def run_in_fork(
+    act: Callable[[], Any], log: Path, timeout_s: float = 120, on_start: Callable[[int], None] = lambda pid: None
+) -> tuple[int, str]:
+    """The exit code of a fork that does `act` (2 for InputError, as in a job; 1 for a traceback), and what it printed.
+
+    `on_start` is given the fork's process id.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -71,6 +76,7 @@ def run_in_fork(act: Callable[[], Any], log: Path, timeout_s: float = 120) -> tu
             sys.stderr.flush()
         finally:
             os._exit(code)
+    on_start(pid)
     end = time.monotonic() + timeout_s
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -88,10 +94,15 @@ def drive(config: Any, folder: Path, on_event: Callable[[dict[str, Any]], None] 
     from medlora.curriculum.chains import extend_chain
     from medlora.curriculum.jobs import make_job
     from medlora.drivers.curriculum import begin
+    from medlora.runs.mirror import hold_run
     from medlora.training.phase import run_phase
 
     run = open_run(folder)
-    with hold_file_lock(run.lock, f"run {run.root}"), log_to((logging.getLogger("medlora.run"), run.log)):
+    with (
+        hold_file_lock(run.lock, f"run {run.root}"),
+        hold_run(run.root),
+        log_to((logging.getLogger("medlora.run"), run.log)),
+    ):
         begun = begin(config, run, None, on_event)
         chain = begun.chain
         for phase in begun.left:

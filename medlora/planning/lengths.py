@@ -22,7 +22,7 @@ from medlora.runs.manifests import MANIFEST
 from medlora.seeds import derive_seed
 from medlora.tokens.cache import TokenStore
 from medlora.tokens.rows import Rows
-from medlora.turns import Convention, Render, learn, load_renderer, write_prompt
+from medlora.turns import Convention, Render, learn_in_time, load_renderer, render_in_time, write_prompt
 
 MEASURED = 10_000
 """Records of a source that are tokenised; of a larger source these stand for the rest."""
@@ -75,7 +75,7 @@ class FileTokenizer:
         found = load_renderer(folder)
         self.render: Render | None = found[0] if found else None
         self.name = found[1] if found else ""
-        self.convention: Convention | None = learn(*found) if found else None
+        self.convention: Convention | None = learn_in_time(*found) if found else None
 
     def _is_token(self, word: str) -> bool:
         return any(len(self.tokenizer.encode(text, add_special_tokens=False).ids) == 1 for text in (word, f" {word}"))
@@ -86,7 +86,7 @@ class FileTokenizer:
 
     def measure(self, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
         """Tokens of each example, and of its prompt."""
-        prompts = self.count([self._write(example) for example in examples])
+        prompts = self.count(self._write(examples))
         prompts = [
             n + (0 if example.chat and self.convention and example.prompt else self.start)
             for n, example in zip(prompts, examples, strict=True)
@@ -94,12 +94,17 @@ class FileTokenizer:
         completions = self.count([example.completion for example in examples])
         return [a + b + 1 for a, b in zip(prompts, completions, strict=True)], prompts
 
-    def _write(self, example: Example) -> str:
-        if not example.prompt:
-            return ""
-        if not example.chat or self.render is None or self.convention is None:
-            return example.prompt + ("\n" if example.chat else "")
-        return write_prompt(self.render, self.convention, [("user", example.prompt)], self.name)
+    def _write(self, examples: Sequence[Example]) -> list[str]:
+        convention = self.convention
+        if self.render is None or convention is None:
+            return [example.prompt + ("\n" if example.chat and example.prompt else "") for example in examples]
+
+        def write(render: Render, example: Example) -> str:
+            if not example.prompt or not example.chat:
+                return example.prompt
+            return write_prompt(render, convention, [("user", example.prompt)], self.name)
+
+        return render_in_time(self.render, self.name, lambda render: [write(render, each) for each in examples])
 
 
 def open_tokenizer(folder: Path | None, words: Sequence[str]) -> FileTokenizer | None:

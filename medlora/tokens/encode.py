@@ -9,7 +9,7 @@ from functools import cache
 
 from medlora.prompts import Example
 from medlora.tokens.tokenizer import Tokenizer
-from medlora.turns import OPTIONS, Convention, Render, fix_date, learn, write_prompt
+from medlora.turns import OPTIONS, Convention, Render, fix_date, learn_in_time, render_in_time, write_prompt
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def find_convention(tokenizer: Tokenizer) -> Convention | None:
     """How the tokenizer's chat template writes turns; None without one. Raises InputError where it cannot write any."""
     if not tokenizer.chat_template:
         return None
-    convention = learn(_make_renderer(tokenizer), _name_template(tokenizer))
+    convention = learn_in_time(_make_renderer(tokenizer), _name_template(tokenizer))
     if convention.closes:
         _log_once(
             f"{_name_template(tokenizer)} leaves reasoning open where an answer begins: it is closed there with "
@@ -86,25 +86,36 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[li
     """
     chat = any(example.chat for example in examples)
     convention = find_convention(tokenizer) if chat else None
-    render, name, bos = _make_renderer(tokenizer), _name_template(tokenizer), tokenizer.bos_token_id
-    texts = []
-    for example in examples:
-        if not example.chat:
-            texts.append(example.prompt)
-        elif convention:
-            turns = []
-            for prompt, completion in example.shots:
-                turns += [("user", prompt), ("assistant", completion)]
-            texts.append(write_prompt(render, convention, [*turns, ("user", example.prompt)], name))
-        else:
-            shots = "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots)
-            texts.append(f"{shots}{example.prompt}\n")
+    bos = tokenizer.bos_token_id
+    if convention:
+        texts = _write_chats(tokenizer, convention, examples)
+    else:
+        texts = [_write_plain(example) for example in examples]
     start, made = find_start(tokenizer), []
     for example, ids in zip(examples, encode_texts(tokenizer, texts), strict=True):
         if not (example.chat and convention):
             ids = [*start, *(ids[1:] if bos in start and ids[:1] == [bos] else ids)]
         made.append(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
     return made
+
+
+def _write_chats(tokenizer: Tokenizer, convention: Convention, examples: Sequence[Example]) -> list[str]:
+    """Each prompt as the chat template writes it; one that is no chat as it is."""
+    name = _name_template(tokenizer)
+
+    def write(render: Render, example: Example) -> str:
+        if not example.chat:
+            return example.prompt
+        shots = [turn for asked, answer in example.shots for turn in (("user", asked), ("assistant", answer))]
+        return write_prompt(render, convention, [*shots, ("user", example.prompt)], name)
+
+    return render_in_time(_make_renderer(tokenizer), name, lambda render: [write(render, each) for each in examples])
+
+
+def _write_plain(example: Example) -> str:
+    if not example.chat:
+        return example.prompt
+    return "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots) + f"{example.prompt}\n"
 
 
 def find_end_tokens(tokenizer: Tokenizer, chat: bool = True) -> list[int]:

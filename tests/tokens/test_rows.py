@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from medlora import turns
 from medlora.config.model import BaseModelConfig
+from medlora.errors import InputError
 from medlora.model.base import load_base
 from medlora.model.tokenizer import load_tokenizer
 from medlora.prompts import Example, render_mcq, render_text
@@ -45,6 +47,23 @@ def test_a_chat_prompt_is_the_user_s_turn_with_bos_exactly_once(chat: Any) -> No
     assert text.startswith("<bos><start_of_turn>user\n질문: 열 이") and text.endswith(
         "<end_of_turn>\n<start_of_turn>model\n"
     )
+
+
+def test_a_template_that_loops_on_a_row_ends_the_phase_that_renders_it(
+    chat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "LIMIT_S", 0.3)
+    monkeypatch.setattr(turns, "_LOOK_S", 0.1)
+    loops = "{% for a in row %}{% for b in row %}{% for c in row %}{% endfor %}{% endfor %}{% endfor %}"
+    chat.chat_template = (
+        "{% set row = range(99999) %}{% if messages[0].content | length > 50 %}"
+        + loops
+        + "{% endif %}"
+        + GEMMA_TEMPLATE
+    )
+    assert encode_prompts(chat, [Example("ask", "B")])
+    with pytest.raises(InputError, match="^base.model: the chat template of .* did not end in 0.3 s"):
+        encode_prompts(chat, [Example("ask", "B"), Example("ask " * 20, "B")])
 
 
 def test_the_loss_is_on_the_completion_and_the_token_that_ends_it(chat: Any) -> None:

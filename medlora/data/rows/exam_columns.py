@@ -25,6 +25,10 @@ _MEANT = {name: column for column, names in _NAMES.items() for name in names}
 _OPTION = re.compile(r"(?:(?:보기|선택지|선지|답가지|문항보기|option|choice|opt)\s*[_.-]?\s*)?(\S{1,4})", re.I)
 
 
+EXAMPLES = {"_OPTION": ("보기3", "보기에 대한 설명")}
+"""The header that a pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 @lru_cache(maxsize=256)
 def match_columns(names: tuple[str, ...]) -> tuple[dict[str, str] | None, str]:
     """Our name for each column that has one; None where they make no question, with the reason if two mean the same."""

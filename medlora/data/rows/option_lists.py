@@ -29,6 +29,13 @@ _ARRAY = re.compile(r"\barray\((\[[^\[\]]*\])(?:,\s*dtype=[^()\[\]]{1,20})?\)")
 """How pandas writes numpy arrays inside a mapping."""
 
 
+EXAMPLES = {
+    "_STRING": (r"['it\'s']", "[1, 2]"),
+    "_ARRAY": ("array(['a', 'b'], dtype=object)", "subarray(['a', 'b'])"),
+}
+"""A text that each pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 def list_options(found: Any, name: str) -> tuple[tuple[object, ...], int | None]:
     """The options in order, and the number of the first one where they are keyed by numbers.
 

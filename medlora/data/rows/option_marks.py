@@ -52,6 +52,16 @@ _CUE = re.compile(
 _BEFORE_TEXT = re.compile(rf"\s*(?:{_SIGN})\s+(?=\S)")
 
 
+EXAMPLES = {
+    "_IN_BRACKETS": ("(C) 폐렴", "(CT) 촬영"),
+    "_NUMBERED": ("3번 폐렴", "30번 환자"),
+    "_BEFORE_A_STOP": ("가. 폐렴", "3.5 mg"),
+    "_CUE": ("정답: C", "정상: C"),
+    "_BEFORE_TEXT": ("C 폐렴", "CT 촬영"),
+}
+"""A text that each pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 STRONG = {"enclosed", "numbered"}
 """Families that are hardly ever the beginning of an option's own text."""
 

@@ -191,6 +191,10 @@ def mark_denied(text: str) -> str:
 _GIVEN = re.compile(r"(?:답(?:안|변)?(?:은|는|:)?|answer(?:\s+is|:))\s*\Z", re.I)
 
 
+EXAMPLES = {"_GIVEN": ("정답은 ", "정답은 아마도 ")}
+"""A text that a pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 def _mark(denial: Denial) -> Callable[[re.Match[str]], str]:
     def replace(match: re.Match[str]) -> str:
         if denial.name.startswith("set aside"):

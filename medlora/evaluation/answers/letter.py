@@ -139,6 +139,18 @@ _FIELD = re.compile(
 _FIELD_AT_END = re.compile(_FIELD.pattern.replace(r"\s*$", r"\s*\Z"), re.I | re.M)
 
 
+EXAMPLES = {
+    "_OPEN": ("is not", "is nothing"),
+    "_OTHERS": ("나머지는 흔하다.", "모두 흔하다."),
+    "TURN": ("따라서 그렇다.", "다시 말해 그렇다."),
+    "_NEXT_QUESTION": ("B\n문제 2: 다음 중", "B\n문제의 요점은 발열이다."),
+    "_QUESTION_NUMBER": ("문제 3의 정답", "문제의 정답"),
+    "_FIELD": ("정답: B\n해설: 발열", "정답: B형 간염"),
+    "_FIELD_AT_END": ("해설: 발열\n정답: B", "정답: B\n해설: 발열"),
+}
+"""A text that each pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 def _decide(text: str) -> int | None:
     fields = [index_of(option) for option in _FIELD.findall(text)]
     if (closing := _FIELD_AT_END.search(text)) and len(set(fields)) == 1:

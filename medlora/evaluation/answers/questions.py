@@ -20,6 +20,10 @@ _ITEM = re.compile(
 )
 
 
+EXAMPLES = {"_ITEM": ("1. B", "1. B형 간염")}
+"""A text that a pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 def answers_several(output: str) -> bool:
     """Whether two numbered questions in a row have an answer each."""
     text = plain_text(output)

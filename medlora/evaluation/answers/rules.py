@@ -293,6 +293,22 @@ RETRACTED = re.compile(
 )
 
 
+EXAMPLES = {
+    "BARE": ("폐렴이다.\nB", "B 폐렴"),
+    "OPENING": ("B. 폐렴", "B형 간염"),
+    "LABELLED": ("B. 폐렴", "B 폐렴"),
+    "NOT_MEANT": ("B일까", "B입니다."),
+    "_NOT_RIGHT": ("B인지 모른다.", "B입니다."),
+    "SHARED": ("B 또는 C", "B 또는 폐렴"),
+    "SHARED_TEXT": ("B. 폐렴 또는 C", "B. 폐렴 또는 천식"),
+    "IF": ("만약 정답이 ", "만약 그렇다면, 정답이 "),
+    "DENIED_LATER": ("B가 정답이 아니다.", "B가 정답이다."),
+    "RIVAL": ("C도 정답이다.", "C도 정답은 아니다."),
+    "RETRACTED": ("Wait, that is wrong.", "What is wrong?"),
+}
+"""Beside the rules: a text that each pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A pattern that finds an option, and its weight; no verdict where `unless` follows the option."""

@@ -61,6 +61,21 @@ _TICK = re.compile("[⭕✅✓✔☑]")
 _ANSWER_HEAD = re.compile(r"[\W_]*(?:최종\s*)?(?:정답|답|answer|final answer|choice)[\W_]*", re.I)
 
 
+EXAMPLES = {
+    "_JSON": ('{"answer": "B"}', '{"reason": "B"}'),
+    "_QUESTION_KEY": ('{"id": 3}', '{"idea": 3}'),
+    "_JUDGED": ('{"A": true}', '{"A": "폐렴"}'),
+    "_BOXED": (r"\boxed{B}", r"\text{B}"),
+    "_TAGGED": ("<answer>B</answer>", "<answers>B</answers>"),
+    "_RULE_LINE": ("|---|:---:|", "| - | B |"),
+    "_OPTION_CELL": ("(B) 폐렴", "BCG"),
+    "_RIGHT_CELL": ("**정답**", "정답 아님"),
+    "_TICK": ("✅ 폐렴", "❌ 폐렴"),
+    "_ANSWER_HEAD": ("**정답**", "정답률"),
+}
+"""A text that each pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 def flatten(text: str) -> str:
     """Text with its tables, JSON answers, answer tags and LaTeX boxes written as lines of their own."""
     text = _flatten_json(_flatten_tables(text))

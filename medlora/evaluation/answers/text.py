@@ -268,6 +268,23 @@ TICKED = re.compile(
 )
 
 
+EXAMPLES = {
+    "_NAMES": ("비타민 D", "정답 D"),
+    "_PLAIN_LETTER": ("B입니다", "B형 간염"),
+    "_SMALL_LETTER": ("b입니다", "a patient"),
+    "_MARKED_LETTER": ("(B)", "f(B)"),
+    "_NUMBERED": ("2번", "하루 2번"),
+    "_NUMBER_OF_OPTION": ("선택지 2", "선택지 2개"),
+    "_BARE_DIGIT": ("정답은 2입니다", "정답은 2년"),
+    "_LIST": ("A와 C", "A와 폐렴"),
+    "_SET_ASIDE": ("A가 아니라 B", "A가 정답"),
+    "_SYLLABLE": ("정답: 다", "정답이다"),
+    "_ORDINAL": ("두 번째 선택지", "두 번째 환자"),
+    "_SAYS": ("B가 맞다", "A. 폐렴 B. 천식"),
+}
+"""A text that each pattern must read, and one that it must not; tests/test_patterns.py tries both."""
+
+
 def _without_echo(text: str) -> str:
     """Text without lists of options: lines or parts of a line that begin with A, B, C, ... in order."""
     lines = text.split("\n")
