@@ -89,8 +89,9 @@ def disturb(config: Path, run: Path, name: str, at_s: float, group: bool) -> Rou
         os.killpg(job.pid, signum) if group else job.send_signal(signum)
         _, err = job.communicate(timeout=120)
         took_s = time.monotonic() - began
-        time.sleep(1)
-        left = [process.name() for process in family if process.is_running() and process.status() != "zombie"]
+        # All that the job started must be gone in the time that it has to end, and a second for the kernel.
+        _, alive = psutil.wait_procs(family, timeout=max(0.0, MOST_S[name] - took_s) + 1)
+        left = [process.name() for process in alive if process.status() != "zombie"]
         return Round(at_s, job.returncode, took_s, err.splitlines(), left)
     return Round(at_s, job.returncode, 0.0, (job.stderr.read() if job.stderr else "").splitlines(), [])
 
