@@ -14,7 +14,7 @@ from medlora.config.loading.files import load_evaluate_config
 from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
 from medlora.evaluation.plan import check_evaluation
-from medlora.turns import _make_renderer, check_template, fix_date, learn, write_prompt
+from medlora.turns import check_template, fix_date, learn, make_renderer, write_prompt
 from tests.support import ROOT
 from tests.support.tiny_run import configure
 
@@ -37,7 +37,7 @@ BROKEN = {
 
 
 def render_with(template: str) -> Any:
-    return _make_renderer(template, WORDS, "here")
+    return make_renderer(template, WORDS, "here")
 
 
 @pytest.mark.parametrize(

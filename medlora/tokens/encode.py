@@ -78,33 +78,51 @@ def _log_once(text: str) -> None:
 
 
 def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[list[int]]:
-    """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain.
+    """Ids of each prompt as the model sees it, see `write_prompts`.
 
-    A chat prompt begins as the template writes it, plain text as the tokenizer begins it, with BOS at most once. Shots are
-    turns before it. Without a template they come before the prompt, each followed by a blank line.
+    A chat prompt begins as the template writes it, plain text as the tokenizer begins it, with BOS at most once.
     Raises InputError for a chat template that raises, or leaves out what is asked.
     """
     chat = any(example.chat for example in examples)
     convention = find_convention(tokenizer) if chat else None
-    render, name, bos = _make_renderer(tokenizer), _name_template(tokenizer), tokenizer.bos_token_id
-    texts = []
-    for example in examples:
-        if not example.chat:
-            texts.append(example.prompt)
-        elif convention:
-            turns = []
-            for prompt, completion in example.shots:
-                turns += [("user", prompt), ("assistant", completion)]
-            texts.append(write_prompt(render, convention, [*turns, ("user", example.prompt)], name))
-        else:
-            shots = "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots)
-            texts.append(f"{shots}{example.prompt}\n")
+    template = Template(_make_renderer(tokenizer), convention, _name_template(tokenizer)) if convention else None
+    texts, bos = write_prompts(examples, template), tokenizer.bos_token_id
     start, made = find_start(tokenizer), []
     for example, ids in zip(examples, encode_texts(tokenizer, texts), strict=True):
         if not (example.chat and convention):
             ids = [*start, *(ids[1:] if bos in start and ids[:1] == [bos] else ids)]
         made.append(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A chat template with the way in which it is to be called, and its name for messages."""
+
+    render: Render
+    convention: Convention
+    name: str
+
+
+def write_prompts(examples: Sequence[Example], template: Template | None) -> list[str]:
+    """Each prompt as text: the user's turn of the chat template, else plain.
+
+    Shots are turns before it. Without a template they come before the prompt, each followed by a blank line.
+    """
+    texts = []
+    for example in examples:
+        if not example.chat:
+            texts.append(example.prompt)
+        elif template:
+            turns = []
+            for prompt, completion in example.shots:
+                turns += [("user", prompt), ("assistant", completion)]
+            turns.append(("user", example.prompt))
+            texts.append(write_prompt(template.render, template.convention, turns, template.name))
+        else:
+            shots = "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots)
+            texts.append(f"{shots}{example.prompt}\n")
+    return texts
 
 
 def find_end_tokens(tokenizer: Tokenizer, chat: bool = True) -> list[int]:
