@@ -116,6 +116,7 @@ def test_what_threads_and_children_write_while_they_are_cut_off_goes_into_the_lo
     code, err, _ = end(process, signal.SIGTERM)
     assert code == 143 and err == "medlora: ended by SIGTERM; saved\n"
     assert "RuntimeError: cut off" in log.read_text()
+    psutil.wait_procs([child], timeout=5)  # a kill takes the kernel a moment
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
