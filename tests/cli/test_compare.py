@@ -33,7 +33,16 @@ def test_logs_are_paired_question_by_question_and_gaps_are_failed(
     assert page.count("<script") == 1 and "async function copy" in page  # medlora's own
     assert report["paired"] == ["d: 3 questions are paired across 2 stages"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("predictions.parquet", "questions.html", "report.html", "report.json", "table.csv", "table.md", "table.tex")
+        *(
+            "figures",
+            "predictions.parquet",
+            "questions.html",
+            "report.html",
+            "report.json",
+            "table.csv",
+            "table.md",
+            "table.tex",
+        )
     ]
 
 
