@@ -1,7 +1,7 @@
 """Run the commands whose output the documents show, and write that output into them.
 
 python benchmarks/readme.py                  run, print what the documents would show
-python benchmarks/readme.py --write          the same, written into README.md and docs/evaluation.md
+python benchmarks/readme.py --write          the same, written into README.md, README.ko.md and docs/evaluation.md
 
 A block that this script owns follows a line `<!-- benchmarks/readme.py: NAME -->`. The run goes to a folder of its own,
 so that nothing of an earlier one is reused; the miniature base is built once a machine.
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = {"quickstart": ROOT / "README.md", "rotations": ROOT / "docs" / "evaluation.md"}
+PLACES = {"quickstart": ("README.md", "README.ko.md"), "rotations": ("docs/evaluation.md",)}
 
 
 def run(folder: Path, *arguments: str) -> str:
@@ -57,7 +57,8 @@ def main() -> int:
     for name, text in shown.items():
         print(f"{name}\n{text}\n")
         if arguments.write:
-            PLACES[name].write_text(place(PLACES[name].read_text(encoding="utf-8"), name, text), encoding="utf-8")
+            for document in (ROOT / path for path in PLACES[name]):
+                document.write_text(place(document.read_text(encoding="utf-8"), name, text), encoding="utf-8")
     return 0
 
 

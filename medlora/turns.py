@@ -225,7 +225,7 @@ def load_renderer(folder: Path, key: str = "base.model") -> tuple[Render, str] |
     if not template:
         return None
     name = f"{key}: the chat template in {file}"
-    return _make_renderer(template, words, name), name
+    return make_renderer(template, words, name), name
 
 
 def _read_template(folder: Path, key: str) -> tuple[Path, str, dict[str, str]]:
@@ -258,7 +258,7 @@ def _read_template(folder: Path, key: str) -> tuple[Path, str, dict[str, str]]:
     return file, str(found or ""), words
 
 
-def _make_renderer(template: str, words: Mapping[str, str], name: str) -> Render:
+def make_renderer(template: str, words: Mapping[str, str], name: str) -> Render:
     """What transformers makes of a template, by jinja2 alone: transformers takes seconds to import."""
     import jinja2
     import jinja2.ext

@@ -26,7 +26,7 @@ from medlora.runs.folders import open_run
 from tests.support import ROOT
 
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "medlora").rglob("README.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
@@ -457,3 +457,23 @@ def test_what_a_document_links_to_or_names_exists(document: Path) -> None:
 def test_a_dead_link_and_a_wrong_path_are_found() -> None:
     text = "[a](gone.md#x) [b](https://x.org/docs/y.md) [c](../README.md) run `python jobs/none.py`, see configs/quickstart.yaml."
     assert find_missing(text, ROOT / "docs") == ["gone.md", "jobs/none.py"]
+
+
+def list_parts(text: str) -> dict[str, list[str]]:
+    """What a document and its translation share: links, commands, blocks as they are, and the shape of headings and tables."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    commands = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return {
+        "links": sorted(set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.ko.md"}),
+        "commands": commands,
+        "blocks": re.findall(r"```text\n.*?```", text, flags=re.S),
+        "headings": re.findall(r"^#+ ", text, flags=re.M),
+        "rows": [str(line.count("|")) for line in text.splitlines() if line.startswith("|")],
+        "code": sorted(re.findall(r"`[^`\n]+`", re.sub(r"```.*?```", "", text, flags=re.S))),
+    }
+
+
+def test_the_korean_readme_is_the_english_one_in_korean() -> None:
+    english, korean = (list_parts((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "README.ko.md"))
+    for part, found in english.items():
+        assert korean[part] == found, part

@@ -18,7 +18,7 @@ from medlora.config.loading.files import load_evaluate_config
 from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
 from medlora.evaluation.plan import check_evaluation
-from medlora.turns import _make_renderer, check_template, fix_date, learn, learn_in_time, render_in_time, write_prompt
+from medlora.turns import check_template, fix_date, learn, learn_in_time, make_renderer, render_in_time, write_prompt
 from tests.support import ROOT
 from tests.support.tiny_run import configure
 
@@ -41,7 +41,7 @@ BROKEN = {
 
 
 def render_with(template: str) -> Any:
-    return _make_renderer(template, WORDS, "here")
+    return make_renderer(template, WORDS, "here")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medlora import events, prompts
+from medlora.artifacts.bases import find_base_folder
 from medlora.config.evaluation import EvaluateConfig
 from medlora.data.quarantine import write_quarantine
 from medlora.evaluation.ledger import (
@@ -23,8 +24,9 @@ from medlora.evaluation.ledger import (
 )
 from medlora.evaluation.plan import EvaluationPlan, EvaluationTask
 from medlora.evaluation.predictions import Prediction, sum_seconds, write_predictions, write_seconds
-from medlora.evaluation.reports import Report
+from medlora.evaluation.reports import PromptShown, Report
 from medlora.events import OnEvent
+from medlora.miniature.settings import CHAT_TEMPLATE
 from medlora.on_ray.answer_questions import Actors, Build, answer_on_ray, make_builder
 from medlora.on_ray.cluster import connect
 from medlora.on_ray.placement import check_placement
@@ -35,6 +37,8 @@ from medlora.runs.environment import get_versions
 from medlora.runs.files import append_json, read_mapping, set_aside, truncate_json_lines, write_sealed
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import MANIFEST, commit, find_differences
+from medlora.tokens.encode import write_chat, write_plain
+from medlora.turns import Render, learn, load_renderer, make_renderer, render_in_time
 
 
 def score_afresh(
@@ -68,6 +72,7 @@ def score_stages(
     known: Sequence[Prediction] = (),
 ) -> Report:
     """Ask what is not known yet (see `ask_stages`), and write predictions, report and manifest; returns the report."""
+    shown = show_prompt(task)
     answers = ask_stages(task, folder, build, actors, known)
     ordered = sort_predictions(answers.predictions, list(task.stages), task.asked.tests)
     seconds, first_s = answers.seconds, answers.first_s
@@ -86,6 +91,7 @@ def score_stages(
             "questions_per_s": round(answers.questions / running_s, 2) if measured else None,
             "versions": get_versions(),
             "prompts": prompts.version(),
+            "prompt_shown": shown,
             "hashes": {key: fingerprint[key] for key in ("base_files", "stages", "tests")},
         },
         task.seed,
@@ -98,6 +104,26 @@ def score_stages(
     ledger.unlink(missing_ok=True)
     mirror.push(folder)
     return report
+
+
+def show_prompt(task: EvaluationTask) -> PromptShown | None:
+    """The first question of the first test as the model saw it; None where the base's template is not on this machine."""
+    test, records = next(iter(task.asked.tests.items()))
+    example = prompts.render_mcq(records[0], task.config.style, task.asked.worked, task.asked.shots)
+    folder = find_base_folder(task.base)
+    if folder is None:
+        name = "base.model: the chat template of the miniature"
+        found: tuple[Render, str] | None = (make_renderer(CHAT_TEMPLATE, {"bos_token": "<bos>"}, name), name)
+    elif (folder / "tokenizer_config.json").is_file():
+        found = load_renderer(folder)
+    else:  # the hub's cache of another machine has it
+        return None
+    if found is None or not example.chat:
+        return {"test": test, "id": records[0].id, "text": write_plain(example), "template": False}
+    text = render_in_time(
+        found[0], found[1], lambda render: write_chat(render, learn(render, found[1]), example, found[1])
+    )
+    return {"test": test, "id": records[0].id, "text": text, "template": True}
 
 
 @dataclass(frozen=True)

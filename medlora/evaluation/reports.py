@@ -104,6 +104,15 @@ class DataRow(TypedDict):
     quarantined: int
 
 
+class PromptShown(TypedDict):
+    """One prompt as the model saw it; `template` is whether a chat template wrote it."""
+
+    test: str
+    id: str
+    text: str
+    template: bool
+
+
 class _Counted(TypedDict):
     interval: list[float]
     n: int
@@ -174,6 +183,7 @@ class Report(TypedDict):
     notes: NotRequired[list[str]]
     phases: NotRequired[list[PhaseRow]]
     data: NotRequired[list[DataRow]]
+    prompt_shown: NotRequired[PromptShown | None]
     paired: NotRequired[list[str]]
     totals: NotRequired[list[TotalRow]]
     prompts: NotRequired[str]

@@ -184,9 +184,13 @@ def role(name: str) -> str:
     return f"#0102{_ROLES.index(name) + 16:02x}"
 
 
-def finish(figure: Figure) -> str:
-    """The drawing as SVG for use inside a page: colours by variable, no style sheet, id or date."""
+def finish(figure: Figure, titles: Mapping[str, str] | None = None) -> str:
+    """The drawing as SVG for use inside a page: colours by variable, no style sheet, id or date.
+
+    `titles` are shown where one points at a line: by the key for which the line's gid is `name_hover(key)`.
+    """
     import matplotlib
+    from markupsafe import escape
 
     for artist in figure.axes[0].get_children():
         artist.set_clip_on(False)
@@ -203,6 +207,20 @@ def finish(figure: Figure) -> str:
         lambda use: f'<path d="{shapes[use[1]]}" transform="translate({use[2]} {use[3]})"',
         svg,
     )
+    # Above a line lies a broad one that nobody sees, since a thin one is hard to point at.
+    svg = re.sub(
+        rf'<g id="{name_hover("([0-9]+)")}"><path d="([^"]*)"([^>]*)/></g>',
+        r'<path d="\2"\3/><path d="\2" class="hover" data-key="\1"/>',
+        svg,
+    )
     svg = re.sub(r' id="[^"]*"| xmlns[:a-z]*="[^"]*"| version="[^"]*"| transform="rotate\(-0 [^"]*"', "", svg)
     svg = re.sub(r"</?g>|font-family: [^;\"]*;? ?", "", svg)
-    return re.sub(r"#0102([0-9a-f]{2})", lambda found: f"var(--{_ROLES[int(found[1], 16) - 16]})", svg)
+    svg = re.sub(r"#0102([0-9a-f]{2})", lambda found: f"var(--{_ROLES[int(found[1], 16) - 16]})", svg)
+    return re.sub(
+        r' data-key="([0-9]+)"/>', lambda found: f"><title>{escape((titles or {})[found[1]])}</title></path>", svg
+    )
+
+
+def name_hover(key: str) -> str:
+    """The gid of a line that shows a title; `key` is a number."""
+    return f"hover-{key}"

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medlora.reporting.svg import TEXT, finish, label_ticks, make_scale, role, start
-from medlora.reporting.templates import make_environment
-from medlora.sweep.ledger import START
+from medlora.reporting.svg import TEXT, finish, label_ticks, make_scale, name_hover, role, start
+from medlora.reporting.templates import clean, make_environment
+from medlora.sweep.ledger import BEST, START
 from medlora.sweep.results import describe_pair
 from medlora.sweep.space import Domain, Params, Range, format_value, parse_domain
 from medlora.sweep.summary import Summary, TrialRow
 
 
 def write_sweep_page(path: Path, summary: Summary) -> None:
-    """Write the page of a sweep (`medlora.sweep.results.write_results`).
+    """Write the page of a sweep (`medlora.sweep.results.write_results`) beside its other files.
 
-    Every text is escaped; the page's policy allows no script and nothing from elsewhere. The same summary gives the same
-    bytes.
+    It shows the best config and links to the trials and reports that are in the same folder. Every text is escaped; the page's policy allows no script and nothing from elsewhere. The same summary
+    in the same folder gives the same bytes.
     """
     from markupsafe import Markup
 
@@ -33,12 +33,17 @@ def write_sweep_page(path: Path, summary: Summary) -> None:
         summary["trials"],
         key=lambda trial: (states.get(trial["state"], 4), -trial["step"], -(trial["score"] or 0.0), trial["id"]),
     )
+    home, best = path.parent, path.parent / BEST
     text = environment.get_template("sweep_page.html").render(
         sweep=summary,
         start=START,
         margin=MARGIN,
         keys=list(domains),
         ranked=ranked,
+        best=best.read_text(encoding="utf-8") if best.is_file() else "",
+        saving=describe_saving(summary["trials"]),
+        folders={trial["id"] for trial in ranked if (home / "trials" / trial["id"]).is_dir()},
+        reports=[name for name in ("dev", "test") if (home / name / "report.html").is_file()],
         pairs={pair["after"]: describe_pair(pair) for pair in summary["dev"]["pairs"]},
         parallel=Markup(draw_parallel(lines, domains)),
         curves=Markup(draw_curves(lines)),
@@ -49,11 +54,28 @@ def write_sweep_page(path: Path, summary: Summary) -> None:
     path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
 
 
+def describe_saving(trials: Sequence[TrialRow]) -> str:
+    """What stopping early saved, against training every stopped trial to the end; empty where nothing was stopped."""
+    stopped = [trial for trial in trials if trial["state"] == "stopped"]
+    full = max((trial["step"] for trial in trials if trial["state"] == "finished"), default=0)
+    saved = sum(max(0, full - trial["step"]) for trial in stopped)
+    if not saved:
+        return ""
+    planned = full * sum(trial["state"] in ("finished", "stopped") for trial in trials)
+    timed = [trial for trial in trials if trial["step"]]
+    step_s = sum(trial["seconds"] for trial in timed) / sum(trial["step"] for trial in timed)
+    return (
+        f"Stopping {len(stopped)} trial{'s' * (len(stopped) != 1)} early saved {saved:,} of {planned:,} steps ({saved / planned:.0%}): about "
+        f"{saved * step_s:,.0f} s of trials, at their mean speed."
+    )
+
+
 def make_line(trial: TrialRow, winner: str) -> Line:
     """A trial as it is drawn."""
     kind = trial["state"] if trial["state"] in ("finished", "stopped") else "failed"
     kind = "start" if trial["id"] == START else "winner" if trial["id"] == winner else kind
-    return Line(kind, trial["params"], [(int(row["step"]), 100 * row["score"]) for row in trial["reports"]])
+    curve = [(int(row["step"]), 100 * row["score"]) for row in trial["reports"]]
+    return Line(kind, trial["params"], curve, trial["id"])
 
 
 _WIDTH, MARGIN = 832, 70
@@ -77,6 +99,14 @@ class Line:
     kind: str
     params: Params
     curve: Sequence[tuple[int, float]]
+    id: str = "0"
+
+    @property
+    def title(self) -> str:
+        """What is shown where one points at the line."""
+        score = f", dev {self.curve[-1][1]:.1f} % at step {self.curve[-1][0]:,}" if self.curve else ""
+        values = "".join(f"\n{key} = {format_value(value)}" for key, value in self.params.items())
+        return clean(f"trial {self.id}, {self.kind}{score}{values}")
 
 
 def draw_parallel(lines: Sequence[Line], domains: Mapping[str, Domain]) -> str:
@@ -106,8 +136,10 @@ def draw_parallel(lines: Sequence[Line], domains: Mapping[str, Domain]) -> str:
         heights = [place(line.params[key]) for key, (place, _) in zip(keys, places, strict=False)]
         heights += [places[-1][0](line.curve[-1][1])] if line.curve else []
         colour, width, opacity = _LOOKS[line.kind]
-        axes.plot(range(len(heights)), heights, color=role(colour), linewidth=width, alpha=opacity)
-    return finish(figure)
+        axes.plot(
+            range(len(heights)), heights, color=role(colour), linewidth=width, alpha=opacity, gid=name_hover(line.id)
+        )
+    return finish(figure, {line.id: line.title for line in lines})
 
 
 Axis = tuple[Callable[[Any], float], list[tuple[float, str]]]
@@ -158,11 +190,12 @@ def draw_curves(lines: Sequence[Line]) -> str:
     for line in _sort(lines):
         if line.curve:
             colour, width, opacity = _LOOKS[line.kind]
-            axes.plot(*zip(*line.curve, strict=True), color=role(colour), linewidth=width, alpha=opacity)
+            xs, ys = zip(*line.curve, strict=True)
+            axes.plot(xs, ys, color=role(colour), linewidth=width, alpha=opacity, gid=name_hover(line.id))
             marker, size = ("x", 5.5) if line.kind == "stopped" else ("o", 4.5)
             end = line.curve[-1]
             axes.plot([end[0]], [end[1]], marker, color=role(colour), markersize=size, mew=1.2 if marker == "x" else 0)
-    return finish(figure)
+    return finish(figure, {line.id: line.title for line in lines})
 
 
 def _sort(lines: Sequence[Line]) -> list[Line]:

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from medlora.reporting.report import is_by_likelihood
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent / "templates"
 
 
 def fill_text(template: str, **values: str) -> str:
     """A short text with its `$names` filled in."""
-    return Template((_FOLDER / template).read_text(encoding="utf-8")).substitute(values)
+    return Template(read_template(template)).substitute(values)
+
+
+def read_template(name: str) -> str:
+    """A file that comes with the pages, as it is."""
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script that comes with medlora, for a page whose policy allows it alone."""
+
+    text: Markup
+    source: str
+    """As a Content-Security-Policy names it."""
+
+
+def load_script(name: str) -> Script:
+    """A script of the pages with the hash that allows exactly it."""
+    from markupsafe import Markup
+
+    text = read_template(name)
+    return Script(Markup(text), f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}")
 
 
 def make_environment() -> Any:
@@ -39,7 +67,7 @@ def make_environment() -> Any:
         "number": format_number,
         "yaml": lambda value: yaml.safe_dump(value, allow_unicode=True, sort_keys=False, width=100),
         "lang": lambda text: "ko" if any("가" <= letter <= "힣" for letter in text) else "en",
-        "clean": _clean,
+        "clean": clean,
     }
     return environment
 
@@ -81,6 +109,6 @@ def format_number(value: object) -> str:
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text without control characters, which HTML cannot hold."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -90,7 +90,7 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[li
     if convention:
         texts = _write_chats(tokenizer, convention, examples)
     else:
-        texts = [_write_plain(example) for example in examples]
+        texts = [write_plain(example) for example in examples]
     start, made = find_start(tokenizer), []
     for example, ids in zip(examples, encode_texts(tokenizer, texts), strict=True):
         if not (example.chat and convention):
@@ -100,19 +100,25 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[li
 
 
 def _write_chats(tokenizer: Tokenizer, convention: Convention, examples: Sequence[Example]) -> list[str]:
-    """Each prompt as the chat template writes it; one that is no chat as it is."""
+    """Each prompt as the chat template writes it, see `write_chat`."""
     name = _name_template(tokenizer)
-
-    def write(render: Render, example: Example) -> str:
-        if not example.chat:
-            return example.prompt
-        shots = [turn for asked, answer in example.shots for turn in (("user", asked), ("assistant", answer))]
-        return write_prompt(render, convention, [*shots, ("user", example.prompt)], name)
-
-    return render_in_time(_make_renderer(tokenizer), name, lambda render: [write(render, each) for each in examples])
+    return render_in_time(
+        _make_renderer(tokenizer),
+        name,
+        lambda render: [write_chat(render, convention, each, name) for each in examples],
+    )
 
 
-def _write_plain(example: Example) -> str:
+def write_chat(render: Render, convention: Convention, example: Example, name: str) -> str:
+    """A prompt as a chat template writes it, shots as turns before it; one that is no chat as it is."""
+    if not example.chat:
+        return example.prompt
+    shots = [turn for asked, answer in example.shots for turn in (("user", asked), ("assistant", answer))]
+    return write_prompt(render, convention, [*shots, ("user", example.prompt)], name)
+
+
+def write_plain(example: Example) -> str:
+    """A prompt without a chat template: shots come before it, each followed by a blank line."""
     if not example.chat:
         return example.prompt
     return "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots) + f"{example.prompt}\n"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from medlora.reporting import svg as shapes
 from medlora.reporting.changes import list_changes, select_pairs
 from medlora.reporting.page import write_page
 from medlora.reporting.report import build_report
+from medlora.reporting.results.paper import make_tables
 from medlora.reporting.templates import format_p, format_percent, format_points
 from tests.support import ROOT
 from tests.support.predictions import TWO_TESTS, answer
@@ -57,7 +61,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag, f"{tag} closed out of turn"
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["style"]:
+        if self.open[-1:] in (["style"], ["script"]):
             return
         self.texts.append(data)
         if {"td", "th"} & set(self.open):
@@ -124,6 +128,12 @@ def make_hostile(folder: Path) -> str:
         "config": {nasty: [nasty, {nasty: nasty}]},
         "versions": {nasty: nasty},
         "hashes": {"nested": {nasty: [nasty]}},
+        "prompt_shown": {
+            "test": TWO_TESTS[0].test + nasty,
+            "id": TWO_TESTS[0].id + nasty,
+            "text": nasty,
+            "template": False,
+        },
     }
     return make_page(folder, predictions, about, questions)[0]
 
@@ -175,6 +185,8 @@ def check_harmless(page: Page) -> None:
             "path",
             "text",
             "rect",
+            "button",
+            "script",
         ],
     }
     assert {tag for tag, _ in page.elements} <= known
@@ -182,7 +194,7 @@ def check_harmless(page: Page) -> None:
     assert not {name for name in names if name.startswith("on") or name in ("src", "srcset", "action", "xlink:href")}
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     assert {attributes.get("href") for _, attributes in page.elements} <= {None, *(f"#{id}" for id in ids)}
-    assert len(page.find("style")) == 1
+    assert len(page.find("style")) == 1 and page.find("script") == [{}]
     for hostile in HOSTILE:
         assert page.text.count(hostile) > 50  # ids, stages, questions, options, answers ...
 
@@ -193,11 +205,16 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert page.open == []
 
 
-def test_the_policy_allows_no_script_and_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_policy_allows_one_script_and_nothing_from_elsewhere(tmp_path: Path) -> None:
     html, _ = make_page(tmp_path)
+    (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.S)
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     metas = Page(html).find("meta")
     (policy,) = [m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    assert policy == (
+        f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
     assert html.index("Content-Security-Policy") < html.index("<style")
     assert not re.search(r"https?://|url\(|@import", html)
 
@@ -520,4 +537,35 @@ def test_phases_are_shown_with_what_they_learned_from(tmp_path: Path) -> None:
     page = Page(html)
     assert "plain text <script>" in page.text and 'id="phases"' in html and html.count("<figure>") >= 4
     assert "dev accuracy in % by step" in page.text and "training loss by step" in page.text
-    assert "script" not in {tag for tag, _ in page.elements}
+    assert page.find("script") == [{}]  # the page's own
+
+
+def test_the_tables_can_be_copied_as_the_files_have_them(tmp_path: Path) -> None:
+    """Byte for byte, also where names hold markup; the buttons wait for the script."""
+    nasty = " ".join(HOSTILE)
+    predictions = [replace(p, stage=p.stage + nasty) for p in TWO_TESTS]
+    html, report = make_page(tmp_path, predictions)
+    tables = make_tables(report)
+    shown = [unescape(text) for text in re.findall(r'<pre id="copy-\d">(.*?)</pre>', html, flags=re.S)]
+    assert shown == list(tables.values()) and list(tables) == ["table.md", "table.tex", "table.csv"]
+    buttons = Page(html).find("button")
+    assert [button["data-copy"] for button in buttons] == ["copy-1", "copy-2", "copy-3"]
+    assert all("hidden" in button for button in buttons)
+
+
+def test_one_prompt_is_shown_with_what_each_stage_answered(tmp_path: Path) -> None:
+    shown = {"test": "one", "id": "q1", "text": "<start_of_turn>user\n질문: 무엇?", "template": True}
+    predictions = [replace(p, text=f"풀이 {p.stage}") for p in TWO_TESTS]
+    html, _ = make_page(tmp_path, predictions, {"prompt_shown": shown})
+    section = html.split('<section id="prompt"')[1].split("</section>")[0]
+    text = Page(section).text
+    assert shown["text"] in text and "풀이 base" in text and "풀이 00" in text and "A ✗" in text and "B ✓" in text
+    assert 'id="prompt"' not in make_page(tmp_path, predictions)[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_a_browser_shows_the_buttons(tmp_path: Path) -> None:
+    make_page(tmp_path)
+    dom, console = browse(tmp_path / "report.html", tmp_path / "profile")
+    assert console == "" and len(Page(dom).find("button")) == 3
+    assert not any("hidden" in button for button in Page(dom).find("button"))

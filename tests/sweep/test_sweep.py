@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -560,6 +562,22 @@ def test_the_results_hold_what_happened_and_the_page_no_markup_of_the_data(
     assert find_summary(folder, swept, ledger, final_test=True) is None
     (folder / "best.yaml").unlink()
     assert find_summary(folder, swept, ledger, final_test=False) is None
+
+
+def test_the_page_has_the_best_config_links_and_what_stopping_saved(done: tuple[SweepPlan, Ledger, Path]) -> None:
+    swept, ledger, folder = done
+    summary = write_results(folder, swept, ledger, compare_with_start(make_report({"000": 0.5, "001": 0.6})), None, 2)
+    (folder / "trials" / "001").mkdir(parents=True)
+    write_sweep_page(folder / "sweep.html", summary)
+    html = (folder / "sweep.html").read_text(encoding="utf-8")
+    shown = [unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", html, flags=re.S)]
+    assert (folder / "best.yaml").read_text(encoding="utf-8") in shown
+    assert re.findall(r'href="(trials/[^"]*)"', html) == ["trials/001/"]
+    # Two trials were trained to step 50; the stopped one ended at step 25.
+    assert "Stopping 1 trial early saved 25 of 150 steps (17%)" in html
+    titles = [unescape(title) for title in re.findall(r"<title>(trial .*?)</title>", html, flags=re.S)]
+    assert any(title.startswith("trial 001, winner, dev 60.0 % at step 50\nlora.targets = ") for title in titles)
+    assert len(titles) == 4 + 3  # the failed trial has no score, so no curve
 
 
 def test_markup_in_values_and_errors_stays_text(tmp_path: Path, run: dict[str, Any]) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.reports import Report
 from medlora.records import LETTERS, McqRecord
-from medlora.reporting.templates import make_environment
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
+from medlora.reporting.templates import load_script, make_environment
 
 BROWSE = "questions.html"
 
@@ -79,7 +73,6 @@ def write_browse_page(
     """
     rows = sort_rows(list_rows(predictions, questions))
     shown, limit = fit(rows)
-    script = (Path(__file__).parents[1] / "templates" / "questions.js").read_text(encoding="utf-8")
     firsts: dict[str, int] = {}
     for i, row in enumerate(shown):
         firsts.setdefault(row.states[-1], i)
@@ -99,16 +92,10 @@ def write_browse_page(
             counts=counts,
             states=STATES,
             letters=LETTERS,
-            script=_mark_safe(script),
-            script_hash=hash_script(script),
+            script=load_script("questions.js"),
         )
     )
     path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
-
-
-def hash_script(script: str) -> str:
-    """The source of a Content-Security-Policy that allows exactly this script."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode()}"
 
 
 def list_rows(predictions: Sequence[Prediction], questions: Mapping[str, Sequence[McqRecord]]) -> list[Row]:
@@ -173,9 +160,3 @@ def _measure(row: Row, limit: int) -> int:
     escaped = sum(5 * text.count(sign) for text in texts for sign in "&<>\"'")
     size = escaped + sum(len(text.encode("utf-8", "replace")) for text in texts)
     return size + _CARD_BYTES + _ANSWER_BYTES * len(given) + _OPTION_BYTES * len(asked)
-
-
-def _mark_safe(script: str) -> Markup:
-    from markupsafe import Markup
-
-    return Markup(script)

@@ -28,19 +28,21 @@ _LATEX = {
 
 
 def write_tables(folder: Path, report: Report) -> None:
-    """Write `table.md`, `table.tex` and `table.csv`: a row for each stage and test, then all tests together."""
+    """Write `table.md`, `table.tex` and `table.csv`, see `make_tables`."""
+    for name, text in make_tables(report).items():
+        (folder / name).write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+
+
+def make_tables(report: Report) -> dict[str, str]:
+    """Each table by the name of its file: a row for each stage and test, then all tests together."""
     lines = [_make_cells(row) for row in list_rows(report)]
     first = report["overall"][0]["stage"]
     note = (
         "Right answers in % of all questions, with Wilson 95 % intervals; unparsed and failed answers count as wrong. "
         f"Change: against {first} on the same questions, with a paired bootstrap interval and Holm's corrected McNemar test."
     )
-    for name, text in zip(
-        TABLES,
-        (_write_markdown(lines, report, note), _write_latex(lines, report, note), _write_csv(report)),
-        strict=True,
-    ):
-        (folder / name).write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+    texts = (_write_markdown(lines, report, note), _write_latex(lines, report, note), _write_csv(report))
+    return dict(zip(TABLES, texts, strict=True))
 
 
 def list_rows(report: Report) -> list[dict[str, Any]]:
