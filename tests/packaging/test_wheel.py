@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -65,3 +67,37 @@ def test_the_command_works_from_the_wheel_alone(wheel: Path, command: list[str],
     assert done.returncode == 0, done.stderr
     expected = {"--help": "medlora export", "--version": f"medlora {__version__}", "schema": '"$defs"'}[command[0]]
     assert expected in done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command of the wheel in an environment of its own, which sees this one's libraries but not its medlora."""
+    home = tmp_path_factory.mktemp("env")
+    venv.create(home, symlinks=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    # A path that a .pth file names is searched last, and its own .pth files, such as that of a checkout, are not read.
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--quiet"]
+    done = subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return home / "bin" / "medlora"
+
+
+def test_a_new_user_installs_and_plans(installed: Path, tmp_path: Path) -> None:
+    """From an empty folder: the version, a config, and what a run of it would do."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run([installed, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+        return done.stdout
+
+    where = [installed.parent / "python", "-c", "import medlora; print(medlora.__file__)"]
+    shown = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(str(installed.parents[1]))
+    assert run("--version") == f"medlora {__version__}\n"
+    assert run("init") == "config: quickstart.yaml\nnext: medlora plan --config quickstart.yaml\n"
+    planned = run("plan", "--config", "quickstart.yaml")
+    assert all(phase in planned for phase in ("00", "01", "02")) and [path.name for path in tmp_path.iterdir()] == [
+        "quickstart.yaml"
+    ]
