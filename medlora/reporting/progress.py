@@ -130,6 +130,7 @@ class Display:
             self._advance(phase, event["done"], event["total"], "records")
         elif event["event"] == "evaluating":
             self._begin("evaluation")
+            self._wait("evaluation")
             self.total, self.answered, self.rates = event["total"], event["known"], deque(maxlen=16)
             if event["known"]:
                 self._say(f"evaluation  {event['known']} of {event['total']} questions are answered already")
