@@ -71,7 +71,7 @@ def _list_changes(report: Report) -> list[tuple[StageRow, str]]:
         return []
     first = report["overall"][0]["stage"]
     points = {
-        (pair["test"], pair["after"]): f"{100 * pair['difference']:+.1f}"
+        (pair["test"], pair["after"]): f"{100 * pair['difference']:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
         for pair in report["comparisons"]
         if pair["before"] == first
     }
