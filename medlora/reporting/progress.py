@@ -156,6 +156,8 @@ class Display:
             self._say(f"{how}: {event['text']} ({event['seconds']:.1f} s)")
         elif event["event"] == "note" or event["event"] == "refused" or event["event"] == "failed":
             self._say(f"{phase}  {event['text']}")
+            if phase in self.phases and self.task is None:
+                self._wait(phase)
 
     def _place(self, phase: str) -> str:
         """Which phase of how many this is, and what it is for."""

@@ -80,6 +80,10 @@ def test_a_terminal_shows_that_workers_start_until_the_first_step() -> None:
     def read_bars() -> list[tuple[str, float | None, str]]:
         return [(task.description, task.total, task.fields["figures"]) for task in display.progress.tasks]
 
+    display.show({"event": "note", "phase": "data", "text": "read"})
+    assert read_bars() == []
+    display.show({"event": "note", "phase": "01", "text": "starting 1 worker"})
+    assert read_bars() == [("01", None, "workers start")]
     display.show({"event": "phase", "phase": "01", "device": "cpu"})
     assert read_bars() == [("01", None, "workers start")]
     display.progress.get_renderable()
