@@ -22,12 +22,12 @@ PLACES = {"quickstart": ("README.md", "README.ko.md"), "rotations": ("docs/evalu
 
 
 def run(folder: Path, *arguments: str) -> str:
-    """What `medlora` prints, from the first line of its table on."""
+    """The table that `medlora` prints, and its verdict."""
     env = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     command = [sys.executable, "-m", "medlora", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    table = done.stdout[done.stdout.index("┏") :].rstrip()
-    return table.replace(str(folder), "runs")
+    table, end, rest = done.stdout[done.stdout.index("┏") :].partition("┘\n")
+    return f"{table}{end}{rest.splitlines()[0]}"
 
 
 def measure(folder: Path) -> dict[str, str]:

@@ -296,6 +296,11 @@ def write_hostile_page(folder: Path, payload: str, name: str) -> Markup:
     return Markup((folder / name).read_text(encoding="utf-8"))
 
 
+def read_beside_tables(page: Path) -> str:
+    """The text of a page without its tables for papers, which write names as Markdown and LaTeX want them."""
+    return Markup(re.sub(r'<pre id="copy-.*?</pre>', "", page.read_text(encoding="utf-8"), flags=re.S)).text
+
+
 @pytest.mark.parametrize("name", ["report.html", "questions.html"])
 def test_markup_in_data_names_and_outputs_stays_text(tmp_path: Path, name: str) -> None:
     assert len(XSS) >= 50
@@ -303,6 +308,7 @@ def test_markup_in_data_names_and_outputs_stays_text(tmp_path: Path, name: str) 
     assert not plain.attributes & {"src", "onerror", "onload"}
     known = r"#[a-z]+\d*|report\.html|questions\.html|figures/[a-z]+\.svg"
     assert all(re.fullmatch(known, link or "") for link in plain.links)
+    usual = read_beside_tables(tmp_path / name).count("harmless")
     for at in range(0, len(XSS), 10):
         payloads = XSS[at : at + 10]
         page = write_hostile_page(tmp_path, " ".join(payloads), name)
@@ -310,4 +316,4 @@ def test_markup_in_data_names_and_outputs_stays_text(tmp_path: Path, name: str) 
         assert (tmp_path / name).read_bytes().count(b"<script") == 1  # medlora's own, known by its hash
         for payload in payloads:
             # As often as the harmless word, but for what is shortened: nothing was swallowed or read as markup.
-            assert page.text.count(payload) >= 0.9 * plain.text.count("harmless") > 50, payload
+            assert read_beside_tables(tmp_path / name).count(payload) >= 0.9 * usual > 50, payload

@@ -1,7 +1,9 @@
 """Score stages (a base with its adapters) on multiple-choice tests.
 
-python jobs/evaluate_mcq.py                                 the quickstart's stages, configs/evaluate.yaml
-python jobs/evaluate_mcq.py --config mine.yaml --set evaluation.scoring=letter --out evaluations/letter
+medlora evaluate                                            the quickstart's stages, configs/evaluate.yaml
+medlora evaluate --config mine.yaml --set evaluation.scoring=letter --out evaluations/letter
+
+On a cluster, the same as a job:
 ray job submit --working-dir . -- python jobs/evaluate_mcq.py --config mine.yaml --out /shared/evaluations/mine
 """
 

@@ -1,8 +1,10 @@
 """Search the hyperparameters of a run's phases with Ray Tune, judged on dev; the test split is never looked at.
 
-python jobs/sweep.py                                        learning rate x rank on the miniature, configs/sweep.yaml
-python jobs/sweep.py --config mine.yaml --set trials=32 --out sweeps/larger
-python jobs/sweep.py --config mine.yaml --final-test        score the winner on the run config's tests, once
+medlora sweep                                               learning rate x rank on the miniature, configs/sweep.yaml
+medlora sweep --config mine.yaml --set trials=32 --out sweeps/larger
+medlora sweep --config mine.yaml --final-test               score the winner on the run config's tests, once
+
+On a cluster, the same as a job:
 ray job submit --working-dir . -- python jobs/sweep.py --config mine.yaml --out /shared/sweeps/mine
 """
 

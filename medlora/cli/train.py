@@ -1,8 +1,10 @@
 """Train a base model through a curriculum of phases and score every stage.
 
-python jobs/curriculum.py                                   the miniature, configs/quickstart.yaml
-python jobs/curriculum.py --config configs/medgemma-4b.yaml --set phases.01.learning_rate=5e-5
-python jobs/curriculum.py --config 4b.yaml --config 27b.yaml          side by side, each on its own GPUs
+medlora train                                               the miniature, configs/quickstart.yaml
+medlora train --config medgemma-4b.yaml --set phases.01.learning_rate=5e-5
+medlora train --config 4b.yaml --config 27b.yaml            side by side, each on its own GPUs
+
+On a cluster, the same as a job:
 ray job submit --working-dir . -- python jobs/curriculum.py --config ... --run-dir /shared/runs/mine
 """
 
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"run: {mirror.name_place(run.root)}")
     if outcome.report is not None:
         print_next(run.evaluation)
-    print(f"next: medlora export {mirror.name_place(run.root)}:{config.phases[-1].name} adapter")
+    stage = f"{mirror.name_place(run.root)}:{config.phases[-1].name}"
+    print(f"next: medlora chat {stage}\nnext: medlora export {stage} out")
     return 0
 
 

@@ -69,7 +69,7 @@ def score_best(finals: Finals, notes: Sequence[str]) -> Comparison:
     first = ledger.trials[START]
     if first.state != "finished":
         raise InputError(
-            f"the config as it stands (trial {START}) {first.state}: {first.why or 'it has no adapter'}; there is nothing to "
+            f"the unchanged config (trial {START}) {first.state}: {first.why or 'it has no adapter'}; there is nothing to "
             f"compare with. What the trials did is in {ledger.path}"
         )
     best = [trial for trial in ledger.rank() if trial is not first][: plan.config.best]

@@ -48,7 +48,7 @@ _ABOUT = (
 
 @dataclass(frozen=True)
 class Beside:
-    """What stands beside a page: the name of the page of all questions, and the paths of figures; both may be empty."""
+    """What is beside a page: the name of the page of all questions, and the paths of figures; both may be empty."""
 
     browse: str = ""
     figures: Sequence[str] = ()

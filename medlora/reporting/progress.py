@@ -1,4 +1,4 @@
-"""What a run looks like while it goes on: a live line on a terminal, plain lines in a log, a table at the end."""
+"""What a run shows while it runs: a live line on a terminal, plain lines in a log, a table at the end."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ log = logging.getLogger("medlora.run")
 
 
 _PLAIN_EVERY_S = 10.0
+
+_WAITING = "-"
+"""The label of a task that is waited for; no phase can have it."""
 
 
 _SCORES: tuple[Literal["accuracy", "format_score", "perplexity", "token_f1"], ...] = (
@@ -44,6 +47,13 @@ def _describe_seconds(seconds: float) -> str:
         if seconds < 7200
         else f"{seconds / 3600:.1f} h"
     )
+
+
+class _CountColumn(ProgressColumn):
+    """How much of a task is done; nothing where that cannot be counted."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
 
 
 class _TimesColumn(ProgressColumn):
@@ -81,7 +91,7 @@ class Display:
             else Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                _CountColumn(),
                 TextColumn("{task.fields[figures]}"),
                 _TimesColumn(),
                 console=self.console,
@@ -120,6 +130,7 @@ class Display:
             self._advance(phase, event["done"], event["total"], "records")
         elif event["event"] == "evaluating":
             self._begin("evaluation")
+            self._wait("evaluation")
             self.total, self.answered, self.rates = event["total"], event["known"], deque(maxlen=16)
             if event["known"]:
                 self._say(f"evaluation  {event['known']} of {event['total']} questions are answered already")
@@ -133,6 +144,7 @@ class Display:
             self._begin(phase)
             self.losses.pop(phase, None)
             self._say(f"{phase}  {self._place(phase)}on {event['device']}")
+            self._wait(phase)
         elif event["event"] == "finished":
             self._begin("")
             around = f", and {event['around_s']:.0f} s to start and end its workers" if event["around_s"] else ""
@@ -144,6 +156,8 @@ class Display:
             self._say(f"{how}: {event['text']} ({event['seconds']:.1f} s)")
         elif event["event"] == "note" or event["event"] == "refused" or event["event"] == "failed":
             self._say(f"{phase}  {event['text']}")
+            if phase in self.phases and self.task is None:
+                self._wait(phase)
 
     def _place(self, phase: str) -> str:
         """Which phase of how many this is, and what it is for."""
@@ -186,6 +200,11 @@ class Display:
             self.progress.remove_task(self.task)
         self.task, self.label = None, label
         self.started = time.monotonic()
+
+    def _wait(self, phase: str) -> None:
+        """A bar without an end and its seconds, until the first step of the phase comes."""
+        self.task = self.progress.add_task(self.name + phase, total=None, figures="workers start")
+        self.label = _WAITING
 
     def _advance(self, label: str, step: int, total: int, figures: str) -> None:
         if self.task is None or label != self.label:

@@ -30,7 +30,7 @@ def build_report(predictions: Sequence[Prediction], about: Mapping[str, object],
     runs over all comparisons on single tests, and apart from them over those on all tests together. `remarks` are
     sentences about the figures themselves, such as a test that all stages pass.
 
-    `about` stands beside these at the top level, as given. The page knows of it, all optional: `name`, `created`,
+    `about` is added at the top level, as given. The page knows of it, all optional: `name`, `created`,
     `notes` (sentences a reader must know), `prompts` (version), `seconds`, `seconds_to_first_answer`,
     `questions_asked`, `questions_per_s`, `phase_seconds`, `stage_seconds`, `config`, `versions` and `hashes` (of any depth).
     Raises ValueError when `about` names something computed here, when there is nothing to score, or when two stages were asked different questions of one test.
@@ -99,7 +99,7 @@ def summarise(predictions: Sequence[Prediction]) -> list[StageRow]:
 
 
 def count_choices(group: Sequence[Prediction]) -> dict[str, dict[str, int]]:
-    """Gold letter -> chosen letter -> how often; "" stands for no letter, and only what occurs is listed."""
+    """Gold letter -> chosen letter -> how often; "" is no letter, and only what occurs is listed."""
     counted: dict[str, Counter[str]] = {}
     for prediction in group:
         counted.setdefault(prediction.gold, Counter())[prediction.choice or ""] += 1

@@ -79,7 +79,7 @@ def make_line(trial: TrialRow, winner: str) -> Line:
 
 
 _WIDTH, MARGIN = 832, 70
-"""Pixels of a drawing, and of what stands left and right of the outer axes: the page puts their names there."""
+"""Pixels of a drawing, and of the room left and right of the outer axes: the page puts their names there."""
 
 
 _LOOKS = {
@@ -149,7 +149,7 @@ Axis = tuple[Callable[[Any], float], list[tuple[float, str]]]
 def _place(values: Sequence[Any], domain: Domain) -> Axis:
     """An axis that holds all values: a tick each for those of a choice, three for a range, by its logarithm if it is one of ratios.
 
-    The config as it stands may lie outside of the domain.
+    The unchanged config may lie outside of the domain.
     """
     if isinstance(domain, Range):
         return _lay([domain.low, domain.high, *values], domain.log and min(values) > 0, "{:.2g}")

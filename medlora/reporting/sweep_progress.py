@@ -1,4 +1,4 @@
-"""What a sweep looks like while it goes on: one table on a terminal, plain lines in a log, a table at the end."""
+"""What a sweep shows while it runs: one table on a terminal, plain lines in a log, a table at the end."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class SweepDisplay:
         dev = f"dev {trial.score:.3f}" if trial.score is not None else ""
         if begins and not trial.ended:
             values = ", ".join(f"{key} {format_value(value)}" for key, value in trial.params.items())
-            self._say(f"trial {trial.id}  {'goes on' if trial.reports else 'begins'}: {values}")
+            self._say(f"trial {trial.id}  {'resumes' if trial.reports else 'starts'}: {values}")
         elif trial.state == "running":
             self._say(f"trial {trial.id}  step {trial.step}: {dev}")
         else:

@@ -71,7 +71,7 @@ def _list_changes(report: Report) -> list[tuple[StageRow, str]]:
         return []
     first = report["overall"][0]["stage"]
     points = {
-        (pair["test"], pair["after"]): f"{100 * pair['difference']:+.1f}"
+        (pair["test"], pair["after"]): f"{100 * pair['difference']:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
         for pair in report["comparisons"]
         if pair["before"] == first
     }
@@ -161,7 +161,7 @@ def make_table(trials: list[Trial], steps: Mapping[str, TrialStep] | None = None
 
 
 def print_sweep(summary: Summary, ledger: Ledger, worked: bool) -> None:
-    """The table of trials, the best first, then how the best compare with the config as it stands on all of dev."""
+    """The table of trials, the best first, then how the best compare with the unchanged config on all of dev."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if not worked:
         console.print("everything is done already; nothing was computed again")
@@ -170,7 +170,7 @@ def print_sweep(summary: Summary, ledger: Ledger, worked: bool) -> None:
     console.print(make_table([*ledger.rank(), *rest]))
     start, *best = summary["dev"]["stages"]
     console.print(
-        f"on all of dev ({start['n']:,} questions), the config as it stands (trial {start['trial']}): {start['accuracy']:.1%}"
+        f"on all of dev ({start['n']:,} questions), the unchanged config (trial {start['trial']}): {start['accuracy']:.1%}"
     )
     by_trial = {pair["after"]: pair for pair in summary["dev"]["pairs"]}
     for row in best:
@@ -181,7 +181,7 @@ def print_sweep(summary: Summary, ledger: Ledger, worked: bool) -> None:
         console.print(f"beware: {note}", markup=False)
     winner = summary["winner"]
     console.print(
-        "no trial was better than the config as it stands"
+        "no trial was better than the unchanged config"
         if winner == start["trial"]
         else f"the winner is trial {winner}; it was chosen on dev, so its advantage there is likely too large"
     )

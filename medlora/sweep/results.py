@@ -192,9 +192,9 @@ def make_best(plan: SweepPlan, ledger: Ledger, trial: Trial, comparison: Compari
     accuracy = next(row["accuracy"] for row in comparison["stages"] if row["trial"] == trial.id)
     lines = [f"Trial {trial.id} of sweep {plan.config.name}: {accuracy:.1%} on dev, by {plan.scoring}."]
     if trial.id == START:
-        lines.append("The config as it stood: no trial was better on all of dev.")
+        lines.append("The unchanged config: no trial was better on all of dev.")
     lines += [
-        f"Against the config as it stood: {describe_pair(p)}." for p in comparison["pairs"] if p["after"] == trial.id
+        f"Against the unchanged config: {describe_pair(p)}." for p in comparison["pairs"] if p["after"] == trial.id
     ]
     for each in lineage:
         part = f"{name_generation(plan.scored_phase, each.about['generation'])}: " if len(lineage) > 1 else ""

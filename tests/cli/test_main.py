@@ -40,6 +40,8 @@ def test_a_command_that_does_not_exist_is_refused_with_the_nearest(capsys: pytes
 def test_every_command_explains_itself(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and f"usage: medlora {command}" in done.stdout, done.stderr
+    ours, cluster = done.stdout.find(f"\nmedlora {command}"), done.stdout.find("\nray job submit")
+    assert command not in ("train", "evaluate", "sweep") or 0 < ours < cluster
 
 
 def test_a_wrong_input_is_one_message_with_code_2(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_stopped_trial_s_slot_is_free_at_once_and_no_placement_group_is_left(
     ledger = search(tmp_path / "s", ray_cluster, 20, {})
     states = Counter(trial.state for trial in ledger.trials.values())
     assert states["stopped"] >= 8 and states["stopped"] + states["finished"] == 20
-    assert ledger.trials["000"].state == "finished"  # the worst of all, yet the config as it stands is never stopped
+    assert ledger.trials["000"].state == "finished"  # the worst of all, yet the unchanged config is never stopped
     lines = read_json_lines(ledger.path)
     last_begin = max(i for i, line in enumerate(lines) if line["event"] == "running")
     for i, line in enumerate(lines[:last_begin]):
@@ -266,7 +266,7 @@ def test_a_sweep_survives_its_trials_and_its_driver(
     summary = read_json(out / "sweep.json")
     assert [row["trial"] for row in summary["dev"]["stages"]][0] == "000" and len(summary["dev"]["stages"]) <= 3
     assert summary["dev"]["stages"][0]["n"] == 6 and summary["test"]["trial"] == summary["winner"]
-    assert "on all of dev (6 questions), the config as it stands (trial 000)" in said
+    assert "on all of dev (6 questions), the unchanged config (trial 000)" in said
     for name in ("sweep.html", "trials.parquet", "best.yaml", "dev/report.html", "tensorboard/000"):
         assert (out / name).exists()
     assert (out / "trials" / "000" / "phases" / "01").resolve() == finished / "phases" / "01"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -65,3 +69,87 @@ def test_the_command_works_from_the_wheel_alone(wheel: Path, command: list[str],
     assert done.returncode == 0, done.stderr
     expected = {"--help": "medlora export", "--version": f"medlora {__version__}", "schema": '"$defs"'}[command[0]]
     assert expected in done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command of the wheel in an environment of its own, which sees this one's libraries but not its medlora."""
+    home = tmp_path_factory.mktemp("env")
+    venv.create(home, symlinks=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    # A path that a .pth file names is searched last, and its own .pth files, such as that of a checkout, are not read.
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "--quiet"]
+    done = subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return home / "bin" / "medlora"
+
+
+def run_installed(
+    command: Path, folder: Path, *arguments: str, typed: str | None = None, env: dict[str, str] | None = None
+) -> str:
+    """What the command prints, in a folder that has nothing to do with the checkout."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [command, *arguments],
+        cwd=folder,
+        env=inherited | (env or {}),
+        input=typed,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_new_user_installs_and_plans(installed: Path, tmp_path: Path) -> None:
+    """From an empty folder: the version, a config, and what a run of it would do."""
+    python = installed.parent / "python"
+    assert run_installed(python, tmp_path, "-c", "import medlora; print(medlora.__file__)").startswith(
+        str(installed.parents[1])
+    )
+    assert run_installed(installed, tmp_path, "--version") == f"medlora {__version__}\n"
+    said = run_installed(installed, tmp_path, "init")
+    assert said == "config: quickstart.yaml\nnext: medlora plan --config quickstart.yaml\n"
+    planned = run_installed(installed, tmp_path, "plan", "--config", "quickstart.yaml")
+    assert all(phase in planned for phase in ("00", "01", "02"))
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart.yaml"]
+
+
+def test_a_new_user_trains_talks_and_takes_the_model_away(
+    installed: Path, bases: dict[str, str], data: Path, tmp_path: Path, local_ray: dict[str, str]
+) -> None:
+    """init, plan, train, chat, export, and plain transformers: each command is the one that the step before it named."""
+    (tmp_path / "data").mkdir()
+    for name in ("text", "pairs", "mcq", "dev"):
+        shutil.copyfile(data / f"{name}.jsonl", tmp_path / "data" / f"{name}.jsonl")
+    rows = [json.loads(line) for line in (data / "dev.jsonl").read_text(encoding="utf-8").splitlines()]
+    test = [json.dumps({**row, "id": f"t{row['id']}"}, ensure_ascii=False) for row in rows]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(test) + "\n", encoding="utf-8")
+    said = run_installed(installed, tmp_path, "init", "gemma", "mine.yaml", "--data", "data")
+    assert "data/test.jsonl: 6 records of" in said and "next: medlora plan --config mine.yaml" in said
+    settings = [
+        f"base.model={bases['gemma']}",
+        "base.quantization=none",
+        "data.overlap=allow",
+        "evaluation.max_tokens=8",
+    ]
+    settings += ["phase_defaults.max_steps=2", "placement.gpus_per_worker=0", "placement.cpus_per_worker=1"]
+    settings += [f"phases.{phase}.validation=null" for phase in ("01", "02")]
+    chosen = ["--config", "mine.yaml", *(part for setting in settings for part in ("--set", setting))]
+    assert "02" in run_installed(installed, tmp_path, "plan", *chosen)
+    trained = run_installed(installed, tmp_path, "train", *chosen, "--run-dir", "runs/mine", env=local_ray)
+    assert "phase 3 of 3" in trained and "next: medlora export runs/mine:02 out" in trained
+    talked = run_installed(
+        installed, tmp_path, "chat", "runs/mine:02", "--max-tokens", "4", typed="text about aspirin\n"
+    )
+    assert talked.strip()
+    run_installed(installed, tmp_path, "export", "runs/mine:02", "out", "--as", "merged")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    asked = tokenizer("text about aspirin", return_tensors="pt")
+    assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] > asked["input_ids"].shape[1]

@@ -488,7 +488,25 @@ def test_a_report_is_printed_on_few_pages(tmp_path: Path) -> None:
         for i in range(20)
         for p in answer(stage, test, choices)
     ]
-    config = {"config": {f"key{i}": list(range(9)) for i in range(200)}}
+    curve = [[float(i), 5.0 - i / 50] for i in range(150)]
+    phase = {"description": "plain text", "chain": "new", "sources": ["a.jsonl", "b.jsonl"], "replayed": []}
+    phase |= {
+        "seconds": 51.2,
+        "tokens_per_s": 2000.0,
+        "peak_memory_mib": 700.0,
+        "loss": curve,
+        "dev": [[2, 0.5], [9, 0.8]],
+    }
+    source = {"use": "training", "source": "a.jsonl", "licence": None, "records": 1234, "quarantined": 2}
+    config = {
+        "config": {f"key{i}": list(range(9)) for i in range(200)},
+        "phases": [{**phase, "name": name} for name in ("00", "01", "02")],
+        "data": [source] * 8,
+        "prompt_shown": {"test": "doctor", "id": "q1-0", "text": "질문: 무엇?\n" * 99, "template": True},
+        "versions": {f"library {i}": "1.2.3" for i in range(10)},
+        "hashes": {"stages": {name: ["0" * 64] * 2 for name in ("00", "01", "02")}, "tests": {"doctor": "0" * 64}},
+        "phase_seconds": {name: 51.2 for name in ("00", "01", "02")},
+    }
     make_page(tmp_path, predictions, config, {test: [] for test in ("doctor",)})
     flags = f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path / 'profile'} --no-pdf-header-footer"
     command = [CHROMIUM, *flags.split(), f"--print-to-pdf={tmp_path / 'p.pdf'}", (tmp_path / "report.html").as_uri()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,23 @@ def test_curves_of_two_segments_are_one(tmp_path: Path) -> None:
     (row,) = describe_phases(run, [phase], {"02": {"seconds": {"all": 9.0, "base": 1.0}}})
     assert row["loss"] == [[5, 5.0], [10, 4.0], [15, 3.0]] and row["dev"] == [[5, 0.5]]
     assert (row["seconds"], row["tokens_per_s"], row["description"]) == (8.0, 7.0, "d")
+
+
+def test_a_terminal_shows_that_workers_start_until_the_first_step() -> None:
+    display = Display(Console(file=io.StringIO(), force_terminal=True, width=120), phases={"01": ""})
+
+    def read_bars() -> list[tuple[str, float | None, str]]:
+        return [(task.description, task.total, task.fields["figures"]) for task in display.progress.tasks]
+
+    display.show({"event": "note", "phase": "data", "text": "read"})
+    assert read_bars() == []
+    display.show({"event": "note", "phase": "01", "text": "starting 1 worker"})
+    assert read_bars() == [("01", None, "workers start")]
+    display.show({"event": "phase", "phase": "01", "device": "cpu"})
+    assert read_bars() == [("01", None, "workers start")]
+    display.progress.get_renderable()
+    display.show(step(1, 5.0))
+    ((name, total, figures),) = read_bars()
+    assert (name, total) == ("01", 9) and figures.startswith("loss 5.000")
+    display.show({"event": "finished", "phase": "01", "seconds": 16.0, "around_s": 2.0})
+    assert read_bars() == []

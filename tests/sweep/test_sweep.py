@@ -667,5 +667,5 @@ def test_the_best_config_is_a_run_config_with_its_reasons(done: tuple[SweepPlan,
     assert best == RunConfig.model_validate(expected.model_dump() | {"name": "run-sweep"})
     text = (folder / "best.yaml").read_text(encoding="utf-8")
     assert text.startswith(
-        "# Trial 001 of sweep sweep: 60.0% on dev, by letter.\n# Against the config as it stood: better"
+        "# Trial 001 of sweep sweep: 60.0% on dev, by letter.\n# Against the unchanged config: better"
     )

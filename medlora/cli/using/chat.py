@@ -1,4 +1,4 @@
-"""Ask a stage of a run, or a bare base, questions on the terminal; each question stands alone.
+"""Ask a stage of a run, or a bare base, questions on the terminal; each question is asked without the ones before it.
 
 medlora chat runs/quickstart:02                    /stage 01 switches, /mcq takes a question with options, /quit ends
 medlora chat miniature                             a base without adapters: a folder, a hub id or the miniature

@@ -140,7 +140,7 @@ def _describe_model(facts: CardFacts) -> Iterator[str]:
     if base.quantization != "none":
         lines.append(f"- The base was loaded as {base.quantization} for training and scoring.")
     if facts.kind != "merged":
-        lines.append(f"- It stands on the base `{facts.base}` and gives nothing useful on another model.")
+        lines.append(f"- It needs the base `{facts.base}`; on another model its outputs mean nothing.")
     if facts.kind == "phase" and (below := facts.chain[:-1]):
         shown = ", ".join(f"`{link.name}`" for link in below)
         lines.append(

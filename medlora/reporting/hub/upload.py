@@ -22,7 +22,7 @@ def check_target(repository: str, token_file: Path | None) -> None:
 
 
 def find_token(token_file: Path | None) -> str:
-    """The token of a file, else of HF_TOKEN or `hf auth login`; its text stands in no message."""
+    """The token of a file, else of HF_TOKEN or `hf auth login`; no message shows its text."""
     if token_file is None:
         from huggingface_hub import get_token
 

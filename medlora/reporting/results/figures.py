@@ -149,7 +149,7 @@ def _place(x: float, y: float, drawing: str) -> str:
     drawing = re.sub(r"var\(--([\w-]+)\)", lambda found: colours[found[1]], drawing)
     return re.sub(
         r'^<svg width="[^"]*" height="[^"]*"',
-        f'<svg x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"',
+        f'<svg x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" overflow="visible"',
         drawing,
     )
 

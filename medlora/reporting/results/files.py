@@ -1,4 +1,4 @@
-"""Everything that people read of an evaluation, written beside each other."""
+"""All files of an evaluation that people read, written into one folder."""
 
 from __future__ import annotations
 
