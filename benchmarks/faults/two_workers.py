@@ -39,7 +39,7 @@ def configure(place: Path) -> Any:
     changes = {"max_steps": STEPS, "checkpoint_every_steps": EVERY, "log_every_steps": 1, "validation": None}
     phase = config.phases[0].model_copy(update=changes)
     placement = config.placement.model_copy(update={"workers": 2, "retries": 20})
-    return config.model_copy(update={"phases": [phase], "placement": placement})
+    return config.model_copy(update={"phases": (phase,), "placement": placement})
 
 
 def find_workers(run: RunFolder) -> list[int]:
