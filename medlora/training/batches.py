@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medlora.kernels.attention import Span
+from medlora.kernels.varlen import Span, make_plan, using
 from medlora.tokens.rows import IGNORED, Row
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class FlatCollator:
     """Multimodal Gemma 3 wants them in training: all 0, for text."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """LongTensors `input_ids`, `labels`, `position_ids` [1, tokens], `supervised` (see `find_supervised`), and `segments`.
+        """LongTensors `input_ids`, `labels`, `position_ids` [1, tokens], `supervised` (see `find_supervised`), and `plan`,
+        the `varlen.Plan` that `varlen.using` gives to attention.
 
         The mask is empty. Its four dimensions stop transformers from making a mask of tokens x tokens.
         """
@@ -119,7 +120,7 @@ class FlatCollator:
             "labels": torch.tensor([flat.labels]),
             "position_ids": torch.tensor([flat.position_ids]),
             "attention_mask": torch.zeros(1, 1, 1, 1),
-            "segments": segments,
+            "plan": make_plan(segments),
         }
         batch["supervised"] = find_supervised(batch["labels"])
         if self.token_type_ids:
@@ -207,11 +208,12 @@ def _cut_document(row: Row, begin: int, end: int) -> Row:
 
 @torch.no_grad()
 def _compute_logits(model: PreTrainedModel, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
-    batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
+    batch = {key: value.to(model.device) for key, value in collator(rows).items()}
     del batch["labels"], batch["supervised"]
     was_training = model.training
     try:
-        logits: torch.Tensor = model.eval()(**batch, use_cache=False).logits
+        with using(batch.pop("plan", None)):
+            logits: torch.Tensor = model.eval()(**batch, use_cache=False).logits
         return logits.float()
     finally:
         model.train(was_training)

@@ -16,6 +16,7 @@ from medlora.events import NoteKind
 from medlora.kernels.memory import clear_memory, describe_device
 from medlora.kernels.modes import keeping_modes
 from medlora.kernels.supervised_head import SupervisedHead
+from medlora.kernels.varlen import using
 from medlora.runs.folders import PhaseFolder
 from medlora.tokens.rows import Row
 from medlora.training.segment import Segment, SegmentFigures, Worker
@@ -147,7 +148,7 @@ def measure_step(
     """
     device, head = torch.device(model.device), SupervisedHead(model)
     cuda = device.type == "cuda"
-    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
+    batch = {key: value.to(device) for key, value in collator(rows).items()}
     labels, supervised = batch.pop("labels"), batch.pop("supervised")
     saved: dict[int, int] = {}
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -167,6 +168,7 @@ def measure_step(
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
             torch.autocast(device.type, model.dtype, enabled=cuda and model.dtype != torch.float32),
             head.at(supervised),
+            using(batch.pop("plan", None)),
         ):
             loss = head.compute_loss(model(**batch, use_cache=False), labels)
         loss.backward()

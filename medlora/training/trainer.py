@@ -19,6 +19,7 @@ from transformers.trainer_utils import SchedulerType
 from medlora import events, pulse
 from medlora.config.phase import PhaseConfig
 from medlora.kernels.supervised_head import SupervisedHead
+from medlora.kernels.varlen import carry_plan, using
 from medlora.model.adapter_files import find_non_finite
 from medlora.model.chain import load_adapter_weights, save_adapter
 from medlora.runs.files import read_json_lines, truncate_json_lines
@@ -59,7 +60,7 @@ class _AdapterTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         """Like Trainer's, but logits are computed at supervised positions only."""
-        with self.head.at(inputs.pop("supervised")):
+        with self.head.at(inputs.pop("supervised")), using(inputs.pop("plan", None)):
             return super().compute_loss(model, inputs, *arguments, **options)
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -305,7 +306,7 @@ def recompute_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None
     # transformers 5.23 renamed both and warns of the old names, which 5.17 alone has.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": carry_plan})
     try:
         yield
     finally:

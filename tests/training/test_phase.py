@@ -243,7 +243,7 @@ def test_out_of_memory_halves_the_batch_and_ends_with_the_same_adapter(
     def fail(self: Any, model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        segments = inputs["segments"]
+        segments = inputs["plan"].segments
         rows = len(segments) - (segments[-1][2] > 0)  # where the rows share a beginning, it is a segment of its own
         if calls >= fails_at and rows > 3:
             raise torch.OutOfMemoryError("made up")
