@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from medlora.kernels.autograd import Context
 from medlora.kernels.elementwise_cpu import log_once
 
 try:
