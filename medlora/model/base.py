@@ -17,6 +17,7 @@ from medlora.config.model import BaseModelConfig
 from medlora.errors import InputError
 from medlora.kernels import attention
 from medlora.kernels.elementwise_cpu import lighten_elementwise
+from medlora.kernels.elementwise_cuda import fuse_elementwise
 from medlora.model.files import explain_load_errors, find_local_folder, load_quietly
 from medlora.model.tokenizer import load_base_tokenizer
 from medlora.tokens.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
         _keep_four_bit_weights(model)
     _extend_vocabulary(model, tokenizer, load_base_tokenizer(base))
     lighten_elementwise(model)
+    if device.type == "cuda":
+        fuse_elementwise(model)
     model.eval()
     return model
 
