@@ -223,8 +223,10 @@ def _add_cast(
     layer: _LoraParts, x: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, float]], share: float
 ) -> torch.Tensor:
     base = layer.base_layer
-    weight, bias, base_out = base.weight, base.bias, None
-    if type(base) is not torch.nn.Linear or weight.requires_grad or weight.dtype != x.dtype:
+    weight: torch.Tensor | None = base.weight
+    bias: torch.Tensor | None = base.bias
+    base_out: torch.Tensor | None = None
+    if type(base) is not torch.nn.Linear or base.weight.requires_grad or base.weight.dtype != x.dtype:
         weight = bias = None
         base_out = base(x)
         if base_out.dtype != x.dtype:

@@ -23,7 +23,7 @@ from medlora.kernels.elementwise_cpu import log_once
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a build of torch without it
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 Span = tuple[int, int, int]
 """Where a segment begins and ends in the flat sequence, and how many tokens of the first segment, all or none, it sees, too."""
@@ -111,9 +111,10 @@ def attend_at_once(
     options: dict[str, Any] = {"scale": scale, **_choose_options(varlen_attn)}
     # A window wider than the longest segment is none. Windows count from the query back, itself not counted.
     options["window_size"] = (-1, 0) if window is None or window >= plan.max_k else (window - 1, 0)
-    out: torch.Tensor = varlen_attn(
+    out = varlen_attn(
         q.contiguous(), k.contiguous(), v.contiguous(), plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, **options
     )
+    assert isinstance(out, torch.Tensor)  # a pair only where its sums of exponentials are asked for
     return out[None]
 
 

@@ -27,12 +27,17 @@ if TYPE_CHECKING:
 
 
 def locate_base(base: BaseModelConfig, cache: str, seed: int, report: OnProgress | None = None) -> BaseModelConfig:
-    """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet."""
+    """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet.
+
+    The miniature computes in float32 on every device, unless the config names another type.
+    """
     if base.model != "miniature":
         return base
     from medlora.model.miniature_base.build import ensure
 
-    return base.model_copy(update={"model": str(ensure(Path(cache), seed, report))})
+    # So small a base is no faster in bfloat16, and a rounding of 2^-9 is more to it than to a large one.
+    dtype = "float32" if base.compute_dtype == "auto" else base.compute_dtype
+    return base.model_copy(update={"model": str(ensure(Path(cache), seed, report)), "compute_dtype": dtype})
 
 
 log = logging.getLogger(__name__)
@@ -45,6 +50,10 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
     and the output embeddings. The embeddings grow only when the model has too few rows (Gemma has spare ones). Raises
     InputError when there is no such model, its weights are incomplete or no safetensors.
     """
+    if base.quantization == "auto":
+        raise InputError(
+            "base.quantization: auto is chosen by `medlora train` before a run begins; say none, int8 or nf4"
+        )
     attention.install()
     folder, device = find_local_folder(base, weights=True), torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -54,7 +63,7 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
     dtype = auto if base.compute_dtype == "auto" else getattr(torch, base.compute_dtype)
     quantization = {
         "none": None,
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=base.int8_threshold),
         "nf4": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         ),

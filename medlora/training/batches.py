@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medlora.kernels.varlen import Span, make_plan, using
+from medlora.kernels.varlen import Span, find_obstacle, make_plan, using
 from medlora.tokens.rows import IGNORED, Row
 
 if TYPE_CHECKING:
@@ -141,6 +141,15 @@ class Batching:
     def is_flat(self) -> bool:
         """Whether batches are flat ones."""
         return isinstance(self.collator, FlatCollator)
+
+
+def find_flat_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a GPU would run flat batches slowly, one segment after another; None where it takes them in one call."""
+    text = model.config.get_text_config()
+    heads: int = text.num_attention_heads
+    size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads: int = getattr(text, "num_key_value_heads", None) or heads
+    return find_obstacle(model.device, model.dtype, heads, key_heads, size)
 
 
 def choose_batching(model: PreTrainedModel, padded: Collator, flat: FlatCollator | None, packed: bool) -> Batching:

@@ -19,10 +19,10 @@ from medlora.config.model import LoraSettings
 from medlora.config.run import RunConfig
 from medlora.errors import InputError
 from medlora.planning.figures import RunPlan
+from medlora.planning.memory import HEAD_CHUNK_BYTES, find_memory_warnings
 from medlora.planning.plan import make_plan
-from medlora.planning.sizes import HEAD_CHUNK_BYTES, count_lora, read_shape
+from medlora.planning.sizes import count_lora, read_shape
 from medlora.planning.table import describe_plan
-from medlora.planning.warnings import find_memory_warnings
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
 from tests.support import ROOT
