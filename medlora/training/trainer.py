@@ -67,7 +67,9 @@ class _AdapterTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         """Like Trainer's, but logits are computed at supervised positions only."""
-        with self.head.at(inputs.pop("supervised")), using(inputs.pop("plan", None)):
+        plan = inputs.pop("plan", None)
+        plan = None if plan is None else plan.to(inputs["input_ids"].device)  # where no data loader has moved it
+        with self.head.at(inputs.pop("supervised")), using(plan):
             return super().compute_loss(model, inputs, *arguments, **options)
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
