@@ -195,8 +195,11 @@ def _keeps_apart(
             documents = [_cut_document(row, begin, end) for row in rows for begin, end in _find_documents(row)]
             expected = torch.cat([_compute_logits(model, alone, [document])[0] for document in documents])
             found = _arrange_logits(model, together, rows)
-            tolerance = 1e-3 if expected.dtype == torch.float32 and model.dtype == torch.float32 else 5e-2
-            if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+            if model.dtype == torch.float32:
+                same = (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+            else:  # a single number may be far off by rounding, and LLM.int8 rounds a row by what stands beside it
+                same = (found - expected).norm() <= 0.1 * expected.norm()
+            if not same:
                 return False
     except torch.OutOfMemoryError:
         raise
