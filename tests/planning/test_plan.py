@@ -195,7 +195,8 @@ GEMMA_4B |= {"tie_word_embeddings": True}
 
 
 def test_the_formula_gives_the_peak_that_was_measured_on_an_h200() -> None:
-    """64 records of 149 tokens in one flat pass of the 4B shape in bfloat16, r 16: 44.9 GiB, with fused norms and gates."""
+    """64 records of 149 tokens in one flat pass of the 4B shape in bfloat16, r 16, with fused norms and gates; 44.9 GiB was
+    the most that a pass of the experiment behind benchmarks/training.md took."""
     shape, lora = _read_config(GEMMA_4B, ""), LoraSettings(r=16)
     assert shape is not None
     phase = PhaseConfig.model_validate(
