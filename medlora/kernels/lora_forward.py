@@ -107,6 +107,20 @@ def _drop(x: torch.Tensor, share: float) -> _Dropped:
     return known
 
 
+def _cast_masters(
+    masters: Sequence[torch.Tensor], scales: Sequence[float], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All A [ranks, in] and all B, scaled, [out, ranks] in x's type, a kernel for each: small ones are what a GPU waits for."""
+    ranks = [len(each) for each in masters[::2]]
+    a = x.new_empty(sum(ranks), masters[0].shape[1])
+    b = x.new_empty(len(masters[1]), sum(ranks))
+    for part, master in zip(a.split(ranks), masters[::2], strict=True):
+        part.copy_(master)
+    for part, master, scale in zip(b.split(ranks, dim=1), masters[1::2], scales, strict=True):
+        torch.mul(master, scale, out=part)
+    return a, b
+
+
 class _CastBranches(torch.autograd.Function):
     """base(x) + sum of scale_i (drop(x) A_i') B_i' in x's type, for float32 masters A_i [r, in], B_i [out, r].
 
@@ -128,8 +142,7 @@ class _CastBranches(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.flatten(0, -2)
         seen = rows if dropout is None else dropout.rows
-        a = torch.cat([each.to(x.dtype) for each in masters[::2]])
-        b = torch.cat([(each * scale).to(x.dtype) for each, scale in zip(masters[1::2], scales, strict=True)], dim=1)
+        a, b = _cast_masters(masters, scales, x)
         thin = seen @ a.T
         if base_out is not None:
             flat = base_out.flatten(0, -2)

@@ -18,9 +18,10 @@ from tests.support.batches import build, make_row
 GIB = 2**30
 
 
-def configure(batch_size: int, accumulation: int, **more: Any) -> PhaseConfig:
+def configure(batch_size: int, accumulation: int, **more: Any) -> SettledPhase:
     plain = {"name": "02", "chain": "new", "sources": [{"source": "miniature:text"}]}
-    return PhaseConfig.model_validate({**plain, "batch_size": batch_size, "accumulation": accumulation, **more})
+    numbers = {"batch_size": batch_size, "accumulation": accumulation}
+    return PhaseConfig.model_validate({**plain, **numbers, **more}).settle(1)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_numbers_of_a_config_are_not_raised_on_a_card(monkeypatch: pytest.Monkey
 
 
 def test_workers_take_the_pass_that_fits_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    phase = configure(8, 4).settle(1)
+    phase = configure(8, 4)
 
     def gather(found: list[Any], own: Any) -> None:
         found[:] = [own, (4, True)]
@@ -129,7 +130,7 @@ def test_the_optimiser_follows_from_the_free_memory(
     monkeypatch.setattr(trainer, "describe_device", lambda device: SimpleNamespace(free_bytes=free_gib * GIB))
     parameters = [torch.zeros(GIB // 8, device="meta", requires_grad=True), torch.zeros(1)]
     model: Any = SimpleNamespace(device=torch.device("cuda"), parameters=lambda: parameters)
-    assert trainer.choose_optimizer(model, configure(4, 4, optimizer=optimizer).settle(1)) == chosen
+    assert trainer.choose_optimizer(model, configure(4, 4, optimizer=optimizer)) == chosen
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -145,7 +146,7 @@ def test_a_segment_that_resumes_keeps_the_kind_of_its_optimiser(tmp_path: Path, 
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     model: Any = SimpleNamespace(device=torch.device("cuda"), parameters=lambda: [parameter])
-    found = trainer.choose_optimizer(model, configure(4, 4).settle(1), tmp_path)
+    found = trainer.choose_optimizer(model, configure(4, 4), tmp_path)
     assert found == ("paged_adamw_8bit" if quantized else "adamw_torch_fused")
 
 
