@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e '.[training-peers]'
     python benchmarks/training.py --data ../shared/data          # Gemma-3-270M shape, CPU, one thread
-    python benchmarks/training.py --data ../shared/data --cuda   # Gemma-3-4B shape, bf16
+    python benchmarks/training.py --data ../shared/data --cuda --seconds 150   # Gemma-3-4B shape: training_cuda.py
 
 One random model with one LoRA adapter (r 16, all-linear) is trained by all in turn, on the same rows of token ids:
 
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,7 +37,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import psutil
 import torch
-from evaluation import CPU_SHAPE, CUDA_SHAPE, Bench, build_model, build_tokenizer, describe_hardware
+from evaluation import CPU_SHAPE, Bench, build_model, build_tokenizer, describe_hardware
 from transformers import TrainingArguments
 from transformers.models.gemma3 import modeling_gemma3
 
@@ -123,7 +124,7 @@ class Peak:
             self.mib = max(self.mib, process.memory_info().rss / 2**20)
 
 
-def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool) -> dict[str, Step]:
+def make_steps(model: Any, tokenizer: Any, folder: Path) -> dict[str, Step]:
     """One optimisation step of each, on the same model and adapter."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -140,8 +141,7 @@ def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool) -> dict[str
         "output_dir": str(folder),
         "per_device_train_batch_size": 64,
         "max_steps": 1,
-        "use_cpu": not cuda,
-        "bf16": cuda,
+        "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
         "gradient_checkpointing": False,
@@ -149,7 +149,8 @@ def make_steps(model: Any, tokenizer: Any, folder: Path, cuda: bool) -> dict[str
         "dataloader_pin_memory": False,
     }
     padded = Collator(tokenizer.pad_token_id)
-    ours = _AdapterTrainer("a", model, args=TrainingArguments(**common), train_dataset=[0])
+    watch: Any = SimpleNamespace(add=lambda loss: None)
+    ours = _AdapterTrainer("a", model, watch, args=TrainingArguments(**common), train_dataset=[0])
     rows = [{"input_ids": [2, 5, 6], "labels": [-100, 5, 6]}]
 
     def make_trl(padding_free: bool) -> Any:
@@ -258,20 +259,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--cuda", action="store_true", help="the table of a GPU, within --seconds (training_cuda.py)")
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="with --cuda: of everything, from the model to the table"
+    )
+    parser.add_argument("--model", choices=["4b", "27b"], default="4b", help="with --cuda")
+    parser.add_argument("--quantization", choices=["none", "int8", "nf4"], default="none", help="with --cuda")
     parser.add_argument("--profile", action="store_true", help="where the time of one step of each phase goes")
     parser.add_argument("--without", nargs="*", default=[], help="peers to leave out; all are measured without")
     parser.add_argument("--phases", nargs="*", default=[], help="those whose name begins so; all without")
     arguments = parser.parse_args()
+    if arguments.cuda:
+        import training_cuda
+
+        sys.exit(training_cuda.main(arguments.data, arguments.seconds, arguments.model, arguments.quantization))
     torch.set_num_threads(1)
     keep_freed_memory()  # for all of them alike
     questions = (arguments.data / "kormedmcqa/train.jsonl").read_text(encoding="utf-8").splitlines()
     tokenizer = build_tokenizer([line for line in questions])
-    model = build_model(
-        CUDA_SHAPE if arguments.cuda else CPU_SHAPE, tokenizer, "cuda" if arguments.cuda else "cpu", "none"
-    )
+    model = build_model(CPU_SHAPE, tokenizer, "cpu", "none")
     bench = Bench.__new__(Bench)
-    bench.model, bench.cuda = model, arguments.cuda
+    bench.model, bench.cuda = model, False
     rate = bench.measure_matrix_rate()
     lighten_elementwise(model)
     model = add_adapter(model, "a", LoraSettings(r=16, alpha=32), [], seed=0).train()
@@ -279,21 +287,20 @@ def main() -> None:
     about = {
         "date": str(date.today()),
         "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-        "hardware": describe_hardware(arguments.cuda),
+        "hardware": describe_hardware(False),
         "matrix rate": f"{rate / 1e9:.1f} billion multiply-adds/s",
         "versions": {**get_versions(), "trl": __import__("importlib.metadata").metadata.version("trl")},
     }
-    name = "training-cuda" if arguments.cuda else "training"
-    store = Path(__file__).resolve().parent / f"{name}.json"
+    store = Path(__file__).resolve().parent / "training.json"
     known = json.loads(store.read_text()) if arguments.phases and store.is_file() else {}
     kept = known if known.get("about", {}).get("date") == about["date"] else {"results": [], "profiles": {}}
     with tempfile.TemporaryDirectory() as folder:
-        steps = make_steps(model, tokenizer, Path(folder), arguments.cuda)
+        steps = make_steps(model, tokenizer, Path(folder))
         steps = {who: step for who, step in steps.items() if who not in arguments.without}
         for phase, rows in batches.items():
             if arguments.phases and not phase.startswith(tuple(arguments.phases)):
                 continue
-            results = measure(phase, rows, steps, model, rate, arguments.cuda)
+            results = measure(phase, rows, steps, model, rate)
             if arguments.profile:
                 kept["profiles"][phase] = profile_step(steps["medlora"], rows[-1], model.config.hidden_size)
             kept = {**kept, "about": about, "results": [r for r in kept["results"] if r["phase"] != phase] + results}
@@ -303,9 +310,7 @@ def main() -> None:
             store.with_suffix(".md").write_text(write_table(kept))
 
 
-def measure(
-    phase: str, rows: list[list[Row]], steps: dict[str, Step], model: Any, rate: float, cuda: bool
-) -> list[dict[str, Any]]:
+def measure(phase: str, rows: list[list[Row]], steps: dict[str, Step], model: Any, rate: float) -> list[dict[str, Any]]:
     """Each batch by all in turn, the first not counted: medians, spread, share of the floor, ratio to ours."""
     if "full" not in phase:
         steps = {name: step for name, step in steps.items() if "not shared" not in name}
@@ -315,10 +320,8 @@ def measure(
     for n, batch in enumerate(rows):
         for name, step in steps.items():
             began = time.perf_counter()
-            with Peak(cuda) as peak:
+            with Peak(False) as peak:
                 loss = step(batch)
-            if cuda:
-                torch.cuda.synchronize()
             if n:
                 seconds[name].append(time.perf_counter() - began)
             else:

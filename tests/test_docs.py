@@ -188,7 +188,7 @@ def test_memory_settings_keep_the_global_batch(config: Path) -> None:
     lines = [line for line in LINES if re.match(r"\d+ GB", line.theirs)]
     for line in lines:
         phases = load(config, parse_command(shlex.split(line.ours)).overrides).phases
-        assert {phase.batch_size * phase.accumulation for phase in phases} == {32}, line.theirs
+        assert {phase.count_batch(1) for phase in phases} == {32}, line.theirs
         assert (
             "not measured"
             in (ROOT / "docs" / "coming-from-scripts.md")

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     from medlora.config.loading.files import load
     from medlora.curriculum.checks import check_inputs
     from medlora.errors import InputError
+    from medlora.planning.memory import settle_quantization
     from medlora.runs import mirror
     from medlora.runs.environment import log_to
     from medlora.runs.folders import describe_progress, open_run
@@ -79,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         for config in configs:
             show_plan(config, arguments.run_dir, arguments.force)
         return 0
+    settled = [settle_quantization(config) for config in configs]
+    for text in filter(None, (text for _, text in settled)):
+        print(f"medlora: {text}", file=sys.stderr)
+    configs = [config for config, _ in settled]
     for config in configs:
         for doubt in check_inputs(config, arguments.force):
             print(f"medlora: --force: {doubt}", file=sys.stderr)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from medlora.config.base import Section
+
+LLM_INT8_THRESHOLD = 6.0
+"""Of the paper, and of bitsandbytes."""
 
 
 class BaseModelConfig(Section):
@@ -16,8 +19,11 @@ class BaseModelConfig(Section):
     """Folder of a Hugging Face model, hub id (`google/medgemma-4b-it`), or `miniature` (built here in two minutes)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); pin a commit to reproduce a run."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
-    """bitsandbytes: `int8` (LLM.int8), `nf4` (QLoRA, double quantization) or none."""
+    quantization: Literal["auto", "none", "int8", "nf4"] = "none"
+    """bitsandbytes: `int8` (LLM.int8), `nf4` (QLoRA, double quantization) or none. `auto`: the first of none, int8 and nf4
+    that fits the card, chosen before the run begins and written into its config; none on CPU."""
+    int8_threshold: float = Field(LLM_INT8_THRESHOLD, ge=0)
+    """Of LLM.int8 (arXiv 2208.07339): inputs above it are multiplied in 16 bits; 0 multiplies all of them in 8, faster."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU (bf16 products are many times slower there)."""
     extra_tokens: tuple[str, ...] = ()
@@ -25,6 +31,14 @@ class BaseModelConfig(Section):
     named as `file:PATH` in a list of one."""
     trust_remote_code: bool = False
     """Run code that comes with the model; off unless you trust its author."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Dumps are in the fingerprints of finished runs, which knew no other threshold.
+        dumped: dict[str, Any] = serialise(self)
+        if dumped.get("int8_threshold") == LLM_INT8_THRESHOLD:
+            del dumped["int8_threshold"]
+        return dumped
 
 
 class LoraSettings(Section):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medlora.config.base import Name, PlainStyle, Scoring, Section
 from medlora.config.model import LoraSettings
 from medlora.config.placement import Placement
 from medlora.config.sources import SourceConfig, TrainSource
+
+CPU_ROWS = 2
+"""Sequences of a forward pass on CPU, unless configured. More would hardly be faster, and a number that depends on the free
+memory would give a resumed phase other bytes."""
+
+ACCUMULATION = 16
+GLOBAL_BATCH = CPU_ROWS * ACCUMULATION
 
 
 class Replay(Section):
@@ -75,10 +82,14 @@ class PhaseConfig(Section):
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     """Optimiser steps; overrides epochs."""
-    batch_size: int = Field(2, ge=1)
-    """Sequences per worker and forward pass."""
-    accumulation: int = Field(16, ge=1)
-    """Forward passes per optimiser step; global batch = batch_size x accumulation x workers."""
+    global_batch: int | None = Field(None, ge=1)
+    """Sequences of an optimiser step over all workers, 32 unless said otherwise; of packed text that is up to so many times
+    `max_tokens` tokens. How they are cut into forward passes changes no result beyond rounding."""
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Sequences per worker and forward pass; `auto`: on CUDA as many as a dry run says fit, on CPU 2."""
+    accumulation: int | None = Field(None, ge=1)
+    """Forward passes per optimiser step, instead of `global_batch`: then a step is of batch_size x accumulation x workers
+    sequences. With a number for `batch_size` alone it is 16."""
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """After the warm-up; `wsd` stays constant and decays linearly to 0 over `decay_ratio` of the steps."""
@@ -86,15 +97,17 @@ class PhaseConfig(Section):
     decay_ratio: float = Field(0.5, gt=0, le=1)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(0.3, gt=0)
-    optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit"] = "auto"
-    """`auto`: paged_adamw_8bit on CUDA, adamw_torch on CPU."""
+    optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = "auto"
+    """`auto`: adamw_torch on CPU; on CUDA adamw_torch_fused where its states are a small part of the free memory, else
+    paged_adamw_8bit, whose states are a quarter as large and may leave the card."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Less memory for about a third more time; `auto` when one sequence does not fit without."""
     compile: bool = False
     """torch.compile the model: minutes before the first step, faster steps after it where shapes repeat (padded batches)."""
     batching: Literal["auto", "flat", "padded"] = "auto"
     """`flat`: the rows of a batch end to end, no token for nothing. `padded`: as a rectangle. The same gradients; `auto` is
-    flat on CPU, padded on CUDA and where `compile` is on."""
+    flat on CPU and where a trial of varlen attention passes on CUDA (bfloat16 or float16, Ampere or newer), else padded,
+    as where `compile` is on."""
     share_prefix: bool = True
     """Flat batches compute a beginning that all their rows share once; with LoRA dropout they share its dropout, too."""
     log_every_steps: int = Field(5, ge=1)
@@ -102,8 +115,63 @@ class PhaseConfig(Section):
     placement: Placement | None = None
     """Where this phase runs, if not where the run's `placement` puts it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_numbers(cls, given: Any) -> Any:
+        # Either number alone means what it meant before there was `global_batch`.
+        if not isinstance(given, dict) or given.get("global_batch") is not None:
+            return given
+        size, passes = given.get("batch_size", "auto"), given.get("accumulation")
+        if size != "auto" and passes is None:
+            return {**given, "accumulation": ACCUMULATION}
+        if "batch_size" not in given and passes is not None:
+            return {**given, "batch_size": CPU_ROWS}
+        return given
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        if self.accumulation is not None and self.global_batch is not None:
+            raise ValueError(
+                "global_batch: it says how many sequences a step has, and accumulation says it once more; keep one of them"
+            )
+        if self.accumulation is not None and self.batch_size == "auto":
+            raise ValueError("accumulation: with batch_size auto it follows from global_batch; set that instead")
+        return self
+
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Dumps stand in the records of finished runs: a key that came later must not make them look changed.
         dumped: dict[str, Any] = serialise(self)
-        return {key: value for key, value in dumped.items() if key != "description" or value}
+        optional = ("description", "global_batch", "accumulation")
+        return {key: value for key, value in dumped.items() if key not in optional or value}
+
+    def count_batch(self, workers: int) -> int:
+        """Sequences of an optimiser step over all workers."""
+        if self.accumulation is not None and self.batch_size != "auto":
+            return self.batch_size * self.accumulation * workers
+        return self.global_batch or GLOBAL_BATCH
+
+    def settle(self, workers: int) -> SettledPhase:
+        """The phase with numbers for `batch_size` and `accumulation`, on one of so many workers."""
+        share = max(1, self.count_batch(workers) // workers)
+        most = CPU_ROWS if self.batch_size == "auto" else self.batch_size
+        size = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+        values = {name: getattr(self, name) for name in PhaseConfig.model_fields}
+        values |= {"batch_size": size, "accumulation": share // size, "may_grow": self.batch_size == "auto"}
+        return SettledPhase.model_construct(**values)
+
+
+class SettledPhase(PhaseConfig):
+    """A phase on a worker, its step cut into forward passes."""
+
+    batch_size: int
+    accumulation: int
+    may_grow: bool = False
+    """Whether a dry run may raise `batch_size`, the global batch staying what it is."""
+
+
+def name_as_before(phase: dict[str, Any]) -> None:
+    """Write the default of `batch_size` into a dumped phase as fingerprints have it: 2 and 16, the same global batch."""
+    if phase.get("batch_size") == "auto" and phase.get("global_batch") in (None, GLOBAL_BATCH):
+        phase.pop("global_batch", None)
+        phase |= {"batch_size": CPU_ROWS, "accumulation": ACCUMULATION}

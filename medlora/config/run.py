@@ -101,6 +101,17 @@ class RunConfig(Section):
             seen[phase.name] = i
         return self
 
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        for i, phase in enumerate(self.phases):
+            workers = (phase.placement or self.placement).workers
+            if phase.count_batch(workers) % workers:
+                raise ValueError(
+                    f"phases.{i}.global_batch: {phase.count_batch(workers)} sequences cannot be shared by {workers} "
+                    "workers; take a multiple of the workers"
+                )
+        return self
+
     def phase(self, name: str) -> PhaseConfig:
         """The phase of that name; raises KeyError."""
         for phase in self.phases:

@@ -53,6 +53,10 @@ def check_inputs(config: RunConfig, force: bool = False) -> list[str]:
     Returns what is doubtful about adapters in `start` where `force` overrules it. Raises InputError with the dotted key.
     """
     check_trackers(config.report_to)
+    if config.base.quantization == "auto":
+        raise InputError(
+            "base.quantization: auto is for `medlora train` and `medlora plan`; say none, int8 or nf4 here"
+        )
     check_base_files(config.base)
     start = {"start": start_chain(config)}
     check_adapters(config.base, start)

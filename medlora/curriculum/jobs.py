@@ -10,7 +10,7 @@ from medlora import prompts
 from medlora.artifacts.bases import identify_base, read_extra_tokens
 from medlora.config.base import Section
 from medlora.config.model import BaseModelConfig, LoraSettings
-from medlora.config.phase import PhaseConfig
+from medlora.config.phase import PhaseConfig, name_as_before
 from medlora.config.run import RunConfig
 from medlora.config.sources import SourceConfig, TrainSource
 from medlora.curriculum.chains import Link
@@ -108,6 +108,7 @@ def _describe(job: PhaseJob) -> dict[str, object]:
 def _dump_phase(phase: PhaseConfig) -> dict[str, object]:
     """The part of a phase's config that its result depends on. Keys that came later are left out at their defaults."""
     dumped = phase.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    name_as_before(dumped)
     if dumped["weights"] == "records":
         del dumped["weights"]
     if dumped["share_prefix"]:

@@ -25,7 +25,8 @@ from medlora.evaluation.questions import read_asked
 from medlora.evaluation.reports import Report
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
-from medlora.planning.plan import guess_device, make_plan
+from medlora.planning.memory import guess_device
+from medlora.planning.plan import make_plan
 from medlora.planning.table import describe_plan
 from medlora.reporting.hub.card import write_phase_cards
 from medlora.reporting.results.story import describe_data, describe_phases

@@ -16,11 +16,9 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from medlora.kernels import varlen
 from medlora.kernels.autograd import Context
-
-Span = tuple[int, int, int]
-"""Where a segment begins and ends in the flat sequence, and how many tokens of the first segment, all or none, it sees, too."""
-
+from medlora.kernels.varlen import Span, make_mask
 
 PIECE_SCORES = 2**17
 """Scores of a piece: they and their gradients, 1 MB of float32, stay in a core's second cache."""
@@ -40,52 +38,29 @@ def attend(
     segments: Sequence[Span] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa`, or, where a batch comes with `segments`, attention within each of them.
+    """transformers' `sdpa`, or, where a batch has a plan or comes with `segments`, attention within each segment.
 
     `query` [1, heads, tokens, size], `key` and `value` with as many or fewer heads; the mask is ignored.
     """
+    plan = varlen.get_plan() if segments is None else None
+    if plan is not None and plan.tokens == query.shape[2]:  # not, say, a tower for images
+        segments = plan.segments
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     window, scale = options.get("sliding_window"), options.get("scaling") or query.shape[-1] ** -0.5
     dropout = options.get("dropout", 0.0) if module.training else 0.0
+    if not dropout and varlen.suits(query, key):
+        plan = plan or varlen.make_plan(segments).to(query.device)
+        return varlen.attend_at_once(query, key, value, plan, window, scale), None
     if query.device.type == "cpu" and query.dtype == torch.float32 and not dropout:
         return _SegmentAttention.apply(query, key, value, tuple(segments), window, scale), None
-    # One split instead of slices: the gradient of a slice is as long as the whole sequence, once a segment.
-    sizes = [stop - start for start, stop, _ in segments]
-    keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
-    parts = []
-    for n, (q, (_, _, shared)) in enumerate(zip(query.split(sizes, dim=2), segments, strict=True)):
-        k, v = keys[n], values[n]
-        if shared:
-            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
-        parts.append(_call_sdpa(q, k, v, window, scale, dropout))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _call_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float, dropout: float
-) -> torch.Tensor:
-    groups, queries, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    plain = queries == keys and (window is None or keys <= window)
-    mask = None if plain else _make_mask(keys - queries, queries, 0, keys, window, query.device)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scale
-    )
-
-
-def _make_mask(first: int, queries: int, low: int, high: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[queries, high - low], True where the query at position `first` + i sees the key at position `low` + j."""
-    distance = torch.arange(first, first + queries, device=device)[:, None] - torch.arange(low, high, device=device)
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    return varlen.attend_in_turn(query, key, value, segments, window, scale, dropout), None
 
 
 @lru_cache(maxsize=512)  # every layer of a forward pass asks for the same ones
 def _make_bias(first: int, queries: int, low: int, high: int, window: int | None) -> torch.Tensor | None:
-    """`_make_mask` as numbers to add to scores [queries, 1, keys], on CPU; None where every query sees every key."""
-    seen = _make_mask(first, queries, low, high, window, torch.device("cpu"))
+    """`make_mask` as numbers to add to scores [queries, 1, keys], on CPU; None where every query sees every key."""
+    seen = make_mask(first, queries, low, high, window, torch.device("cpu"))
     return None if seen.all() else torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, None]
 
 

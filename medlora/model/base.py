@@ -17,6 +17,7 @@ from medlora.config.model import BaseModelConfig
 from medlora.errors import InputError
 from medlora.kernels import attention
 from medlora.kernels.elementwise_cpu import lighten_elementwise
+from medlora.kernels.elementwise_cuda import fuse_elementwise
 from medlora.model.files import explain_load_errors, find_local_folder, load_quietly
 from medlora.model.tokenizer import load_base_tokenizer
 from medlora.tokens.tokenizer import Tokenizer
@@ -26,12 +27,17 @@ if TYPE_CHECKING:
 
 
 def locate_base(base: BaseModelConfig, cache: str, seed: int, report: OnProgress | None = None) -> BaseModelConfig:
-    """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet."""
+    """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet.
+
+    The miniature computes in float32 on every device, unless the config names another type.
+    """
     if base.model != "miniature":
         return base
     from medlora.model.miniature_base.build import ensure
 
-    return base.model_copy(update={"model": str(ensure(Path(cache), seed, report))})
+    # So small a base is no faster in bfloat16, and a rounding of 2^-9 is more to it than to a large one.
+    dtype = "float32" if base.compute_dtype == "auto" else base.compute_dtype
+    return base.model_copy(update={"model": str(ensure(Path(cache), seed, report)), "compute_dtype": dtype})
 
 
 log = logging.getLogger(__name__)
@@ -44,6 +50,10 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
     and the output embeddings. The embeddings grow only when the model has too few rows (Gemma has spare ones). Raises
     InputError when there is no such model, its weights are incomplete or no safetensors.
     """
+    if base.quantization == "auto":
+        raise InputError(
+            "base.quantization: auto is chosen by `medlora train` before a run begins; say none, int8 or nf4"
+        )
     attention.install()
     folder, device = find_local_folder(base, weights=True), torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -53,7 +63,7 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
     dtype = auto if base.compute_dtype == "auto" else getattr(torch, base.compute_dtype)
     quantization = {
         "none": None,
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=base.int8_threshold),
         "nf4": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         ),
@@ -78,6 +88,8 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
         _keep_four_bit_weights(model)
     _extend_vocabulary(model, tokenizer, load_base_tokenizer(base))
     lighten_elementwise(model)
+    if device.type == "cuda":
+        fuse_elementwise(model)
     model.eval()
     return model
 

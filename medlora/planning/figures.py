@@ -30,6 +30,8 @@ class PhasePlan:
     trainable: int | None
     memory_bytes: dict[str, int] | None
     """Of one worker, by part; an estimate."""
+    pass_rows: int | None
+    """Rows of the forward pass that it is of. With `batch_size: auto` on CUDA a dry run has the last word; 1 on an unknown card."""
     workers: int
     adapter_bytes: int | None
     checkpoint_bytes: int | None

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from medlora.artifacts.bases import find_base_folder, identify_base, read_extra_tokens
 from medlora.config.phase import PhaseConfig
-from medlora.config.placement import Placement
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link, extend_chain, start_chain
 from medlora.curriculum.jobs import find_obstacle, make_job
@@ -17,8 +16,9 @@ from medlora.data.sources import scan
 from medlora.miniature import fingerprint, settings
 from medlora.planning.figures import PhasePlan, RunPlan
 from medlora.planning.lengths import FileTokenizer, Measuring, SourceLengths, open_tokenizer
+from medlora.planning.memory import choose_pass, estimate_memory, find_card_gib
 from medlora.planning.rates import Rate, choose_rate, find_rates
-from medlora.planning.sizes import BaseShape, count_adapter, count_lora, count_rows, estimate_memory, read_shape
+from medlora.planning.sizes import BaseShape, count_adapter, count_lora, count_rows, read_shape
 from medlora.planning.warnings import find_warnings
 from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
 from medlora.runs.manifests import MANIFEST
@@ -124,7 +124,7 @@ def _plan_phase(config: RunConfig, phase: PhaseConfig, measuring: Measuring, rat
     ]
     sources = [*own, *(each for _, group in replayed for each in group)]
     placement = phase.placement or config.placement
-    batch = phase.batch_size * phase.accumulation * placement.workers
+    batch = phase.count_batch(placement.workers)
     is_known = all(each.rows is not None for each in sources)
     rows = sum(each.rows or 0 for each in sources) if is_known else None
     steps = phase.max_steps
@@ -148,6 +148,7 @@ def _plan_phase(config: RunConfig, phase: PhaseConfig, measuring: Measuring, rat
         tokens=tokens,
         trainable=None,
         memory_bytes=None,
+        pass_rows=None,
         workers=placement.workers,
         adapter_bytes=None,
         checkpoint_bytes=None,
@@ -190,11 +191,17 @@ def _add_sizes(
     if shape is None or made.trainable is None:
         return made
     longest = max((each.longest or phase.max_tokens for each in made.sources), default=phase.max_tokens)
-    memory = estimate_memory(shape, phase, config.base.quantization, made.trainable, frozen, longest, device)
+    placement, lora = phase.placement or config.placement, phase.lora or config.lora
+    kind, settled = config.base.quantization, phase.settle(placement.workers)
+    if device == "cuda":
+        card = find_card_gib(placement)
+        settled = choose_pass(shape, settled, kind, lora, (made.trainable, frozen), longest, card)
+    memory = estimate_memory(shape, settled, kind, lora, made.trainable, frozen, longest, device)
     adapter = 4 * made.trainable
     return replace(
         made,
         memory_bytes=memory,
+        pass_rows=settled.batch_size,
         adapter_bytes=adapter,
         checkpoint_bytes=CHECKPOINTS * (adapter + memory["optimiser"]),
     )
@@ -227,10 +234,3 @@ def _finish(
         left_out_records=dropped,
     )
     return replace(made, warnings=tuple(find_warnings(config, run, made)))
-
-
-def guess_device(placement: Placement) -> str:
-    """What the run will train on as far as this machine and the config tell: `cuda` where GPUs are asked for or here."""
-    if placement.gpus_per_worker is not None:
-        return "cuda" if placement.gpus_per_worker else "cpu"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"

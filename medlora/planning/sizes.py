@@ -1,4 +1,4 @@
-"""How many parameters a base and its adapters have, from headers or a config, and the memory and disk that they take."""
+"""The sizes of a base and how many parameters it and its adapters have, from headers or a config."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from typing import Any
 from medlora.artifacts.base_checks import read_base_tensors
 from medlora.artifacts.headers import FLOATS, WEIGHTS, TensorInfo, read_header, read_mapping
 from medlora.config.model import LoraSettings
-from medlora.config.phase import PhaseConfig
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<number>\d+)\.(?P<rest>.+)\.weight$")
 _NOT_TEXT = re.compile(r"vision|visual|audio|image|encoder|speech|projector|mtp|experts|embed|norm")
 _EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|wpe)\.weight$")
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
 _CONFIG_BYTES = 16 * 2**20
-
-HEAD_CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Most memory of the head's logits at a time, as `kernels.supervised_head` has it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,12 @@ class BaseShape:
     """Whether input and output embeddings are one matrix."""
     parameters: int
     basis: str
+    heads: int = 0
+    """Of the queries; 0 where the config does not say it."""
+    norms: int = 2
+    """Of a layer, over the hidden size; Gemma 2 and 3 have four."""
+    head_norms: bool = False
+    """Whether queries and keys are normalised, too, as in Gemma 3 and Qwen3."""
 
     def choose(self, targets: str | Sequence[str]) -> list[tuple[int, int]]:
         """The sizes of the layers that an adapter with these targets sits on."""
@@ -60,28 +62,46 @@ def read_shape(folder: Path | None, miniature: Mapping[str, Any], vocabulary: in
     config = read_mapping(folder / "config.json", _CONFIG_BYTES)
     if tensors is None or "quantization_config" in config:
         return _read_config(config, "config.json")
-    return _read_headers(tensors)
+    return _read_headers(tensors, _text_config(config))
 
 
-def _read_headers(tensors: Mapping[str, TensorInfo]) -> BaseShape | None:
-    linear, numbers = {}, set()
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
+
+
+def _read_headers(tensors: Mapping[str, TensorInfo], text: Mapping[str, Any]) -> BaseShape | None:
+    linear, numbers, norms = {}, set(), set[str]()
     for name, tensor in tensors.items():
         found = _LAYER.search(name)
         if found and len(tensor.shape) == 2 and tensor.dtype in FLOATS and not _NOT_TEXT.search(name):
             outputs, inputs = tensor.shape
             linear[name.removesuffix(".weight")] = (inputs, outputs)
             numbers.add(found["number"])
+        elif found and len(tensor.shape) == 1 and not re.search("vision|visual|audio|encoder", name):
+            norms.add(found["rest"])
     table = next((tensor.shape for name, tensor in tensors.items() if _EMBEDDINGS.search(name)), None)
     if not linear or table is None:
         return None
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     is_tied = not any(_HEADS.search(name) for name in tensors)
-    return BaseShape(linear, table[0], table[1], len(numbers), is_tied, parameters, "the headers of its weights")
+    heads = text.get("num_attention_heads")
+    return BaseShape(
+        linear=linear,
+        vocabulary=table[0],
+        hidden=table[1],
+        layers=len(numbers),
+        is_tied=is_tied,
+        parameters=parameters,
+        basis="the headers of its weights",
+        heads=heads if type(heads) is int else 0,
+        norms=sum("norm" in name and "attn." not in name for name in norms) or 2,
+        head_norms=any(name.endswith(("q_norm", "k_norm")) for name in norms),
+    )
 
 
 def _read_config(config: Mapping[str, Any], basis: str) -> BaseShape | None:
     """The shape of a decoder with q, k, v, o and a gated MLP, as most families have it."""
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    text = _text_config(config)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if not all(type(text.get(name)) is int for name in names) or any("expert" in name for name in text):
         return None
@@ -98,7 +118,19 @@ def _read_config(config: Mapping[str, Any], basis: str) -> BaseShape | None:
     linear = {f"layers.{i}.{name}": pair for i in range(layers) for name, pair in sizes.items()}
     is_tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     parameters = sum(a * b for a, b in linear.values()) + vocabulary * hidden * (1 if is_tied else 2)
-    return BaseShape(linear, vocabulary, hidden, layers, is_tied, parameters, basis)
+    kind = str(text.get("model_type", ""))
+    return BaseShape(
+        linear=linear,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        layers=layers,
+        is_tied=is_tied,
+        parameters=parameters,
+        basis=basis,
+        heads=heads,
+        norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
+        head_norms=kind.startswith(("gemma3", "qwen3")),
+    )
 
 
 def count_lora(shape: BaseShape, lora: LoraSettings) -> int:
@@ -114,30 +146,3 @@ def count_rows(shape: BaseShape, rows: int) -> int:
 def count_adapter(folder: Path) -> int:
     """Parameters of an adapter that exists, from its header."""
     return sum(math.prod(tensor.shape) for tensor in read_header(folder / WEIGHTS).values())
-
-
-def estimate_memory(
-    shape: BaseShape, phase: PhaseConfig, quantization: str, trainable: int, frozen: int, longest: int, device: str
-) -> dict[str, int]:
-    """Bytes of one worker by part; activations are a formula for gated decoders, all else is counted.
-
-    Mixed precision on CUDA: the base in 2 bytes, adapters in float32. On CPU everything is float32.
-    """
-    size = 2 if device == "cuda" else 4
-    in_layers = sum(a * b for a, b in shape.linear.values())
-    stored = {"none": size, "int8": 1, "nf4": 0.516}[quantization]
-    small = phase.optimizer == "paged_adamw_8bit" or (phase.optimizer == "auto" and device == "cuda")
-    tokens = phase.batch_size * longest
-    inputs = sum(a + b for a, b in shape.linear.values()) / max(1, shape.layers)
-    # Of each layer: inputs and outputs of its linear layers, and about four times the hidden size around its norms.
-    per_layer = size * tokens * (inputs / 2 + 4 * shape.hidden)
-    recomputed = phase.gradient_checkpointing is True
-    activations = size * tokens * shape.hidden * shape.layers + per_layer if recomputed else per_layer * shape.layers
-    return {
-        "base": round(in_layers * stored + (shape.parameters - in_layers) * size),
-        "adapters": 4 * (trainable + frozen),
-        "gradients": 4 * trainable,
-        "optimiser": (2 if small else 8) * trainable,
-        "activations": round(activations),
-        "head": min(HEAD_CHUNK_BYTES[device], 4 * shape.vocabulary * tokens),
-    }

@@ -67,11 +67,11 @@ def _make_sources(plan: RunPlan) -> Table:
 
 def _make_memory(plan: RunPlan) -> Table:
     parts = next(phase.memory_bytes for phase in plan.phases if phase.memory_bytes)
-    table = Table(f"memory of a worker ({plan.device})", *parts, "together")
+    table = Table(f"memory of a worker ({plan.device})", "rows a pass", *parts, "together")
     for phase in plan.phases:
         if phase.memory_bytes:
             sizes = [_size(size) for size in phase.memory_bytes.values()]
-            table.add_row(phase.name, *sizes, _size(sum(phase.memory_bytes.values())))
+            table.add_row(phase.name, str(phase.pass_rows), *sizes, _size(sum(phase.memory_bytes.values())))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from medlora.config.run import RunConfig
 from medlora.data.card import describe_overlap, read_card
@@ -12,22 +12,6 @@ from medlora.runs.folders import RunFolder
 from medlora.runs.object_store import is_store
 
 _MANY_EPOCHS = 5
-
-CARD_GIB = {
-    **{
-        "T4": 16,
-        "L4": 24,
-        "A10G": 24,
-        "L40S": 48,
-        "A100-40G": 40,
-        "A100-80G": 80,
-        "H100": 80,
-        "H200": 141,
-        "B200": 180,
-    },
-    **{"RTX-A6000": 48},
-}
-"""Memory of accelerators by Ray's names for them, as their maker says."""
 
 
 def find_warnings(config: RunConfig, run: RunFolder, plan: RunPlan) -> Iterator[str]:
@@ -75,18 +59,3 @@ def _warn_of_phase(planned: PhasePlan, max_tokens: int) -> Iterator[str]:
             )
     if planned.epochs is not None and planned.epochs > _MANY_EPOCHS:
         yield f"phase {planned.name} sees its data {planned.epochs:g} times"
-
-
-def find_memory_warnings(plan: RunPlan, accelerators: Iterable[str]) -> Iterator[str]:
-    """A sentence for each phase whose worker is estimated to need more than the largest known card of a cluster has."""
-    known = {name: CARD_GIB[name] for name in accelerators if name in CARD_GIB}
-    if not known:
-        return
-    largest = max(known, key=lambda name: known[name])
-    for phase in plan.phases:
-        needed = sum((phase.memory_bytes or {}).values()) / 2**30
-        if phase.is_left and needed > known[largest]:
-            yield (
-                f"phase {phase.name} is estimated to need {needed:.0f} GiB a worker, and the largest card of the cluster "
-                f"({largest}) has {known[largest]}; training lowers batch_size if it must, a smaller base.quantization helps"
-            )

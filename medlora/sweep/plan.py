@@ -9,7 +9,7 @@ from typing import Any
 
 from medlora.config.base import Scoring
 from medlora.config.evaluation import EvaluationConfig
-from medlora.config.phase import PhaseConfig, Validation
+from medlora.config.phase import PhaseConfig, Validation, name_as_before
 from medlora.config.run import RunConfig
 from medlora.config.sources import SourceConfig
 from medlora.config.sweep import SweepConfig
@@ -136,7 +136,9 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
         "retries": plan.config.placement.retries,
     }
     plain: dict[str, Any] = as_json(described)
-    for phase in plain["run"]["phases"]:  # when a stall is reported changes no result
+    for phase in plain["run"]["phases"]:
+        name_as_before(phase)
+        # What a phase is for, and when a stall is reported, change no result.
         phase.pop("description", None)
         for key in ("stall_s", "stall_kill_s"):
             (phase["placement"] or {}).pop(key, None)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from medlora.config.loading.files import explain, find_node, read_yaml, set_value
 from medlora.config.loading.places import name_item
 from medlora.config.model import BaseModelConfig, LoraSettings
-from medlora.config.phase import PhaseConfig
+from medlora.config.phase import CPU_ROWS, GLOBAL_BATCH, PhaseConfig
 from medlora.config.run import RunConfig
 from medlora.config.sweep import KINDS
 from medlora.errors import InputError
@@ -191,7 +191,10 @@ def _set_batch(phase: dict[str, Any], key: str, total: Any) -> None:
     """Forward passes stay at most as large as they were, and as few as can be."""
     if not isinstance(total, int) or total < 1:
         raise InputError(f"{key}: a global batch is a whole number of sequences, found {total!r}")
-    largest = phase.get("batch_size", PhaseConfig.model_fields["batch_size"].default)
+    largest = phase.get("batch_size", CPU_ROWS if phase.get("accumulation") else "auto")
+    if largest == "auto" or phase.get("global_batch") is not None:
+        phase["global_batch"] = total
+        return
     size = max(n for n in range(1, min(largest, total) + 1) if total % n == 0)
     phase["batch_size"], phase["accumulation"] = size, total // size
 
@@ -225,7 +228,8 @@ def read_params(
         if last == "alpha_over_r":
             found[key] = node["alpha"] / node["r"]
         elif last == "global_batch":
-            found[key] = node["batch_size"] * node["accumulation"]
+            passes = node.get("accumulation")
+            found[key] = node["batch_size"] * passes if passes else node.get("global_batch") or GLOBAL_BATCH
         elif last == "share" and parents[-2:-1] == ["sources"]:
             total = sum(each.get("weight") or 0 for each in find_node(whole, parents[:-1]))
             found[key] = (node.get("weight") or 0) / (total or 1)
@@ -240,7 +244,7 @@ def list_keys(raw: Mapping[str, Any], searched: Sequence[str], everything: bool)
     keys = [*lora, *(f"base.{name}" for name in BaseModelConfig.model_fields if everything)]
     for name in searched:
         phase = find_node(_copy(raw), ["phases", name])
-        own = [*PhaseConfig.model_fields, "global_batch", *lora]
+        own = [*PhaseConfig.model_fields, *lora]
         for part in ("sources", "replay"):
             own += [f"{part}.{name_item(item)}.share" for item in phase.get(part) or ()]
         keys += [f"phases.{name}.{key}" for key in own]

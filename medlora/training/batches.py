@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medlora.kernels.attention import Span
+from medlora.kernels.varlen import Span, find_obstacle, make_plan, using
 from medlora.tokens.rows import IGNORED, Row
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class FlatCollator:
     """Multimodal Gemma 3 wants them in training: all 0, for text."""
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """LongTensors `input_ids`, `labels`, `position_ids` [1, tokens], `supervised` (see `find_supervised`), and `segments`.
+        """LongTensors `input_ids`, `labels`, `position_ids` [1, tokens], `supervised` (see `find_supervised`), and `plan`,
+        the `varlen.Plan` that `varlen.using` gives to attention.
 
         The mask is empty. Its four dimensions stop transformers from making a mask of tokens x tokens.
         """
@@ -119,7 +120,7 @@ class FlatCollator:
             "labels": torch.tensor([flat.labels]),
             "position_ids": torch.tensor([flat.position_ids]),
             "attention_mask": torch.zeros(1, 1, 1, 1),
-            "segments": segments,
+            "plan": make_plan(segments),
         }
         batch["supervised"] = find_supervised(batch["labels"])
         if self.token_type_ids:
@@ -140,6 +141,15 @@ class Batching:
     def is_flat(self) -> bool:
         """Whether batches are flat ones."""
         return isinstance(self.collator, FlatCollator)
+
+
+def find_flat_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a GPU would run flat batches slowly, one segment after another; None where it takes them in one call."""
+    text = model.config.get_text_config()
+    heads: int = text.num_attention_heads
+    size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads: int = getattr(text, "num_key_value_heads", None) or heads
+    return find_obstacle(model.device, model.dtype, heads, key_heads, size)
 
 
 def choose_batching(model: PreTrainedModel, padded: Collator, flat: FlatCollator | None, packed: bool) -> Batching:
@@ -185,8 +195,11 @@ def _keeps_apart(
             documents = [_cut_document(row, begin, end) for row in rows for begin, end in _find_documents(row)]
             expected = torch.cat([_compute_logits(model, alone, [document])[0] for document in documents])
             found = _arrange_logits(model, together, rows)
-            tolerance = 1e-3 if expected.dtype == torch.float32 and model.dtype == torch.float32 else 5e-2
-            if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+            if model.dtype == torch.float32:
+                same = (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+            else:  # a single number may be far off by rounding, and LLM.int8 rounds a row by what stands beside it
+                same = (found - expected).norm() <= 0.1 * expected.norm()
+            if not same:
                 return False
     except torch.OutOfMemoryError:
         raise
@@ -207,11 +220,12 @@ def _cut_document(row: Row, begin: int, end: int) -> Row:
 
 @torch.no_grad()
 def _compute_logits(model: PreTrainedModel, collator: Collator | FlatCollator, rows: Sequence[Row]) -> torch.Tensor:
-    batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
+    batch = {key: value.to(model.device) for key, value in collator(rows).items()}
     del batch["labels"], batch["supervised"]
     was_training = model.training
     try:
-        logits: torch.Tensor = model.eval()(**batch, use_cache=False).logits
+        with using(batch.pop("plan", None)):
+            logits: torch.Tensor = model.eval()(**batch, use_cache=False).logits
         return logits.float()
     finally:
         model.train(was_training)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from medlora.config.phase import PhaseConfig
+from medlora.config.phase import SettledPhase
 from medlora.errors import InputError
 from medlora.model.adapter_files import find_non_finite, read_tensors
 from medlora.runs import mirror
@@ -42,7 +42,7 @@ class StepWatch:
     overflowed, which is no divergence unless it happens many times in a row.
     """
 
-    phase: PhaseConfig
+    phase: SettledPhase
     segment: Segment
     folder: PhaseFolder
     batch: int

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from medlora import events
-from medlora.config.phase import PhaseConfig
+from medlora.config.phase import SettledPhase
 from medlora.errors import InputError
 from medlora.events import NoteKind
 from medlora.kernels.memory import clear_memory, describe_device
 from medlora.kernels.modes import keeping_modes
 from medlora.kernels.supervised_head import SupervisedHead
+from medlora.kernels.varlen import using
 from medlora.runs.folders import PhaseFolder
 from medlora.tokens.rows import Row
 from medlora.training.segment import Segment, SegmentFigures, Worker
-from medlora.training.trainer import recompute_activations, train
+from medlora.training.trainer import STATE_BYTES, recompute_activations, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,11 +38,11 @@ _SHARE = 0.85
 def train_in_memory(
     model: PreTrainedModel,
     segment: Segment,
-    phase: PhaseConfig,
+    phase: SettledPhase,
     collator: Collator | FlatCollator,
     folder: PhaseFolder,
     worker: Worker,
-) -> tuple[SegmentFigures, PhaseConfig]:
+) -> tuple[SegmentFigures, SettledPhase]:
     """Train a segment; when memory runs out, resume from the last checkpoint with smaller forward passes.
 
     The global batch does not change, so the result is the same within float error. Returns the segment's figures and the phase
@@ -51,8 +53,11 @@ def train_in_memory(
         log.log(level, text)
         worker.report(events.note(phase.name, text, kind))
 
-    if segment.longest and not dist.is_initialized():
+    alone = not dist.is_initialized()
+    if segment.longest and (alone or _may_raise(model, phase)):
         phase = fit_batch(model, segment.longest, phase, collator, note)
+        if not alone:
+            phase = _agree(phase)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     while True:
         try:
@@ -75,7 +80,7 @@ def train_in_memory(
         clear_memory()
 
 
-def _describe_change(phase: PhaseConfig, smaller: PhaseConfig) -> str:
+def _describe_change(phase: SettledPhase, smaller: SettledPhase) -> str:
     if smaller.batch_size == phase.batch_size:
         return "activations are computed again in the backward pass (gradient_checkpointing), a third more time"
     return (
@@ -84,7 +89,7 @@ def _describe_change(phase: PhaseConfig, smaller: PhaseConfig) -> str:
     )
 
 
-def shrink(phase: PhaseConfig) -> PhaseConfig | None:
+def shrink(phase: SettledPhase) -> SettledPhase | None:
     """The phase with at most half the sequences in a forward pass and the same global batch.
 
     With one sequence, activations are recomputed if the config allows it. None when no memory is left to save.
@@ -101,33 +106,37 @@ def shrink(phase: PhaseConfig) -> PhaseConfig | None:
 def fit_batch(
     model: PreTrainedModel,
     longest: Sequence[Row],
-    phase: PhaseConfig,
+    phase: SettledPhase,
     collator: Collator | FlatCollator,
     note: Callable[..., None],
-) -> PhaseConfig:
+) -> SettledPhase:
     """The phase with a batch size that fits, from a dry run of its longest rows, one and then two, before the first step.
 
     The memory of a forward pass has a fixed part and a part that grows with its rows. A `batch_size` that does not fit is
-    lowered. A note says when a larger one would fit, since fewer and larger passes use a GPU better. The global batch stays.
+    lowered. With `batch_size: auto` on CUDA it is raised, since fewer and larger passes use a GPU better, and tried; else
+    a note says when a larger one would fit. The global batch stays.
     """
-    try:
-        one = measure_step(model, longest[:1], phase, collator)
-        two = measure_step(model, longest[:2], phase, collator) if len(longest) > 1 else 2 * one
-    except torch.OutOfMemoryError:
-        one = 0
-    if not one:
-        model.zero_grad(set_to_none=True)
-        clear_memory()
+    cost = _measure_cost(model, longest, phase, collator)
+    if cost is None and phase.may_grow and phase.gradient_checkpointing == "auto":
+        smaller = phase.model_copy(update={"gradient_checkpointing": True})
+        note(f"one of the longest rows does not fit: {_describe_change(phase, smaller)}")
+        phase, cost = smaller, _measure_cost(model, longest, smaller, collator)
+    if cost is None:
         return phase  # training itself then handles it, as whenever memory runs out
     free = describe_device(model.device).free_bytes
-    row = max(two - one, 1)
-    fixed = max(one - row, 0)
-    most = max(int((_SHARE * free - fixed) / row), 1)
     total = phase.batch_size * phase.accumulation
+    most = cost.count_rows(_SHARE * free - _count_states(model))
     fits = max(size for size in range(1, min(most, total) + 1) if total % size == 0)
-    bytes_needed = fixed + row * phase.batch_size
-    amount = f"{bytes_needed / 2**30:.1f} GiB" if bytes_needed >= 2**30 else f"{bytes_needed / 2**20:.0f} MiB"
-    needs = f"{amount} of {free / 2**30:.1f} GiB free"
+    if _may_raise(model, phase):
+        fits, taken = _try_sizes(model, longest, phase, collator, fits)
+        larger = phase.model_copy(update={"batch_size": fits, "accumulation": total // fits})
+        note(
+            f"batch_size auto: {fits} of the longest rows in a forward pass take {_size(taken or cost.add_up(fits))} of "
+            f"{free / 2**30:.1f} GiB free; accumulation {total // fits}",
+            logging.INFO,
+        )
+        return larger
+    needs = f"{_size(cost.add_up(phase.batch_size))} of {free / 2**30:.1f} GiB free"
     if fits < phase.batch_size:
         smaller = phase.model_copy(update={"batch_size": fits, "accumulation": total // fits})
         note(f"a forward pass of {phase.batch_size} rows would take {needs}: {_describe_change(phase, smaller)}")
@@ -137,8 +146,91 @@ def fit_batch(
     return phase
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """Bytes of a forward and backward pass: what it takes whatever its rows, and what every row adds."""
+
+    fixed: int
+    row: int
+
+    def add_up(self, rows: int) -> int:
+        """Bytes of a pass of so many rows."""
+        return self.fixed + self.row * rows
+
+    def count_rows(self, limit: float) -> int:
+        """The most rows whose pass stays within the limit; at least one."""
+        return max(int((limit - self.fixed) / self.row), 1)
+
+
+def _measure_cost(
+    model: PreTrainedModel, longest: Sequence[Row], phase: SettledPhase, collator: Collator | FlatCollator
+) -> _Cost | None:
+    """From passes of one and of two rows; None where even one does not fit."""
+    try:
+        one = measure_step(model, longest[:1], phase, collator)
+        two = measure_step(model, longest[:2], phase, collator) if len(longest) > 1 else 2 * one
+    except torch.OutOfMemoryError:
+        _clear(model)
+        return None
+    row = max(two - one, 1)
+    return _Cost(max(one - row, 0), row)
+
+
+def _may_raise(model: PreTrainedModel, phase: SettledPhase) -> bool:
+    """Whether the dry run says how many rows a pass has. On CPU it does not: bytes must not depend on the free memory."""
+    return phase.may_grow and torch.device(model.device).type == "cuda"
+
+
+def _try_sizes(
+    model: PreTrainedModel,
+    longest: Sequence[Row],
+    phase: SettledPhase,
+    collator: Collator | FlatCollator,
+    fits: int,
+) -> tuple[int, int]:
+    """The largest size from `fits` down whose pass over the longest rows runs, and its bytes (0 where none was tried)."""
+    total = phase.batch_size * phase.accumulation
+    for size in sorted((n for n in range(1, fits + 1) if total % n == 0), reverse=True):
+        if size <= 2:
+            return size, 0  # `_measure_cost` has run these
+        try:
+            taken = measure_step(model, longest[:size], phase, collator)
+        except torch.OutOfMemoryError:
+            _clear(model)
+            continue
+        return size, taken
+    return 1, 0
+
+
+def _clear(model: PreTrainedModel) -> None:
+    model.zero_grad(set_to_none=True)
+    clear_memory()
+
+
+def _count_states(model: PreTrainedModel) -> int:
+    """Bytes of the optimiser's states, which do not exist yet; on CPU they lie beside the free memory that is reported."""
+    if torch.device(model.device).type != "cuda":
+        return 0
+    return STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _agree(phase: SettledPhase) -> SettledPhase:
+    """What fits every worker: the smallest pass, and recomputed activations where one of them needs that."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (phase.batch_size, phase.gradient_checkpointing))
+    size, total = min(size for size, _ in found), phase.batch_size * phase.accumulation
+    recomputed = True if any(each is True for _, each in found) else phase.gradient_checkpointing
+    return phase.model_copy(
+        update={"batch_size": size, "accumulation": total // size, "gradient_checkpointing": recomputed}
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
 def measure_step(
-    model: PreTrainedModel, rows: Sequence[Row], phase: PhaseConfig, collator: Collator | FlatCollator
+    model: PreTrainedModel, rows: Sequence[Row], phase: SettledPhase, collator: Collator | FlatCollator
 ) -> int:
     """Bytes that a forward and backward pass over `rows` takes beside the model.
 
@@ -147,7 +239,7 @@ def measure_step(
     """
     device, head = torch.device(model.device), SupervisedHead(model)
     cuda = device.type == "cuda"
-    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
+    batch = {key: value.to(device) for key, value in collator(rows).items()}
     labels, supervised = batch.pop("labels"), batch.pop("supervised")
     saved: dict[int, int] = {}
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -167,8 +259,14 @@ def measure_step(
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
             torch.autocast(device.type, model.dtype, enabled=cuda and model.dtype != torch.float32),
             head.at(supervised),
+            using(batch.pop("plan", None)),
         ):
             loss = head.compute_loss(model(**batch, use_cache=False), labels)
         loss.backward()
     model.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(device) - before if cuda else sum(saved.values())
+    if not cuda:
+        return sum(saved.values())
+    del batch, labels, supervised, loss
+    taken = torch.cuda.max_memory_allocated(device) - before
+    clear_memory()  # what the allocator keeps would count as taken when the free memory is read
+    return taken

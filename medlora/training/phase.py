@@ -41,7 +41,7 @@ from medlora.seeds import derive_seed
 from medlora.tokens.cache import hash_tokenizer
 from medlora.tokens.phase_rows import PreparedPart, choose_worked_example, prepare_rows, report_lengths
 from medlora.tokens.tokenizer import Tokenizer
-from medlora.training.batches import Batching, Collator, FlatCollator, choose_batching
+from medlora.training.batches import Batching, Collator, FlatCollator, choose_batching, find_flat_obstacle
 from medlora.training.callbacks import Leaving
 from medlora.training.memory_fit import train_in_memory
 from medlora.training.reuse import ReusedParts, describe_base, describe_rows, describe_tokenizer
@@ -231,7 +231,10 @@ class _PhaseRun:
     def choose_batching(self, model: PreTrainedModel, data: _Data, padded: Collator) -> Batching:
         """Flat or padded batches, as configured and as the model computes them correctly."""
         phase, device = self.phase, self.worker.device
-        flat = phase.batching == "flat" or (phase.batching == "auto" and device == "cpu" and not phase.compile)
+        obstacle = None if device == "cpu" else find_flat_obstacle(model)
+        flat = phase.batching == "flat" or (phase.batching == "auto" and not obstacle and not phase.compile)
+        if obstacle and phase.batching == "auto":
+            self.note(f"batches are padded: {obstacle}")
         wanted = FlatCollator(phase.share_prefix, padded.token_type_ids) if flat else None
         made_from = [*describe_base(self.job, data.tokenizer_hash, device), wanted, data.is_packed]
         batching: Batching = self.parts.get(
@@ -280,22 +283,24 @@ class _PhaseRun:
         self, model: PreTrainedModel, data: _Data, batching: Batching, validator: Validator | None
     ) -> list[FittedFigures]:
         """Train the segments in turn; returns the figures of each."""
-        phase, results = self.phase, list[FittedFigures]()
-        batch = phase.batch_size * phase.accumulation * self.worker.world
+        world, results = self.worker.world, list[FittedFigures]()
+        batch, phase = self.phase.count_batch(world), self.phase.settle(world)
         pulse.begin("draws its rows and tries a step", slow=True)
         for rows in data.segments:
             drawn = draw(rows, phase, batch, self.seed)
             padding = 0.0 if batching.is_flat else drawn.measure_padding(phase.batch_size)
             self.note("flat batches, no padding" if batching.is_flat else f"{padding:.1%} of the batches is padding")
             segment = make_segment(rows, drawn, phase, batch, self.seed, rows.bind(validator, data.worked))
-            result, phase = train_in_memory(model, segment, phase, batching.collator, self.folder, self.worker)
+            result, fitted = train_in_memory(model, segment, phase, batching.collator, self.folder, self.worker)
             figures: FittedFigures = {
                 **result,
-                "batch_size": phase.batch_size,
-                "accumulation": phase.accumulation,
-                "gradient_checkpointing": phase.gradient_checkpointing,
+                "batch_size": fitted.batch_size,
+                "accumulation": fitted.accumulation,
+                "gradient_checkpointing": fitted.gradient_checkpointing,
                 "padding": round(padding, 4),
             }
+            if not phase.may_grow:
+                phase = fitted  # what did not fit once does not fit again
             results.append(figures)
             if rows.name == "full":
                 self.report_switch(result)

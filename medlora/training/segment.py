@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MOST_TRIED = 64
+"""Rows of the largest forward pass that a dry run tries."""
+
+
 class SegmentFigures(TypedDict):
     """What became of a segment, in figures."""
 
@@ -59,7 +63,7 @@ class Segment:
     steps: int
     epoch_steps: int
     longest: Sequence[Row] = ()
-    """The two longest of them; the dry run measures the memory of a step with these."""
+    """The longest of them, the longest first; the dry run measures the memory of a step with these."""
     validate: Callable[[PreTrainedModel], dict[str, float]] | None = None
     stop_at_format_score: float | None = None
     name_rows: Callable[[Sequence[int]], list[str]] | None = None
@@ -119,7 +123,7 @@ def make_segment(
         rows=drawn,
         steps=len(drawn) // batch,
         epoch_steps=max(1, -(-rows.count // batch)),
-        longest=drawn.find_longest(2),
+        longest=drawn.find_longest(max(2, min(batch, MOST_TRIED))),
         validate=validate,
         name_rows=drawn.name_rows,
         stop_at_format_score=full.until_format_score if full else None,

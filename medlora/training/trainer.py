@@ -17,8 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from medlora import events, pulse
-from medlora.config.phase import PhaseConfig
+from medlora.config.phase import SettledPhase
+from medlora.kernels.memory import describe_device
 from medlora.kernels.supervised_head import SupervisedHead
+from medlora.kernels.varlen import carry_plan, using
 from medlora.model.adapter_files import find_non_finite
 from medlora.model.chain import load_adapter_weights, save_adapter
 from medlora.runs.files import read_json_lines, truncate_json_lines
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("medlora.training")
 
 
+STATE_BYTES = 8
+"""Of AdamW for each trained number: two in float32."""
+
+_STATES_SHARE = 0.1
+"""Largest part of a card's free memory that these may take."""
+
 _SCHEDULES: dict[str, SchedulerType] = {
     "constant": SchedulerType.CONSTANT_WITH_WARMUP,
     "linear": SchedulerType.LINEAR,
@@ -59,7 +67,9 @@ class _AdapterTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         """Like Trainer's, but logits are computed at supervised positions only."""
-        with self.head.at(inputs.pop("supervised")):
+        plan = inputs.pop("plan", None)
+        plan = None if plan is None else plan.to(inputs["input_ids"].device)  # where no data loader has moved it
+        with self.head.at(inputs.pop("supervised")), using(plan):
             return super().compute_loss(model, inputs, *arguments, **options)
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -136,7 +146,7 @@ class _Resume:
 def train(
     model: PreTrainedModel,
     segment: Segment,
-    phase: PhaseConfig,
+    phase: SettledPhase,
     collator: Collator | FlatCollator,
     folder: PhaseFolder,
     worker: Worker,
@@ -147,8 +157,9 @@ def train(
     Raises Leaving, after a checkpoint, when `worker.is_leaving` is true; Diverged when a loss or gradient is not finite.
     """
     resume = _find_resume(segment, phase, folder, worker)
-    arguments = _make_arguments(model, segment, phase, folder, worker)
-    watch = StepWatch(phase, segment, folder, phase.batch_size * phase.accumulation * worker.world, model.dtype)
+    optimizer = choose_optimizer(model, phase, resume.checkpoint)
+    arguments = _make_arguments(model, segment, phase, folder, worker, optimizer)
+    watch = StepWatch(phase, segment, folder, phase.count_batch(worker.world), model.dtype)
     losses = LossLoggingCallback(watch, worker.report)
     validation = None
     if segment.validate is not None and phase.validation is not None:
@@ -178,7 +189,7 @@ def train(
         "train_s": round(time.monotonic() - started, 2),
         "validation_s": round(validation.seconds, 2) if validation else 0.0,
         "resumed_from_step": resume.step or None,
-        "optimizer": _choose_optimizer(model, phase),
+        "optimizer": optimizer,
     }
 
 
@@ -191,7 +202,7 @@ def _tidy_callbacks(trainer: Trainer, phase: str, worker: Worker) -> None:
     ]
 
 
-def _find_resume(segment: Segment, phase: PhaseConfig, folder: PhaseFolder, worker: Worker) -> _Resume:
+def _find_resume(segment: Segment, phase: SettledPhase, folder: PhaseFolder, worker: Worker) -> _Resume:
     """Where the segment begins; what was written after that step is deleted, since it is written again."""
 
     def warn(text: str) -> None:
@@ -219,7 +230,12 @@ def _find_resume(segment: Segment, phase: PhaseConfig, folder: PhaseFolder, work
 
 
 def _make_arguments(
-    model: PreTrainedModel, segment: Segment, phase: PhaseConfig, folder: PhaseFolder, worker: Worker
+    model: PreTrainedModel,
+    segment: Segment,
+    phase: SettledPhase,
+    folder: PhaseFolder,
+    worker: Worker,
+    optimizer: str,
 ) -> TrainingArguments:
     """The settings of transformers.Trainer for a segment."""
     cuda = model.device.type == "cuda"
@@ -234,7 +250,7 @@ def _make_arguments(
         warmup_steps=round(phase.warmup_ratio * segment.steps),
         weight_decay=phase.weight_decay,
         max_grad_norm=phase.max_grad_norm,
-        optim=_choose_optimizer(model, phase),
+        optim=optimizer,
         bf16=cuda and model.dtype == torch.bfloat16,
         fp16=cuda and model.dtype == torch.float16,
         logging_steps=phase.log_every_steps,
@@ -262,15 +278,33 @@ def _make_arguments(
     return arguments
 
 
-def _choose_optimizer(model: PreTrainedModel, phase: PhaseConfig) -> str:
+def choose_optimizer(model: PreTrainedModel, phase: SettledPhase, checkpoint: Path | None = None) -> str:
+    """The optimiser of a segment: the config's, or with `auto` AdamW in float32 unless a card is too full for its states.
+
+    8 bytes a trained number are little beside a base, and fused AdamW is one kernel a step. Where that would take more than
+    a tenth of what is free on the card, the paged 8-bit one does with a quarter. A segment that resumes keeps the kind of its
+    checkpoint, whose states another kind could not read.
+    """
     if phase.optimizer != "auto":
         return phase.optimizer
-    return "paged_adamw_8bit" if model.device.type == "cuda" else "adamw_torch"
+    if model.device.type != "cuda":
+        return "adamw_torch"
+    if checkpoint is not None:
+        return "paged_adamw_8bit" if _has_quantized_states(checkpoint) else "adamw_torch_fused"
+    states = STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    is_short = states > _STATES_SHARE * describe_device(model.device).free_bytes
+    return "paged_adamw_8bit" if is_short else "adamw_torch_fused"
+
+
+def _has_quantized_states(checkpoint: Path) -> bool:
+    """Whether the optimiser of a checkpoint was bitsandbytes' 8-bit one."""
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    return any("state1" in state for state in saved["state"].values())
 
 
 def _list_callbacks(
     segment: Segment,
-    phase: PhaseConfig,
+    phase: SettledPhase,
     folder: PhaseFolder,
     worker: Worker,
     losses: LossLoggingCallback,
@@ -286,7 +320,7 @@ def _list_callbacks(
 
 
 def _optimise(
-    trainer: _AdapterTrainer, model: PreTrainedModel, segment: Segment, phase: PhaseConfig, resume: _Resume
+    trainer: _AdapterTrainer, model: PreTrainedModel, segment: Segment, phase: SettledPhase, resume: _Resume
 ) -> None:
     """Take the steps that are left; a segment without any only loads its last checkpoint."""
     if resume.checkpoint and (resume.ended_early or resume.step >= segment.steps):
@@ -305,14 +339,14 @@ def recompute_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None
     # transformers 5.23 renamed both and warns of the old names, which 5.17 alone has.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": carry_plan})
     try:
         yield
     finally:
         disable()
 
 
-def _get_schedule_options(phase: PhaseConfig, steps: int) -> dict[str, object]:
+def _get_schedule_options(phase: SettledPhase, steps: int) -> dict[str, object]:
     if phase.schedule != "wsd":
         return {}
     return {"num_decay_steps": round(phase.decay_ratio * steps), "decay_type": "linear"}

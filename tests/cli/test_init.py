@@ -13,7 +13,7 @@ from medlora.config.loading.files import load, load_evaluate_config, load_sweep_
 from medlora.config.run import RunConfig
 from medlora.curriculum.checks import check_inputs
 from medlora.errors import InputError
-from medlora.planning.recognise import find_split
+from medlora.planning.starting.recognise import find_split
 from tests.support import ROOT
 
 CURRICULA = ("quickstart", "medgemma-4b", "medgemma-27b", "gemma", "qwen", "llama", "exaone")

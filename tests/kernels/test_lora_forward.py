@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from medlora.config.model import BaseModelConfig, LoraSettings
-from medlora.kernels import attention, elementwise_cpu
+from medlora.kernels import attention, elementwise_cpu, lora_forward
 from medlora.kernels.attention import attend
 from medlora.model.base import load_base
 from medlora.model.chain import activate
@@ -81,6 +81,90 @@ def test_trained_rows_are_looked_up_in_embedding_and_head(bases: dict[str, str],
 def test_quantized_bases_get_the_same_branches(bases: dict[str, str], quantization: str) -> None:
     model, _ = build(bases["gemma"], SHAPES["a stack of two ranks"], quantization)
     compare(model, torch.arange(40).view(2, 20) + 40)
+
+
+CAST = {
+    "one adapter": [LoraSettings(r=4, alpha=8)],
+    "a stack of two ranks": [LoraSettings(r=4, alpha=8), LoraSettings(r=2, alpha=6, rslora=True)],
+    "dropout": [LoraSettings(r=4, alpha=8, dropout=0.3)],
+    "a stack with dropout": [LoraSettings(r=4, alpha=8, dropout=0.3), LoraSettings(r=2, alpha=6, dropout=0.3)],
+}
+
+
+@pytest.fixture
+def same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mask for every input of a shape, in PEFT's dropout and in ours: the two draw theirs in another order."""
+
+    def make_mask(x: torch.Tensor, share: float) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(x.numel())
+        return torch.rand(x.shape, generator=draw) >= share
+
+    def drop(x: torch.Tensor, share: float) -> Any:
+        mask = make_mask(x, share).flatten(0, -2)
+        return lora_forward._Dropped(share, x.detach().flatten(0, -2) * mask / (1 - share), mask)
+
+    def forward(layer: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        return x * make_mask(x, layer.p) / (1 - layer.p) if layer.training else x
+
+    monkeypatch.setattr(lora_forward, "_drop", drop)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
+
+
+@pytest.mark.parametrize("shapes", CAST)
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_branches_from_float32_masters_give_what_peft_gives(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, same_dropout: None, shapes: str, quantization: str
+) -> None:
+    """The way of a GPU, on CPU, in float32: the whole model."""
+    monkeypatch.setattr(lora_forward, "_may_cast", lambda x: True)
+    monkeypatch.setattr(
+        lora_forward, "_add_in_one_type", lambda layer, x, pairs: lora_forward._add_cast(layer, x, pairs, 0.0)
+    )
+    model, _ = build(bases["gemma"], CAST[shapes], quantization)
+    compare(model, torch.arange(40).view(2, 20) + 40)
+
+
+@pytest.mark.parametrize("shapes", CAST)
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_in_bfloat16_a_layer_gives_what_peft_gives_within_its_rounding(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, same_dropout: None, shapes: str, quantization: str
+) -> None:
+    """Output, and gradients of its input and of its float32 masters; PEFT computes the branches in float32."""
+    monkeypatch.setattr(lora_forward, "_may_cast", lambda x: True)
+    model, _ = build(bases["gemma"], CAST[shapes], quantization, compute_dtype="bfloat16")
+    layers = [m for m in model.modules() if "forward" in vars(m) and hasattr(m, "lora_A")]
+    draw = torch.Generator().manual_seed(0)
+    for layer in (layers[0], layers[6]):
+        given = torch.randn(2, 20, layer.in_features, generator=draw).bfloat16()
+        upstream = torch.randn(2, 20, layer.out_features, generator=draw).bfloat16()
+        masters = [p for p in layer.parameters() if p.requires_grad]
+        assert len(masters) == 2 and all(p.dtype == torch.float32 for p in masters)
+        found = []
+        for forward in (layer.forward, lambda x, layer=layer: type(layer).forward(layer, x)):
+            x = given.clone().requires_grad_()
+            out = forward(x * 1)
+            found.append([out, *torch.autograd.grad(out, [x, *masters], upstream)])
+        for lean, plain in zip(*found, strict=True):
+            assert lean.dtype == plain.dtype
+            assert (lean - plain).float().norm() <= 1e-2 * plain.float().norm()
+
+
+def test_layers_that_read_the_same_input_share_its_dropout() -> None:
+    x = torch.ones(4, 50, 100)
+    torch.manual_seed(0)
+    first, again, other = lora_forward._drop(x, 0.25), lora_forward._drop(x, 0.25), lora_forward._drop(x.clone(), 0.25)
+    assert again is first and not torch.equal(other.mask, first.mask)
+    assert first.mask.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(first.rows, first.mask / 0.75)
+    assert not torch.equal(lora_forward._drop(x, 0.5).mask, first.mask)
+
+
+def test_on_cpu_mixed_types_and_dropout_are_peft_s(bases: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their adapters keep the bytes that they had."""
+    monkeypatch.setattr(lora_forward, "_add_cast", lambda *_: pytest.fail("not on CPU"))
+    for shapes, dtype in (("dropout", "float32"), ("one adapter", "bfloat16")):
+        model, _ = build(bases["llama"], CAST[shapes], compute_dtype=dtype)
+        measure(model, torch.arange(10).view(1, 10) + 40)
 
 
 def test_a_base_in_bfloat16_keeps_to_peft(bases: dict[str, str]) -> None:

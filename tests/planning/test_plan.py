@@ -16,13 +16,15 @@ import pytest
 from medlora.artifacts.headers import read_header
 from medlora.cli.starting.plan import main
 from medlora.config.model import LoraSettings
+from medlora.config.phase import PhaseConfig
 from medlora.config.run import RunConfig
 from medlora.errors import InputError
+from medlora.planning import memory
 from medlora.planning.figures import RunPlan
+from medlora.planning.memory import HEAD_CHUNK_BYTES, estimate_memory, find_memory_warnings
 from medlora.planning.plan import make_plan
-from medlora.planning.sizes import HEAD_CHUNK_BYTES, count_lora, read_shape
+from medlora.planning.sizes import _read_config, count_lora, read_shape
 from medlora.planning.table import describe_plan
-from medlora.planning.warnings import find_memory_warnings
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
 from tests.support import ROOT
@@ -147,6 +149,104 @@ def test_the_head_s_chunk_is_the_kernel_s() -> None:
     from medlora.kernels.supervised_head import CHUNK_BYTES
 
     assert HEAD_CHUNK_BYTES == CHUNK_BYTES
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_activations_by_formula_are_those_of_a_dry_run(
+    family: str, recomputed: bool, rows: int, bases: dict[str, str]
+) -> None:
+    """Within 10 %, of rows whose every token is learned; on CPU a dry run counts what is saved for the backward pass."""
+    from medlora.training.batches import FlatCollator
+    from medlora.training.memory_fit import measure_step
+    from tests.support.batches import build, make_row
+
+    lora = LoraSettings(r=1)
+    phase = PhaseConfig.model_validate(
+        {"name": "p", "chain": "new", "sources": [{"source": "miniature:text"}], "global_batch": rows}
+        | {"batch_size": rows, "gradient_checkpointing": recomputed}
+    ).settle(1)
+    model, _ = build(bases[family], [lora])
+    measured = measure_step(model, [make_row(40, start=3 * n) for n in range(rows)], phase, FlatCollator())
+    shape = read_shape(Path(bases[family]), {}, 0)
+    assert shape is not None and shape.heads == 2
+    assert (shape.norms, shape.head_norms) == ((4, True) if family == "gemma" else (2, False))
+    formula = estimate_memory(shape, phase, "none", lora, 0, 0, 40, "cpu")["activations"]
+    assert formula == pytest.approx(measured, rel=0.1)
+
+
+def test_a_shape_is_the_same_from_headers_and_from_a_config(bases: dict[str, str]) -> None:
+    for family in ("gemma", "medgemma", "llama"):
+        folder = Path(bases[family])
+        config = json.loads((folder / "config.json").read_text())
+        by_headers, by_config = read_shape(folder, {}, 0), _read_config(config, "")
+        assert by_headers is not None and by_config is not None
+        assert (by_headers.heads, by_headers.norms, by_headers.head_norms) == (
+            by_config.heads,
+            by_config.norms,
+            by_config.head_norms,
+        )
+
+
+GEMMA_4B = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+GEMMA_4B |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262144}
+GEMMA_4B |= {"tie_word_embeddings": True}
+
+
+def test_the_formula_gives_the_peak_that_was_measured_on_an_h200() -> None:
+    """64 records of 149 tokens in one flat pass of the 4B shape in bfloat16, r 16, with fused norms and gates; 44.9 GiB was
+    the most that a pass of the experiment behind benchmarks/training.md took."""
+    shape, lora = _read_config(GEMMA_4B, ""), LoraSettings(r=16)
+    assert shape is not None
+    phase = PhaseConfig.model_validate(
+        {"name": "p", "chain": "new", "sources": [{"source": "miniature:text"}], "global_batch": 64, "batch_size": 64}
+    ).settle(1)
+    parts = estimate_memory(shape, phase, "none", lora, count_lora(shape, lora), 0, 149, "cuda")
+    assert sum(parts.values()) / 2**30 == pytest.approx(44.9, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("card", "chosen"), [(80.0, "none"), (9.0, "int8"), (7.0, "nf4"), (3.0, "finds nothing"), (None, "not known")]
+)
+def test_the_least_lossy_quantization_that_fits_is_chosen(
+    card: float | None, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "find_card_gib", lambda placement: card)
+    monkeypatch.setattr(memory, "guess_device", lambda placement: "cuda")
+    monkeypatch.setattr(memory, "read_shape", lambda *_: _read_config(GEMMA_4B, ""))
+    phase = {"name": "00", "chain": "new", "sources": [{"source": "miniature:text"}]}
+    config = RunConfig.model_validate(
+        {"name": "r", "base": {"model": "miniature", "quantization": "auto"}, "phases": [phase]}
+    )
+    if chosen in ("none", "int8", "nf4"):
+        settled, told = memory.settle_quantization(config)
+        assert settled.base.quantization == chosen and f"auto: {chosen}, which takes about" in str(told)
+        assert memory.settle_quantization(settled) == (settled, None)
+    else:
+        with pytest.raises(InputError, match=chosen):
+            memory.settle_quantization(config)
+
+
+def test_on_cpu_auto_is_no_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "guess_device", lambda placement: "cpu")
+    phase = {"name": "00", "chain": "new", "sources": [{"source": "miniature:text"}]}
+    config = {"name": "r", "base": {"model": "miniature", "quantization": "auto"}, "phases": [phase]}
+    settled, told = memory.settle_quantization(RunConfig.model_validate(config))
+    assert settled.base.quantization == "none" and "on CPU" in str(told)
+
+
+def test_the_pass_of_auto_is_that_of_the_card() -> None:
+    shape, lora = _read_config(GEMMA_4B, ""), LoraSettings(r=16)
+    assert shape is not None
+    phase = PhaseConfig.model_validate({"name": "p", "chain": "new", "sources": [{"source": "miniature:text"}]})
+    rows = [
+        memory.choose_pass(shape, phase.settle(1), "int8", lora, (count_lora(shape, lora), 0), 512, card).batch_size
+        for card in (None, 24, 80, 141)
+    ]
+    assert rows == sorted(rows) and rows[0] == 1 and rows[-1] == 32
+    fixed = phase.model_copy(update={"batch_size": 4, "accumulation": 8}).settle(1)
+    assert memory.choose_pass(shape, fixed, "int8", lora, (0, 0), 512, 24).batch_size == 4
 
 
 def test_a_card_that_is_too_small_is_warned_of(planned: tuple[RunConfig, RunPlan], tmp_path: Path) -> None:

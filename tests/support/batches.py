@@ -8,6 +8,7 @@ import torch
 
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.kernels.supervised_head import SupervisedHead
+from medlora.kernels.varlen import using
 from medlora.model.base import load_base
 from medlora.model.chain import add_adapter
 from medlora.model.tokenizer import added_token_ids, load_tokenizer
@@ -43,7 +44,7 @@ BATCHES = {
 def measure(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     labels, head = batch.pop("labels"), SupervisedHead(model)
-    with head.at(batch.pop("supervised")):
+    with head.at(batch.pop("supervised")), using(batch.pop("plan", None)):
         loss = head.compute_loss(model(**batch, use_cache=False), labels)
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -14,8 +14,10 @@ from medlora.model.chain import add_adapter
 from medlora.model.tokenizer import load_tokenizer
 from medlora.tokens.rows import IGNORED, Row
 from medlora.training.batches import Collator, FlatCollator, flatten
+from medlora.training.trainer import recompute_activations
 from tests.support.batches import BATCHES, PREFIX, make_row, measure
 from tests.support.tiny import FAMILIES
+from tests.support.varlen import use_reference_varlen
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -34,18 +36,22 @@ def stacked(request: pytest.FixtureRequest, bases: dict[str, str]) -> Any:
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("piece_scores", [2**17, 128])
+@pytest.mark.parametrize("how", ["pieces of eight", "one piece", "varlen"])
 def test_loss_and_gradients_are_those_of_the_padded_batch(
-    stacked: Any, monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, piece_scores: int
+    stacked: Any, monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, how: str
 ) -> None:
-    """Each segment's queries in one piece, and in pieces of eight that are computed again where they see many keys."""
-    monkeypatch.setattr(attention, "PIECE_SCORES", piece_scores)
-    monkeypatch.setattr(attention, "SAVED_KEYS", 1024 if piece_scores > 128 else 20)
+    """Each segment's queries in one piece, in pieces of eight that are computed again where they see many keys, and all
+    segments in one call of torch's varlen attention, for which a plain function stands in."""
+    if how == "pieces of eight":
+        monkeypatch.setattr(attention, "PIECE_SCORES", 128)
+        monkeypatch.setattr(attention, "SAVED_KEYS", 20)
+    calls = use_reference_varlen(monkeypatch) if how == "varlen" else []
     multimodal = stacked.config.model_type == "gemma3"
     padded = Collator(0, token_type_ids=multimodal)(BATCHES[name])
     flat = FlatCollator(share_prefix, token_type_ids=multimodal)(BATCHES[name])
     loss, gradients = measure(stacked, padded)
     flat_loss, flat_gradients = measure(stacked, flat)
+    assert bool(calls) == (how == "varlen")
     assert flat_loss == pytest.approx(loss, rel=1e-5)
     assert flat_gradients.keys() == gradients.keys() and gradients
     for key, gradient in gradients.items():
@@ -53,8 +59,11 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(
         torch.testing.assert_close(flat_gradients[key], gradient, atol=1e-5 * max(scale, 1e-6), rtol=1e-4, msg=key)
 
 
-def test_recomputed_activations_see_the_same_segments(stacked: Any) -> None:
+@pytest.mark.parametrize("how", ["on CPU", "varlen"])
+def test_recomputed_activations_see_the_same_segments(stacked: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Gradient checkpointing runs attention once more in the backward pass."""
+    if how == "varlen":
+        use_reference_varlen(monkeypatch)
     multimodal = stacked.config.model_type == "gemma3"
     collate = FlatCollator(token_type_ids=multimodal)
     loss, gradients = measure(stacked, collate(BATCHES["shared prefix"]))
@@ -64,12 +73,9 @@ def test_recomputed_activations_see_the_same_segments(stacked: Any) -> None:
     ]
     (attention,) = layers
     hook = attention.register_forward_pre_hook(lambda *_: runs.append(1) if torch.is_grad_enabled() else None)
-    stacked.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
+    with recompute_activations(stacked, True):
         again, recomputed = measure(stacked, collate(BATCHES["shared prefix"]))
-    finally:
-        stacked.gradient_checkpointing_disable()
-        hook.remove()
+    hook.remove()
     assert again == loss and len(runs) == 2
     for key, gradient in gradients.items():
         torch.testing.assert_close(recomputed[key], gradient, msg=key)

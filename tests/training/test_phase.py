@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medlora.config.phase import PhaseConfig
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link, extend_chain
 from medlora.curriculum.jobs import make_job
@@ -228,6 +229,25 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(bases: dict[str, st
     torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[0]), atol=1e-4, rtol=1e-3)
 
 
+def test_the_same_global_batch_gives_the_same_curve(bases: dict[str, str], data: Path, tmp_path: Path) -> None:
+    """Whatever the rows of a pass, from one to all of them; the relative difference of losses is 1e-6 at most."""
+    curves = []
+    for size in ("auto", 1, 4, 12):
+        config = configure(bases["gemma"], data, lora={"r": 4, "alpha": 8})
+        phase = {**config.phases[2].model_dump(mode="json"), "name": "mcq", "chain": "new", "validation": None}
+        phase |= {"global_batch": 12, "batch_size": size, "max_steps": 4, "log_every_steps": 1}
+        del phase["accumulation"]
+        config = config.model_copy(update={"phases": (PhaseConfig.model_validate(phase),)})
+        (manifest,) = run_all(config, tmp_path / str(size), ("mcq",)).values()
+        (segment,) = manifest["segments"]
+        expected = 2 if size == "auto" else size
+        assert (segment["batch_size"], segment["accumulation"]) == (expected, 12 // expected)
+        curves.append([row["loss"] for row in read_json_lines(RunFolder(tmp_path / str(size)).phase("mcq").metrics)])
+    assert len(curves[0]) == 4
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("fails_at", [1, 12])
 def test_out_of_memory_halves_the_batch_and_ends_with_the_same_adapter(
     bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
@@ -243,7 +263,7 @@ def test_out_of_memory_halves_the_batch_and_ends_with_the_same_adapter(
     def fail(self: Any, model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        segments = inputs["segments"]
+        segments = inputs["plan"].segments
         rows = len(segments) - (segments[-1][2] > 0)  # where the rows share a beginning, it is a segment of its own
         if calls >= fails_at and rows > 3:
             raise torch.OutOfMemoryError("made up")

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{out}: exists already and is left as it is; name a new file")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: there is no folder {out.parent}; make it first")
-    from medlora.planning.starter import SHIPPED, fill_family
+    from medlora.planning.starting.starter import SHIPPED, fill_family
 
     text = find_config(f"{kind if kind in SHIPPED else 'family'}.yaml").read_text(encoding="utf-8")
     if kind not in SHIPPED:
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fill(text: str, kind: str, folder: Path) -> tuple[str, list[str]]:
     """The config with the folder's data, and what to print about it."""
-    from medlora.planning.recognise import recognise
-    from medlora.planning.starter import fill_data, fill_tests
+    from medlora.planning.starting.recognise import recognise
+    from medlora.planning.starting.starter import fill_data, fill_tests
 
     data = recognise(folder)
     text, notes = (fill_tests if kind == "evaluate" else fill_data)(text, data)

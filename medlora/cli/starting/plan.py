@@ -58,11 +58,15 @@ def show_plan(
 ) -> None:
     """Print the plan of a run whose inputs are checked first; nothing is written."""
     from medlora.curriculum.checks import check_inputs
-    from medlora.planning.plan import guess_device, make_plan
+    from medlora.planning.memory import guess_device, settle_quantization
+    from medlora.planning.plan import make_plan
     from medlora.planning.table import print_plan
     from medlora.runs import mirror
     from medlora.runs.folders import RunFolder
 
+    config, chosen = settle_quantization(config)
+    if chosen:
+        print(f"medlora: {chosen}", file=sys.stderr)
     for doubt in check_inputs(config, force):
         print(f"medlora: --force: {doubt}", file=sys.stderr)
     where = run_dir or mirror.join(config.storage.folder, config.name)
@@ -81,7 +85,7 @@ def _ask_cluster(config: RunConfig, plan: RunPlan) -> RunPlan:
     from medlora.drivers.curriculum import find_evaluation_placement
     from medlora.on_ray.cluster import connect
     from medlora.on_ray.placement import check_placement
-    from medlora.planning.warnings import find_memory_warnings
+    from medlora.planning.memory import find_memory_warnings
 
     with connect() as cluster:
         for phase in config.phases:

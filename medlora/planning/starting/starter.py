@@ -11,7 +11,7 @@ from typing import Any
 from medlora.config.loading.edits import ConfigText
 from medlora.config.loading.files import read_yaml
 from medlora.errors import InputError
-from medlora.planning.recognise import DataFile, Folder
+from medlora.planning.starting.recognise import DataFile, Folder
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""A starting config from a folder of data."""
