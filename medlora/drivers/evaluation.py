@@ -37,8 +37,8 @@ from medlora.runs.environment import get_versions
 from medlora.runs.files import append_json, read_mapping, set_aside, truncate_json_lines, write_sealed
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import MANIFEST, commit, find_differences
-from medlora.tokens.encode import Template, write_prompts
-from medlora.turns import Render, learn_in_time, load_renderer, make_renderer
+from medlora.tokens.encode import write_chat, write_plain
+from medlora.turns import Render, learn, load_renderer, make_renderer, render_in_time
 
 
 def score_afresh(
@@ -72,6 +72,7 @@ def score_stages(
     known: Sequence[Prediction] = (),
 ) -> Report:
     """Ask what is not known yet (see `ask_stages`), and write predictions, report and manifest; returns the report."""
+    shown = show_prompt(task)
     answers = ask_stages(task, folder, build, actors, known)
     ordered = sort_predictions(answers.predictions, list(task.stages), task.asked.tests)
     seconds, first_s = answers.seconds, answers.first_s
@@ -90,7 +91,7 @@ def score_stages(
             "questions_per_s": round(answers.questions / running_s, 2) if measured else None,
             "versions": get_versions(),
             "prompts": prompts.version(),
-            "prompt_shown": show_prompt(task),
+            "prompt_shown": shown,
             "hashes": {key: fingerprint[key] for key in ("base_files", "stages", "tests")},
         },
         task.seed,
@@ -117,9 +118,12 @@ def show_prompt(task: EvaluationTask) -> PromptShown | None:
         found = load_renderer(folder)
     else:  # the hub's cache of another machine has it
         return None
-    template = Template(found[0], learn_in_time(*found), found[1]) if found and example.chat else None
-    (text,) = write_prompts([example], template)
-    return {"test": test, "id": records[0].id, "text": text, "template": template is not None}
+    if found is None or not example.chat:
+        return {"test": test, "id": records[0].id, "text": write_plain(example), "template": False}
+    text = render_in_time(
+        found[0], found[1], lambda render: write_chat(render, learn(render, found[1]), example, found[1])
+    )
+    return {"test": test, "id": records[0].id, "text": text, "template": True}
 
 
 @dataclass(frozen=True)

@@ -78,21 +78,19 @@ def _log_once(text: str) -> None:
 
 
 def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[list[int]]:
-    """Ids of each prompt as the model sees it, see `write_prompts`.
+    """Ids of each prompt as the model sees it: the user's turn of the chat template, else plain.
 
-    A chat prompt begins as the template writes it, plain text as the tokenizer begins it, with BOS at most once.
+    A chat prompt begins as the template writes it, plain text as the tokenizer begins it, with BOS at most once. Shots are
+    turns before it. Without a template they come before the prompt, each followed by a blank line.
     Raises InputError for a chat template that raises, or leaves out what is asked.
     """
     chat = any(example.chat for example in examples)
     convention = find_convention(tokenizer) if chat else None
-    if convention:
-        name = _name_template(tokenizer)
-        texts = render_in_time(
-            _make_renderer(tokenizer), name, lambda render: write_prompts(examples, Template(render, convention, name))
-        )
-    else:
-        texts = write_prompts(examples, None)
     bos = tokenizer.bos_token_id
+    if convention:
+        texts = _write_chats(tokenizer, convention, examples)
+    else:
+        texts = [write_plain(example) for example in examples]
     start, made = find_start(tokenizer), []
     for example, ids in zip(examples, encode_texts(tokenizer, texts), strict=True):
         if not (example.chat and convention):
@@ -101,34 +99,29 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[li
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
-    """A chat template with the way in which it is to be called, and its name for messages."""
+def _write_chats(tokenizer: Tokenizer, convention: Convention, examples: Sequence[Example]) -> list[str]:
+    """Each prompt as the chat template writes it, see `write_chat`."""
+    name = _name_template(tokenizer)
+    return render_in_time(
+        _make_renderer(tokenizer),
+        name,
+        lambda render: [write_chat(render, convention, each, name) for each in examples],
+    )
 
-    render: Render
-    convention: Convention
-    name: str
+
+def write_chat(render: Render, convention: Convention, example: Example, name: str) -> str:
+    """A prompt as a chat template writes it, shots as turns before it; one that is no chat as it is."""
+    if not example.chat:
+        return example.prompt
+    shots = [turn for asked, answer in example.shots for turn in (("user", asked), ("assistant", answer))]
+    return write_prompt(render, convention, [*shots, ("user", example.prompt)], name)
 
 
-def write_prompts(examples: Sequence[Example], template: Template | None) -> list[str]:
-    """Each prompt as text: the user's turn of the chat template, else plain.
-
-    Shots are turns before it. Without a template they come before the prompt, each followed by a blank line.
-    """
-    texts = []
-    for example in examples:
-        if not example.chat:
-            texts.append(example.prompt)
-        elif template:
-            turns = []
-            for prompt, completion in example.shots:
-                turns += [("user", prompt), ("assistant", completion)]
-            turns.append(("user", example.prompt))
-            texts.append(write_prompt(template.render, template.convention, turns, template.name))
-        else:
-            shots = "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots)
-            texts.append(f"{shots}{example.prompt}\n")
-    return texts
+def write_plain(example: Example) -> str:
+    """A prompt without a chat template: shots come before it, each followed by a blank line."""
+    if not example.chat:
+        return example.prompt
+    return "".join(f"{prompt}\n{completion}\n\n" for prompt, completion in example.shots) + f"{example.prompt}\n"
 
 
 def find_end_tokens(tokenizer: Tokenizer, chat: bool = True) -> list[int]:
