@@ -125,10 +125,7 @@ def write_pickle(path: Path, marker: Path) -> None:
 
 
 class Markup(HTMLParser):
-    """The elements, attribute names and text of a page, white space as one space.
-
-    Texts to copy (`<pre id="copy-1">`) are left out of the text: TeX, Markdown and CSV write marks in their own way.
-    """
+    """The elements, attribute names and text of a page, white space as one space."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -136,7 +133,6 @@ class Markup(HTMLParser):
         self.attributes: set[str] = set()
         self.links: set[str | None] = set()
         self.texts: list[str] = []
-        self.copied = False
         self.feed(html)
         self.text = " ".join("".join(self.texts).split())
 
@@ -144,11 +140,6 @@ class Markup(HTMLParser):
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
         self.links |= {value for name, value in attrs if name == "href"}
-        self.copied = self.copied or (tag == "pre" and (dict(attrs).get("id") or "").startswith("copy-"))
-
-    def handle_endtag(self, tag: str) -> None:
-        self.copied = self.copied and tag != "pre"
 
     def handle_data(self, data: str) -> None:
-        if not self.copied:
-            self.texts.append(data)
+        self.texts.append(data)
