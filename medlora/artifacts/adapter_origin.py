@@ -51,7 +51,7 @@ def read_origin(adapter: Path) -> Origin | None:
         run = adapter.parents[2]
         known = trained_here is not None and RunFolder(run).config.is_file()
         return Origin(
-            stage=f"{_shorten(run) if known else about['run']}:{about['phase']}",
+            stage=f"{shorten_place(run) if known else about['run']}:{about['phase']}",
             base=dict(about["base"]),
             below=tuple(map(str, about["below"])),
             names=tuple(map(str, about["chain"][:-1])),
@@ -60,7 +60,7 @@ def read_origin(adapter: Path) -> Origin | None:
         return None
 
 
-def _shorten(folder: Path) -> str:
+def shorten_place(folder: Path) -> str:
     """A folder as a user in this place would write it."""
     if mirror.find_uri(folder):
         return mirror.name_place(folder)
@@ -146,7 +146,7 @@ def _list_chain(adapter: Path, origin: Origin) -> str:
     folders = [adapter.parents[1] / name / "adapter" for name in origin.names]
     if not all((folder / CONFIG).is_file() for folder in folders):
         return ""
-    return f" (or its adapters, oldest first: {', '.join(_shorten(folder) for folder in [*folders, adapter])})"
+    return f" (or its adapters, oldest first: {', '.join(shorten_place(folder) for folder in [*folders, adapter])})"
 
 
 def find_foreign_bases(adapters: Sequence[Path]) -> list[str]:

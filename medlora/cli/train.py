@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     for config in configs:
         where = arguments.run_dir or mirror.join(config.storage.folder, config.name)
         folders.append(open_run(mirror.find_copy(where, config.storage.cache)))
+    from medlora.artifacts.adapter_origin import shorten_place
     from medlora.reporting.progress import Display
     from medlora.reporting.tables import print_next, print_report
 
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"run: {mirror.name_place(run.root)}")
     if outcome.report is not None:
         print_next(run.evaluation)
-    stage = f"{mirror.name_place(run.root)}:{config.phases[-1].name}"
+    stage = f"{shorten_place(run.root)}:{config.phases[-1].name}"
     print(f"next: medlora chat {stage}\nnext: medlora export {stage} out")
     return 0
 

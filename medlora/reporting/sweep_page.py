@@ -190,7 +190,8 @@ def draw_curves(lines: Sequence[Line]) -> str:
     for line in _sort(lines):
         if line.curve:
             colour, width, opacity = _LOOKS[line.kind]
-            xs, ys = zip(*line.curve, strict=True)
+            # A score alone is drawn as a line of no length, so that one can point at it, too.
+            xs, ys = zip(*(line.curve if len(line.curve) > 1 else [*line.curve, *line.curve]), strict=True)
             axes.plot(xs, ys, color=role(colour), linewidth=width, alpha=opacity, gid=name_hover(line.id))
             marker, size = ("x", 5.5) if line.kind == "stopped" else ("o", 4.5)
             end = line.curve[-1]

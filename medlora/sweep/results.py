@@ -91,10 +91,10 @@ def find_summary(folder: Path, plan: SweepPlan, ledger: Ledger, final_test: bool
 
 
 def describe_pair(pair: ComparedPair) -> str:
-    """ "better by +2.1 points (95 % -0.3 .. 4.4), McNemar p 0.09", with what correcting for several comparisons makes of it."""
+    """ "better by 2.1 points (95 % -0.3 .. 4.4), McNemar p 0.09", with what correcting for several comparisons makes of it."""
     at = f"n = {pair['total']:,}"
     word = "better" if pair["difference"] > 0 else "worse" if pair["difference"] < 0 else f"not distinguishable at {at}"
-    by = f" by {100 * pair['difference']:+.1f} points" if pair["difference"] else ""
+    by = f" by {100 * abs(pair['difference']):.1f} points" if pair["difference"] else ""
     return (
         f"{word}{by} (95 % {100 * pair['low']:.1f} .. {100 * pair['high']:.1f}), McNemar p {_format_p(pair['p_value'])}"
         f" (Holm {_format_p(pair['p_holm'])})" + (f", {at}" if pair["difference"] else "")

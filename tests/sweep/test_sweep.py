@@ -511,9 +511,9 @@ def test_a_saturated_dev_split_is_reported() -> None:
 def test_the_difference_is_said_with_its_doubt() -> None:
     comparison = compare_with_start(make_report({"000": 0.5, "004": 0.521, "002": 0.48}))
     assert describe_pair(comparison["pairs"][0]) == (
-        "better by +2.1 points (95 % -0.3 .. 4.4), McNemar p 0.030 (Holm 0.060), n = 100"
+        "better by 2.1 points (95 % -0.3 .. 4.4), McNemar p 0.030 (Holm 0.060), n = 100"
     )
-    assert describe_pair(comparison["pairs"][1]).startswith("worse by -2.0 points")
+    assert describe_pair(comparison["pairs"][1]).startswith("worse by 2.0 points")
     (even,) = compare_with_start(make_report({"000": 0.5, "004": 0.5}))["pairs"]
     assert describe_pair(even) == "not distinguishable at n = 100 (95 % -2.4 .. 2.3), McNemar p 0.030 (Holm 0.030)"
     assert find_winner(comparison) == "004"
@@ -557,7 +557,7 @@ def test_the_results_hold_what_happened_and_the_page_no_markup_of_the_data(
     page = (folder / "sweep.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
     assert page.count("</style>") == 1 and "http://" not in page and "https://" not in page
-    assert "better by +10.0 points" in page and "1 stopped" in page
+    assert "better by 10.0 points" in page and "1 stopped" in page
     assert find_summary(folder, swept, ledger, final_test=False) == summary
     assert find_summary(folder, swept, ledger, final_test=True) is None
     (folder / "best.yaml").unlink()
