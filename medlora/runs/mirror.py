@@ -38,6 +38,7 @@ _NONCE = ".nonce"
 
 
 _MARKS = ("run.json", "fingerprint.json")
+_RANKS = (0, 1, 2, 3)
 
 
 SEEN_WAIT_S = 30.0
@@ -135,7 +136,7 @@ def pull(folder: Path, exclude: Sequence[str] = ()) -> None:
 def push(folder: Path, exclude: Sequence[str] = ()) -> None:
     """Upload changed files of a working copy, or of one folder in it, to the store, except folders named in `exclude`.
 
-    Manifests are uploaded last. Files deleted here are then deleted in the store, each folder's manifest first. Raises
+    Fingerprints are uploaded first, manifests last. Files deleted here are then deleted in the store, manifests first. Raises
     InputError when the store cannot be written, or when another process has taken the run's lock. Folders that were complete
     in the store are still complete then.
     """
@@ -147,14 +148,14 @@ def push(folder: Path, exclude: Sequence[str] = ()) -> None:
         here = {name for name in copy.list(folder) if not _is_excluded(name, exclude)}
         known = [name for name in index if not _is_excluded(name, exclude)]
         gone = sorted(name for name in known if name not in here and (copy.root / name).is_relative_to(folder))
-        for rank in (0, 1, 2):
+        for rank in _RANKS:
             ranked = [name for name in sorted(here) if _rank(name) == rank]
             changed = [name for name in ranked if (index.get(name) or [])[:2] != copy.sign(name)]
             signs = {name: copy.sign(name) for name in changed}
             _do_each(changed, lambda name: copy.objects.send(name, copy.root / name))
             index.update({name: [*signs[name], *copy.objects.sign(name)] for name in changed})
-        for last in (True, False):
-            _do_each([name for name in gone if _is_manifest(name) == last], copy.objects.remove)
+        for rank in reversed(_RANKS):
+            _do_each([name for name in gone if _rank(name) == rank], copy.objects.remove)
         for name in gone:
             del index[name]
 
@@ -249,14 +250,16 @@ def _belongs(name: str) -> bool:
     return not temporary and ".ray" not in folders
 
 
-def _is_manifest(name: str) -> bool:
-    return name.rpartition("/")[2] == MANIFEST
-
-
 def _rank(name: str) -> int:
-    """When a file is pushed: the file that identifies a run first, so that an interrupted push leaves a folder that medlora
-    recognises; manifests last."""
-    return 0 if name in _MARKS else 2 if _is_manifest(name) else 1
+    """When a file is pushed; it is removed in the opposite order.
+
+    What identifies the run comes first, then what identifies a phase in it, so that an interrupted push leaves folders
+    that medlora recognises; manifests come last.
+    """
+    folder, _, last = name.rpartition("/")
+    if last in _MARKS:
+        return 1 if folder else 0
+    return 3 if last == MANIFEST else 2
 
 
 def _is_excluded(name: str, exclude: Sequence[str]) -> bool:

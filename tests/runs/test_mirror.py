@@ -164,6 +164,24 @@ def test_what_one_machine_pushes_another_pulls(store: Store, tmp_path: Path, uri
     assert not (there / "z.json").exists()
 
 
+def test_what_identifies_a_folder_is_pushed_first_and_removed_last(store: Store, tmp_path: Path, uri: str) -> None:
+    """A death in between left a phase in the store that every later driver refused."""
+    here = machine(tmp_path, "one", uri)
+    others = [f"phases/00/checkpoints/normal/checkpoint-1/{n}.bin" for n in range(12)]
+    names = ["run.json", "phases/00/fingerprint.json", *others, "phases/00/manifest.json"]
+    fill(here, {name: name for name in reversed(names)})
+    mirror.push(here)
+    order = [written.removeprefix(key(uri, "")) for written in store.list_written()]
+    assert order[:2] == names[:2] and set(order[2:-1]) == set(others) and order[-1] == names[-1]
+    if store.scheme == "gs":
+        return
+    shutil.rmtree(here / "phases")
+    store.seen.clear()
+    mirror.push(here)
+    gone = [path.partition("/phases/00/")[2] for method, path in store.seen if method == "DELETE"]
+    assert gone[0] == "manifest.json" and gone[-1] == "fingerprint.json" and len(gone) == 14
+
+
 def test_one_driver_has_a_run_and_a_dead_one_does_not_keep_it(
     store: Store, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +354,7 @@ def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_b
         run_all(config, here, ("00",))
     assert counts["all"] > 22
     shutil.rmtree(tmp_path / "one")  # that machine is gone
-    store.rule = fail("503", "", 3)
+    store.rule = fail("503", "", 2)  # of the three tries for what is pushed first, alone
     manifest = run_all(config, there, ("00",))["00"]
     assert manifest["segments"][0]["resumed_from_step"] == 2
     assert weights(there, "00") == weights(finished, "00")
