@@ -151,5 +151,5 @@ def test_a_new_user_trains_talks_and_takes_the_model_away(
         AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
         AutoTokenizer.from_pretrained(tmp_path / "out"),
     )
-    asked = tokenizer("text about aspirin", return_tensors="pt")
-    assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] > asked["input_ids"].shape[1]
+    asked = tokenizer("text about aspirin", return_tensors="pt").input_ids
+    assert model.generate(asked, max_new_tokens=2, do_sample=False).shape[1] > asked.shape[1]
