@@ -156,7 +156,7 @@ def _describe_model(facts: CardFacts) -> Iterator[str]:
 def _describe_training(facts: CardFacts) -> Iterator[str]:
     yield "## Training"
     trained = _list_phases(facts)
-    lines = ["| phase | chain | records | steps | learning rate | rank | alpha |", "|---|---|---|---|---|---|---|"]
+    lines = ["| phase | chain | examples | steps | learning rate | rank | alpha |", "|---|---|---|---|---|---|---|"]
     for name, manifest in trained.items():
         phase = facts.config.phase(name)
         lora = phase.lora or facts.config.lora
@@ -176,7 +176,7 @@ def _describe_training(facts: CardFacts) -> Iterator[str]:
     active = " + ".join(f"`{link.name}`" for link in facts.chain)
     yield f"Adapters in the stage: {active}. Seed {facts.config.seed}."
     if facts.config.base.extra_tokens:
-        yield "Words were added to the vocabulary. Use the tokenizer that comes with the export."
+        yield "Words were added to the vocabulary. Use the tokenizer that comes with this adapter or model."
 
 
 def _list_phases(facts: CardFacts) -> dict[str, dict[str, Any]]:
@@ -190,11 +190,12 @@ def _list_phases(facts: CardFacts) -> dict[str, dict[str, Any]]:
 
 
 def _count(counts: Any) -> str:
-    """The records of a phase, whatever kinds it counts."""
-    if isinstance(counts, Mapping):
-        numbers = [counts["records"]] if isinstance(counts.get("records"), int) else list(counts.values())
-        return f"{sum(n for n in numbers if isinstance(n, int)):,}" if numbers else ""
-    return ""
+    """The examples of a phase: of each source as many as the segment that has most of it."""
+    most: dict[str, int] = {}
+    for sources in counts.values() if isinstance(counts, Mapping) else ():
+        for source, figures in sources.items():
+            most[source] = max(most.get(source, 0), int(figures["examples"]))
+    return f"{sum(most.values()):,}" if most else ""
 
 
 def _describe_data(data: Mapping[str, Any]) -> Iterator[str]:
@@ -256,7 +257,8 @@ def _describe_use() -> Iterator[str]:
 def _describe_origin(facts: CardFacts) -> Iterator[str]:
     yield "## Versions and hashes"
     about = read_mapping(facts.run.about) or {}
-    lines = [f"- trained with: {_join(about.get('versions'))}", f"- exported with: {_join(get_versions())}"]
+    lines = [f"- trained with: {_join(about.get('versions'))}"]
+    lines += [f"- exported with: {_join(get_versions())}"] if facts.kind != "phase" else []
     if about.get("git_commit"):
         lines.append(f"- commit: `{about['git_commit']}`")
     origin = read_origin(Path(facts.chain[-1].folder))
