@@ -14,6 +14,7 @@ from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link
 from medlora.data.card import DataCard, describe_overlap, read_card
 from medlora.evaluation.ledger import REPORT
+from medlora.reporting.results.story import sum_counts
 from medlora.reporting.templates import fill_text
 from medlora.runs.environment import get_versions
 from medlora.runs.files import read_mapping, write_bytes
@@ -165,7 +166,7 @@ def _describe_training(facts: CardFacts) -> Iterator[str]:
         cells = [
             f"`{name}`",
             phase.chain,
-            _count(manifest.get("counts")),
+            f"{examples:,}" if (examples := sum_counts(manifest.get("counts"), "examples")) else "",
             str(steps or ""),
             f"{phase.learning_rate:g}",
             " ".join([str(lora.r), *kinds]),
@@ -187,15 +188,6 @@ def _list_phases(facts: CardFacts) -> dict[str, dict[str, Any]]:
         if phase.name == facts.stage:
             break
     return found
-
-
-def _count(counts: Any) -> str:
-    """The examples of a phase: of each source as many as the segment that has most of it."""
-    most: dict[str, int] = {}
-    for sources in counts.values() if isinstance(counts, Mapping) else ():
-        for source, figures in sources.items():
-            most[source] = max(most.get(source, 0), int(figures["examples"]))
-    return f"{sum(most.values()):,}" if most else ""
 
 
 def _describe_data(data: Mapping[str, Any]) -> Iterator[str]:
