@@ -87,6 +87,8 @@ class PhaseRow(TypedDict):
     chain: str
     sources: list[str]
     replayed: list[str]
+    tokens: NotRequired[int | None]
+    """Of its examples, each once."""
     seconds: float | None
     tokens_per_s: float | None
     peak_memory_mib: float | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from medlora.curriculum.chains import Link
 from medlora.errors import InputError
 from medlora.model.base import load_base
 from medlora.model.chain import activate, add_adapter, load_chain, save_adapter
-from medlora.model.export import export_chain
+from medlora.model.export import copy_adapter, export_chain
 from medlora.model.tokenizer import load_tokenizer
 from medlora.records import McqRecord
 from tests.support.tiny import build_gpt2
@@ -233,3 +234,12 @@ def test_every_module_has_its_own_mode_back(
     with pytest.raises(OSError):
         McqAnswerer(model, tokenizer, AnswerSettings(scoring=scoring)).answer(RECORDS)
     assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_pipe_beside_an_adapter_is_neither_read_nor_copied(tmp_path: Path) -> None:
+    """Whoever opened it would wait for ever: this test would not end."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapter_config.json").write_text("{}")
+    os.mkfifo(tmp_path / "theirs" / "README.md")
+    copy_adapter(tmp_path / "theirs", tmp_path / "ours", {})
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["adapter_config.json"]

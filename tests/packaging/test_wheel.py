@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,16 +141,12 @@ def test_a_new_user_trains_talks_and_takes_the_model_away(
     assert "02" in run_installed(installed, tmp_path, "plan", *chosen)
     trained = run_installed(installed, tmp_path, "train", *chosen, "--run-dir", "runs/mine", env=local_ray)
     assert "phase 3 of 3" in trained and "next: medlora export runs/mine:02 out" in trained
-    talked = run_installed(
-        installed, tmp_path, "chat", "runs/mine:02", "--max-tokens", "4", typed="text about aspirin\n"
-    )
-    assert talked.strip()
+    typed = "/mcq\n인슐린 은 어디 에서 나온다?\nA. 췌장\nB. 해열\n\n"
+    talked = run_installed(installed, tmp_path, "chat", "runs/mine:02", typed=typed)
+    assert re.findall(r"^[* ] ([A-Z]) +[\d.]+%", talked, flags=re.M) == ["A", "B"]
     run_installed(installed, tmp_path, "export", "runs/mine:02", "out", "--as", "merged")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
-        AutoTokenizer.from_pretrained(tmp_path / "out"),
-    )
-    asked = tokenizer("text about aspirin", return_tensors="pt")
-    assert model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1] > asked["input_ids"].shape[1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    asked = AutoTokenizer.from_pretrained(tmp_path / "out")("text about aspirin", return_tensors="pt").input_ids
+    assert model.generate(asked, max_new_tokens=2, do_sample=False).shape[1] > asked.shape[1]

@@ -210,7 +210,9 @@ def test_finished_adapters_have_cards_that_change_no_hash(finished: Path, tmp_pa
         shutil.copytree(folder.adapter, tmp_path / name)
         copied, original = read_origin(tmp_path / name), read_origin(folder.adapter)
         assert copied and original and (copied.below, copied.base) == (original.below, original.base)
-    assert "**Not for use alone.** It was trained on top of `01`" in (run.phase("02").adapter / "README.md").read_text()
+    text = (run.phase("02").adapter / "README.md").read_text()
+    assert "**Not for use alone.** It was trained on top of `01`" in text and "exported with" not in text
+    assert "| `00` | new | 40 | 6 |" in text and "| `02` | stack | 24 | 6 |" in text
 
 
 def test_a_pipe_in_place_of_a_card_is_neither_opened_nor_replaced(finished: Path, tmp_path: Path) -> None:

@@ -69,9 +69,12 @@ def test_curves_of_two_segments_are_one(tmp_path: Path) -> None:
     phase = PhaseConfig.model_validate(
         {"name": "02", "description": "d", "chain": "new", "sources": [{"source": "a.jsonl"}]}
     )
-    (row,) = describe_phases(run, [phase], {"02": {"seconds": {"all": 9.0, "base": 1.0}}})
+    counts = {"full": {"0:a": {"tokens": 50}}, "normal": {"0:a": {"tokens": 90}, "00.0:b": {"tokens": 10}}}
+    manifest = {"seconds": {"all": 9.0, "base": 1.0}, "counts": counts}
+    (row,) = describe_phases(run, [phase], {"02": manifest})
     assert row["loss"] == [[5, 5.0], [10, 4.0], [15, 3.0]] and row["dev"] == [[5, 0.5]]
     assert (row["seconds"], row["tokens_per_s"], row["description"]) == (8.0, 7.0, "d")
+    assert row["tokens"] == 90 + 10
 
 
 def test_a_terminal_shows_that_workers_start_until_the_first_step() -> None:

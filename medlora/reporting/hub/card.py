@@ -14,6 +14,7 @@ from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link
 from medlora.data.card import DataCard, describe_overlap, read_card
 from medlora.evaluation.ledger import REPORT
+from medlora.reporting.results.story import sum_counts
 from medlora.reporting.templates import fill_text
 from medlora.runs.environment import get_versions
 from medlora.runs.files import read_mapping, write_bytes
@@ -156,7 +157,7 @@ def _describe_model(facts: CardFacts) -> Iterator[str]:
 def _describe_training(facts: CardFacts) -> Iterator[str]:
     yield "## Training"
     trained = _list_phases(facts)
-    lines = ["| phase | chain | records | steps | learning rate | rank | alpha |", "|---|---|---|---|---|---|---|"]
+    lines = ["| phase | chain | examples | steps | learning rate | rank | alpha |", "|---|---|---|---|---|---|---|"]
     for name, manifest in trained.items():
         phase = facts.config.phase(name)
         lora = phase.lora or facts.config.lora
@@ -165,7 +166,7 @@ def _describe_training(facts: CardFacts) -> Iterator[str]:
         cells = [
             f"`{name}`",
             phase.chain,
-            _count(manifest.get("counts")),
+            f"{examples:,}" if (examples := sum_counts(manifest.get("counts"), "examples")) else "",
             str(steps or ""),
             f"{phase.learning_rate:g}",
             " ".join([str(lora.r), *kinds]),
@@ -176,7 +177,7 @@ def _describe_training(facts: CardFacts) -> Iterator[str]:
     active = " + ".join(f"`{link.name}`" for link in facts.chain)
     yield f"Adapters in the stage: {active}. Seed {facts.config.seed}."
     if facts.config.base.extra_tokens:
-        yield "Words were added to the vocabulary. Use the tokenizer that comes with the export."
+        yield "Words were added to the vocabulary. Use the tokenizer that comes with this adapter or model."
 
 
 def _list_phases(facts: CardFacts) -> dict[str, dict[str, Any]]:
@@ -187,14 +188,6 @@ def _list_phases(facts: CardFacts) -> dict[str, dict[str, Any]]:
         if phase.name == facts.stage:
             break
     return found
-
-
-def _count(counts: Any) -> str:
-    """The records of a phase, whatever kinds it counts."""
-    if isinstance(counts, Mapping):
-        numbers = [counts["records"]] if isinstance(counts.get("records"), int) else list(counts.values())
-        return f"{sum(n for n in numbers if isinstance(n, int)):,}" if numbers else ""
-    return ""
 
 
 def _describe_data(data: Mapping[str, Any]) -> Iterator[str]:
@@ -256,7 +249,8 @@ def _describe_use() -> Iterator[str]:
 def _describe_origin(facts: CardFacts) -> Iterator[str]:
     yield "## Versions and hashes"
     about = read_mapping(facts.run.about) or {}
-    lines = [f"- trained with: {_join(about.get('versions'))}", f"- exported with: {_join(get_versions())}"]
+    lines = [f"- trained with: {_join(about.get('versions'))}"]
+    lines += [f"- exported with: {_join(get_versions())}"] if facts.kind != "phase" else []
     if about.get("git_commit"):
         lines.append(f"- commit: `{about['git_commit']}`")
     origin = read_origin(Path(facts.chain[-1].folder))

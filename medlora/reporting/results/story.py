@@ -31,6 +31,7 @@ def describe_phases(
                 "chain": phase.chain,
                 "sources": [source.source for source in phase.sources],
                 "replayed": [f"{replay.share:.0%} of {replay.phase}" for replay in phase.replay],
+                "tokens": sum_counts(manifests.get(phase.name, {}).get("counts"), "tokens"),
                 "seconds": round(seconds["all"] - seconds.get("base", 0.0), 2) if "all" in seconds else None,
                 "tokens_per_s": max((float(row.get("tokens_per_s") or 0) for row in steps), default=None),
                 "peak_memory_mib": max((float(row.get("peak_memory_mib") or 0) for row in steps), default=None),
@@ -39,6 +40,16 @@ def describe_phases(
             }
         )
     return rows
+
+
+def sum_counts(counts: Any, name: str) -> int | None:
+    """A count over the sources of a phase: of each as much as the segment that has most of it; None where it is not known."""
+    most: dict[str, int] = {}
+    for sources in counts.values() if isinstance(counts, Mapping) else ():
+        for source, figures in sources.items():
+            if name in figures:  # earlier versions counted less
+                most[source] = max(most.get(source, 0), int(figures[name]))
+    return sum(most.values()) if most else None
 
 
 def describe_data(card: Mapping[str, Any]) -> list[DataRow]:
