@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from medlora.config.phase import PhaseConfig
 from medlora.config.placement import Placement
@@ -43,6 +44,7 @@ def train(rank: int, config: RunConfig, folder: Path, store: Path) -> None:
     os._exit(0)  # without what pytest would do at its end
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd's threads for a GPU do not survive a fork")
 def test_two_workers_have_the_curve_of_one(bases: dict[str, str], data: Path, tmp_path: Path) -> None:
     """The same global batch, however it is shared and cut."""
     run_all(make(bases["gemma"], data, 1, 12), tmp_path / "one", ("mcq",))
