@@ -1,0 +1,112 @@
+"""LoRA branches prepared once a stage: A and scaled B of all active adapters in the type that the base computes in.
+
+PEFT keeps adapters in float32 over a base in bfloat16. It would cast every input, scale and add every branch, and cast the
+output, at every layer of every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from medlora.answering.prefix_cache import identify_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Forward = Callable[..., torch.Tensor]
+
+
+@dataclass(eq=False)
+class PreparedStage:
+    """The forward passes of the LoRA layers of one stage; two stages are never equal."""
+
+    forwards: list[tuple[torch.nn.Module, Forward]]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While inside, the layers compute with what was prepared; nothing may be trained."""
+        own = [(module, vars(module).get("forward")) for module, _ in self.forwards]
+        for module, forward in self.forwards:
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module, before in own:
+                if before is None:
+                    del module.forward
+                else:
+                    module.forward = before
+
+
+class PreparedAdapters:
+    """The prepared stages of one model, each made when it is first asked for, all dropped when a weight changes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.stages: dict[object, PreparedStage] = {}
+        self._weights: object = None
+
+    def find(self) -> PreparedStage:
+        """The stage that is active now."""
+        switches, versions = identify_weights(self.model)
+        weights = versions, tuple(weight.data_ptr() for weight in self.model.parameters())
+        if weights != self._weights:
+            self.stages.clear()
+            self._weights = weights
+        if switches not in self.stages:
+            self.stages[switches] = PreparedStage(_prepare(self.model))
+        return self.stages[switches]
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.stages.clear()
+
+
+@torch.no_grad()
+def _prepare(model: PreTrainedModel) -> list[tuple[torch.nn.Module, Forward]]:
+    """A forward pass for every plain LoRA layer; layers of other kinds (DoRA, biases, Conv1D) keep their own."""
+    forwards: list[tuple[torch.nn.Module, Forward]] = []
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or not isinstance(module, torch.nn.Module) or module.merged:
+            continue
+        base = module.get_base_layer()
+        keys = [key for key in module.active_adapters if key in module.lora_A]
+        if not isinstance(base, torch.nn.Linear) or any(
+            key in module.lora_variant or module.lora_bias[key] for key in keys
+        ):
+            continue
+        if module.disable_adapters or not keys:
+            forwards.append((module, base.__call__))
+            continue
+        pairs = [(module.lora_A[key].weight, module.lora_B[key].weight, module.scaling[key]) for key in keys]
+        a = torch.cat([a for a, _, _ in pairs]).to(model.dtype)
+        b = torch.cat([b * scale for _, b, scale in pairs], dim=1).to(model.dtype)
+        forwards.append((module, partial(_add_branch, module, base, a, b)))
+    return forwards
+
+
+def _add_branch(
+    layer: torch.nn.Module,
+    base: torch.nn.Linear,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    x: torch.Tensor,
+    *arguments: object,
+    **options: object,
+) -> torch.Tensor:
+    """What the base gives plus x A' B'; where the types are others, what PEFT gives."""
+    if x.dtype != a.dtype or arguments or options:
+        plain: torch.Tensor = type(layer).forward(layer, x, *arguments, **options)
+        return plain
+    out: torch.Tensor = base(x)
+    if out.dtype != a.dtype:
+        return out + (x @ a.T @ b.T).to(out.dtype)
+    thin = torch.nn.functional.linear(x.flatten(0, -2), a)
+    return out.flatten(0, -2).addmm_(thin, b.T).view(out.shape)
