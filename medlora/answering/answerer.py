@@ -223,9 +223,7 @@ class McqAnswerer:
             scored = score_letters(self.model, [*contexts], letters, pad_id, prefix, self._batcher)
         return [_choose(record.letters, row, row) for record, row in zip(records, scored, strict=True)]
 
-    def _score_options(
-        self, records: Sequence[McqRecord], prompts: list[list[int]], card: Card | None
-    ) -> list[Answer]:
+    def _score_options(self, records: Sequence[McqRecord], prompts: list[list[int]], card: Card | None) -> list[Answer]:
         contexts = self._lead_on(prompts, [""] * len(prompts)) if self.style in _REASONING_STYLES else prompts
         before, space = _locate_letter(self.style)
         head = len(encode_texts(self.tokenizer, [before])[0]) if before else 0

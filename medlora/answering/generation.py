@@ -14,7 +14,7 @@ from medlora.answering.card.decoder import Decoder, round_down_to_power
 from medlora.answering.card.lane_writer import LaneWriter
 from medlora.answering.card.paths import Card, using_card
 from medlora.answering.prefix_cache import Prefix, compute_last_logits, make_batch, select_rows, split_by_prefix
-from medlora.answering.stops import Generated, Stops, Writing
+from medlora.answering.stops import NO_STOPS, Generated, Stops, Writing
 from medlora.answering.token_budget import MOST_ROWS, Batcher, find_token_budget
 from medlora.kernels.modes import in_eval_mode
 from medlora.tokens.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def generate(
     prompts: Sequence[list[int]],
     max_tokens: int,
     *,
-    stops: Stops = Stops(),
+    stops: Stops = NO_STOPS,
     prefix: Prefix | None = None,
     batcher: Batcher | None = None,
     sampling: Sampling | None = None,

@@ -32,6 +32,9 @@ class Stops:
     tokens_after: int = 0
 
 
+NO_STOPS = Stops()
+
+
 class Writing:
     """The rows of a batch as they are written, a token at a time; each ends at a stop token or at its stop words."""
 

@@ -45,6 +45,7 @@ def test_letters_are_those_of_padded_batches(bases: dict[str, str], family: str,
     model, tokenizer = load(bases[family])
     questions = [q for q in QUESTIONS if len(q.options) <= 5]
     card = Card(model)
+    assert card.keeps_contexts_apart()
     card.is_flat = True
     for stage in ([], ["a", "b"]):
         activate(model, stage)

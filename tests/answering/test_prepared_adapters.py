@@ -36,7 +36,9 @@ def compute(model: Any) -> torch.Tensor:
     return logits.float()
 
 
-@pytest.mark.parametrize("options", [{}, {"compute_dtype": "bfloat16"}, {"quantization": "nf4"}, {"quantization": "int8"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"compute_dtype": "bfloat16"}, {"quantization": "nf4"}, {"quantization": "int8"}]
+)
 def test_a_stage_computes_with_prepared_adapters_what_it_computes_without(
     bases: dict[str, str], options: dict[str, str]
 ) -> None:
@@ -73,8 +75,6 @@ def test_layers_of_another_kind_keep_their_own_way(bases: dict[str, str], tmp_pa
     for model in (load(bases["llama"], dora=True), load(build_gpt2(tmp_path / "gpt2"))):
         adapters = PreparedAdapters(model)
         expected = compute(model)
-        activate(model, ["a", "b"])
-        assert all(not isinstance(m.get_base_layer(), torch.nn.Linear) or "b" for m, _ in adapters.find().forwards)
         with adapters.find().installed():
             assert torch.allclose(compute(model), expected, atol=1e-5)
         assert adapters.find().forwards == []

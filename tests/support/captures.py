@@ -71,7 +71,9 @@ class Frozen:
 
         def replay() -> None:
             assert decoder.lanes is lanes, "a graph outlived its lanes"
-            assert all(list(m.active_adapters) == a and m.disable_adapters == d for m, a, d in adapters), "another stage"
+            assert all(list(m.active_adapters) == a and m.disable_adapters == d for m, a, d in adapters), (
+                "another stage"
+            )
             assert (decoder.rows, lanes.places.columns) == (rows, columns), "another shape"
             decoder.compute_step()
 

@@ -18,8 +18,8 @@ from medlora.answering.card.transfers import fetch_later
 from medlora.answering.likelihoods.letters import pick_letters
 from medlora.answering.prefix_cache import share_prefix
 from medlora.answering.token_budget import find_token_budget
-from medlora.kernels.attention import Span
 from medlora.kernels.memory import clear_memory
+from medlora.kernels.varlen import Span, make_plan, using
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,15 +64,15 @@ def lay_out(contexts: Sequence[Sequence[int]]) -> FlatContexts:
 def compute_flat_logits(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> torch.Tensor:
     """The logits after each context, [contexts, vocabulary]."""
     flat = lay_out(contexts)
-    logits: torch.Tensor = model(
-        input_ids=torch.tensor([flat.ids], device=model.device),
-        position_ids=torch.tensor([flat.positions], device=model.device),
-        # Four dimensions stop transformers from making a mask of tokens x tokens.
-        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
-        segments=flat.segments,
-        use_cache=False,
-        logits_to_keep=torch.tensor(flat.last, device=model.device),
-    ).logits
+    with using(make_plan(flat.segments).to(model.device)):
+        logits: torch.Tensor = model(
+            input_ids=torch.tensor([flat.ids], device=model.device),
+            position_ids=torch.tensor([flat.positions], device=model.device),
+            # Four dimensions stop transformers from making a mask of tokens x tokens.
+            attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(flat.last, device=model.device),
+        ).logits
     return logits[0]
 
 
