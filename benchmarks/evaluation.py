@@ -335,6 +335,10 @@ def render(about: dict[str, Any], rows: Sequence[Row], floors: Sequence[dict[str
             f"| {f['shots']} {f['note']} | {f['tokens']} | {f['products'] / 1e9:.0f} | {f['rate'] / 1e9:.1f} | "
             f"{f['floor_s']:.2f} | {f['measured_s']:.2f} | {f['measured_s'] / f['floor_s']:.2f} |"
         )
+    lines += [
+        "",
+        "All rows are of a CPU. What is measured on a GPU, and what is not: [evaluation-cuda.md](evaluation-cuda.md).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from medlora.answering.card.paths import Card, using_card
 from medlora.answering.generation import Sampling, generate, get_pad_id, make_batcher
 from medlora.answering.likelihoods.flat_letters import FlatScorer
 from medlora.answering.likelihoods.letters import score_letters
+from medlora.answering.likelihoods.option_lanes import score_over_lanes
 from medlora.answering.likelihoods.options import score_continuations
 from medlora.answering.prefix_cache import Prefix, can_reuse, compute_prefix, identify_weights, share_prefix
 from medlora.answering.stops import Generated, Stops
@@ -235,7 +236,10 @@ class McqAnswerer:
             for record in records
         ]
         pad_id, prefix = get_pad_id(self.tokenizer), self._reuse_prefix()
-        scored = score_continuations(self.model, contexts, options, pad_id, prefix, self._batcher)
+        if card and card.decoder:
+            scored = score_over_lanes(self.model, card.decoder, contexts, options, pad_id, prefix)
+        else:
+            scored = score_continuations(self.model, contexts, options, pad_id, prefix, self._batcher)
         answers = []
         for record, sums, ids in zip(records, scored, options, strict=True):
             lengths = {

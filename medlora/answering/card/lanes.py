@@ -145,14 +145,21 @@ def find_mask_kinds(model: PreTrainedModel) -> tuple[str, ...] | str:
 def make_masks(
     kinds: tuple[str, ...] | str, places: Places, pads: torch.Tensor, window: int | None, dtype: torch.dtype
 ) -> Masks:
-    """What the queries at `places.column` see of rows with `pads` [rows] columns of padding before them.
+    """What the queries at `places.column` see of rows with `pads` [rows] columns of padding before them."""
+    columns = torch.arange(places.columns, device=pads.device)
+    hidden = (columns > places.column) | (columns < pads[:, None])
+    return mask_out(kinds, hidden[:, None, None], places.column - columns, window, dtype)
+
+
+def mask_out(
+    kinds: tuple[str, ...] | str, hidden: torch.Tensor, distance: torch.Tensor, window: int | None, dtype: torch.dtype
+) -> Masks:
+    """Masks of these kinds that hide `hidden` [rows, 1, queries, columns], and in a window what is too distant.
 
     As numbers to add, made once a step: SDPA would turn a mask of booleans into them in every layer.
     """
-    columns = torch.arange(places.columns, device=pads.device)
-    hidden = (columns > places.column) | (columns < pads[:, None])
     masks = {}
     for kind in (kinds,) if isinstance(kinds, str) else kinds:
-        out = hidden | (columns <= places.column - window) if kind == _SLIDING and window is not None else hidden
-        masks[kind] = out.new_zeros(out.shape, dtype=dtype).masked_fill_(out, -torch.inf)[:, None, None]
+        out = hidden | (distance >= window) if kind == _SLIDING and window is not None else hidden
+        masks[kind] = out.new_zeros(out.shape, dtype=dtype).masked_fill_(out, -torch.inf)
     return masks[kinds] if isinstance(kinds, str) else masks
