@@ -186,8 +186,8 @@ class McqAnswerer:
     ) -> list[Generated]:
         prefix, max_tokens, longest = self._reuse_prefix(), self.settings.max_tokens, max(map(len, prompts))
         if "generate" not in self._batchers:
-            budget = self.settings.token_budget
-            self._batchers["generate"] = make_batcher(self.model, longest, longest + max_tokens, card, budget)
+            budget, skipped = self.settings.token_budget, len(prefix.ids) if prefix else 0
+            self._batchers["generate"] = make_batcher(self.model, longest, max_tokens, card, skipped, budget)
         return generate(
             self.model,
             self.tokenizer,

@@ -70,7 +70,7 @@ def generate(
             skipped = len(shared.ids) if shared else 0
             lengths = [len(prompts[i]) - skipped for i in places]
             if batcher is None:
-                batcher = make_batcher(model, max(lengths), skipped + max(lengths) + max_tokens, card)
+                batcher = make_batcher(model, skipped + max(lengths), max_tokens, card, skipped)
 
             def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
                 chosen = [places[i] for i in batch]
@@ -86,18 +86,21 @@ def generate(
 
 
 def make_batcher(
-    model: PreTrainedModel, longest: int, cached_tokens: int, card: Card | None, tokens: int | None = None
+    model: PreTrainedModel, longest: int, max_tokens: int, card: Card | None, skipped: int, tokens: int | None = None
 ) -> Batcher:
-    """A Batcher for generation, of `tokens` tokens or as many as fit.
+    """A Batcher for prompts of at most `longest` tokens, `skipped` of them in a prefix; of `tokens` or as many as fit.
 
     On CPU that is 64 rows, as a step costs one pass over the weights however many rows. Lanes hold a power of two of rows.
     """
     if torch.device(model.device).type != "cuda":
         return Batcher(tokens or 64 * longest)
     decoder: Decoder | None = card.decoder if card else None
-    cached, copies = (decoder.round_up_columns(cached_tokens), 1) if decoder else (cached_tokens, 2)
-    budget = tokens or min(find_token_budget(model, longest, cached, 1, copies), MOST_ROWS * longest)
-    return Batcher(budget, round_down_to_power(max(budget // longest, 1)) if decoder else None)
+    cached, copies = longest + max_tokens, 2
+    if decoder:
+        cached, copies = decoder.round_up_columns(cached), 1
+    computed = max(longest - skipped, 1)
+    budget = tokens or min(find_token_budget(model, computed, cached, 1, copies), MOST_ROWS * computed)
+    return Batcher(budget, round_down_to_power(max(budget // computed, 1)) if decoder else None)
 
 
 class _Writer:

@@ -80,6 +80,18 @@ def test_layers_of_another_kind_keep_their_own_way(bases: dict[str, str], tmp_pa
         assert adapters.find().forwards == []
 
 
+def test_what_gives_other_logits_is_not_taken_and_said_once(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(bases["llama"])
+    monkeypatch.setattr("medlora.answering.card.adapters._add_branch", lambda layer, base, a, b, x: 2 * base(x))
+    adapters = PreparedAdapters(model)
+    for stage in (["a"], ["a", "b"]):
+        activate(model, stage)
+        assert adapters.find().forwards == []
+    assert len(caplog.records) == 1 and "adapters are not prepared" in caplog.text
+
+
 def test_a_weight_that_is_written_to_drops_every_stage(bases: dict[str, str]) -> None:
     model = load(bases["gemma"])
     adapters = PreparedAdapters(model)

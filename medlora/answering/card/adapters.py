@@ -6,6 +6,7 @@ output, at every layer of every step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from medlora.answering.prefix_cache import identify_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 Forward = Callable[..., torch.Tensor]
 
@@ -52,6 +55,7 @@ class PreparedAdapters:
         self.model = model
         self.stages: dict[object, PreparedStage] = {}
         self._weights: object = None
+        self._warned = False
 
     def find(self) -> PreparedStage:
         """The stage that is active now."""
@@ -61,8 +65,29 @@ class PreparedAdapters:
             self.stages.clear()
             self._weights = weights
         if switches not in self.stages:
-            self.stages[switches] = PreparedStage(_prepare(self.model))
+            stage = PreparedStage(_prepare(self.model))
+            self.stages[switches] = stage if self._agrees(stage) else PreparedStage([])
         return self.stages[switches]
+
+    @torch.no_grad()
+    def _agrees(self, stage: PreparedStage) -> bool:
+        """Whether a few tokens have the same logits with what was prepared; if not, it is said once."""
+
+        def compute() -> torch.Tensor:
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+            return logits.float()
+
+        ids = torch.arange(3, 8, device=self.model.device)[None]
+        expected = compute()
+        with stage.installed():
+            found = compute()
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        if (found - expected).abs().max() <= tolerance * expected.abs().max():
+            return True
+        if not self._warned:
+            log.warning("adapters are not prepared: with them, %s gives other logits", type(self.model).__name__)
+            self._warned = True
+        return False
 
     def release(self) -> None:
         """Give the memory back."""

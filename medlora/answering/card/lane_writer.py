@@ -9,7 +9,7 @@ import torch
 
 from medlora import pulse
 from medlora.answering.card.decoder import LEAST_ROWS, Decoder
-from medlora.answering.card.transfers import fetch_later
+from medlora.answering.card.transfers import fetch_later, send
 from medlora.answering.prefix_cache import Prefix
 from medlora.answering.stops import Writing
 
@@ -80,5 +80,4 @@ class LaneWriter:
         if uniform:
             drawn = [[uniform[i].random() if i is not None else 0.0] for i in slots]
             numbers = torch.tensor(drawn, dtype=torch.float64)
-            numbers = numbers.pin_memory() if self.decoder.device.type == "cuda" else numbers
-            self.decoder.drawn[: len(slots)].copy_(numbers, non_blocking=True)
+            self.decoder.drawn[: len(slots)] = send(numbers, self.decoder.device)

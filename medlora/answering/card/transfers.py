@@ -1,4 +1,4 @@
-"""Numbers on their way from the device while it goes on working."""
+"""Numbers on their way to and from the device while it goes on working."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of the host on the device; the host does not wait for what the device is doing."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch_later(tensor: torch.Tensor) -> Callable[[], list[Any]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from medlora import pulse
-from medlora.answering.card.transfers import fetch_later
+from medlora.answering.card.transfers import fetch_later, send
 from medlora.answering.likelihoods.letters import pick_letters
 from medlora.answering.prefix_cache import share_prefix
 from medlora.answering.token_budget import find_token_budget
@@ -64,14 +64,16 @@ def lay_out(contexts: Sequence[Sequence[int]]) -> FlatContexts:
 def compute_flat_logits(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> torch.Tensor:
     """The logits after each context, [contexts, vocabulary]."""
     flat = lay_out(contexts)
-    with using(make_plan(flat.segments).to(model.device)):
+    device, plan = model.device, make_plan(flat.segments)
+    tensors = {name: send(value, device) for name, value in vars(plan).items() if torch.is_tensor(value)}
+    with using(replace(plan, **tensors)):
         logits: torch.Tensor = model(
-            input_ids=torch.tensor([flat.ids], device=model.device),
-            position_ids=torch.tensor([flat.positions], device=model.device),
+            input_ids=send(torch.tensor([flat.ids]), device),
+            position_ids=send(torch.tensor([flat.positions]), device),
             # Four dimensions stop transformers from making a mask of tokens x tokens.
-            attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
+            attention_mask=torch.zeros(1, 1, 1, 1, device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(flat.last, device=model.device),
+            logits_to_keep=send(torch.tensor(flat.last), device),
         ).logits
     return logits[0]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from medlora.answering.card.transfers import send
 from medlora.answering.prefix_cache import Prefix, compute_last_logits, make_batch, split_by_prefix
 from medlora.answering.token_budget import Batcher, find_token_budget
 
@@ -51,5 +52,5 @@ def pick_letters(logits: torch.Tensor, letters: Sequence[Sequence[int]]) -> torc
     What is behind a row's own letters means nothing.
     """
     most = max(map(len, letters))
-    ids = torch.tensor([[*row, *[row[0]] * (most - len(row))] for row in letters], device=logits.device)
+    ids = send(torch.tensor([[*row, *[row[0]] * (most - len(row))] for row in letters]), logits.device)
     return logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
