@@ -43,6 +43,7 @@ class Writing:
         self.ends = {*stop_token_ids(tokenizer, model)}
         # A token holds at least one byte of a word; a few more leave room for what is around it.
         self.window = max((len(word.encode()) for word in stops.words), default=0) + 4
+        self.completing: dict[int, bool] = {}
         self.written: list[list[int]] = [[] for _ in range(rows)]
         self.ended = [False] * rows
 
@@ -64,11 +65,27 @@ class Writing:
         ]
 
     def _find_stops(self, rows: list[list[int]]) -> list[bool]:
-        if not self.stops.words:
-            return [False] * len(rows)
         tails = [row[: len(row) - self.stops.tokens_after][-self.window :] for row in rows]
-        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
-        return [any(word in text for word in self.stops.words) for text in texts]
+        asked = [
+            i
+            for i, (row, tail) in enumerate(zip(rows, tails, strict=True))
+            # A row of fewer than `tokens_after` tokens shows two more of them with each that is written.
+            if tail and (len(row) < self.stops.tokens_after or self._may_complete(tail[-1]))
+        ]
+        stopped = [False] * len(rows)
+        texts = self.tokenizer.batch_decode([tails[i] for i in asked], skip_special_tokens=True) if asked else []
+        for i, text in zip(asked, texts, strict=True):
+            stopped[i] = any(word in text for word in self.stops.words)
+        return stopped
+
+    def _may_complete(self, token: int) -> bool:
+        """Whether a stop word can end with this token; decoding every row after every token would keep a GPU waiting."""
+        if token not in self.completing:
+            text = str(self.tokenizer.decode([token], skip_special_tokens=True))
+            # Nothing at all: a space that a decoder strips. U+FFFD: a part of a character.
+            unclear = not text or "\ufffd" in text
+            self.completing[token] = any(unclear or word[-1] in text for word in self.stops.words)
+        return self.completing[token]
 
     def _cut(self, text: str) -> str:
         if not self.stops.tokens_after:
