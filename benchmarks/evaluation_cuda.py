@@ -28,7 +28,7 @@ from transformers import Gemma3ForCausalLM
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.card.paths import Card
-from medlora.answering.generation import generate, get_pad_id
+from medlora.answering.generation import Kept, generate, get_pad_id
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.model.base import dequantize_base, load_base
 from medlora.model.chain import activate, add_adapter
@@ -185,7 +185,9 @@ class Answering:
         """Milliseconds a step from the difference of two lengths, the second time, when graphs are there."""
         prompts, times = self.prompts(rows), {}
         for n in (2, tokens, 2, tokens):
-            times[n], made = clock(lambda n=n: generate(self.model, self.bench.tokenizer, prompts, n, card=self.card))
+            times[n], made = clock(
+                lambda n=n: generate(self.model, self.bench.tokenizer, prompts, n, kept=Kept(card=self.card))
+            )
         step_s = (times[tokens] - times[2]) / (tokens - 2)
         config = self.model.config.get_text_config()
         of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2

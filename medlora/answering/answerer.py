@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from medlora.answering.card.paths import Card, using_card
-from medlora.answering.generation import Sampling, generate, get_pad_id, make_batcher
+from medlora.answering.generation import Kept, Sampling, generate, get_pad_id, make_batcher
 from medlora.answering.likelihoods.flat_letters import FlatScorer
 from medlora.answering.likelihoods.letters import score_letters
 from medlora.answering.likelihoods.option_lanes import score_over_lanes
@@ -194,10 +194,8 @@ class McqAnswerer:
             prompts,
             max_tokens,
             stops=stops,
-            prefix=prefix,
-            batcher=self._batchers["generate"],
             sampling=Sampling(self.settings.temperature, seeds) if seeds else None,
-            card=card,
+            kept=Kept(prefix, self._batchers["generate"], card),
         )
 
     def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], card: Card | None) -> list[Answer]:

@@ -31,6 +31,21 @@ class Sampling:
     seeds: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a caller keeps from call to call: prompts that begin with `prefix` take it from there.
+
+    Without `card`, a GPU's memory is given back at the end of a call.
+    """
+
+    prefix: Prefix | None = None
+    batcher: Batcher | None = None
+    card: Card | None = None
+
+
+NOTHING = Kept()
+
+
 def get_pad_id(tokenizer: Tokenizer) -> int:
     """The padding token, or EOS for tokenizers without one."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -44,16 +59,13 @@ def generate(
     max_tokens: int,
     *,
     stops: Stops = NO_STOPS,
-    prefix: Prefix | None = None,
-    batcher: Batcher | None = None,
     sampling: Sampling | None = None,
-    card: Card | None = None,
+    kept: Kept = NOTHING,
 ) -> list[Generated]:
     """A continuation of each prompt: greedy, or sampled.
 
-    Prompts that begin with `prefix` take it from there. Tokens that the tokenizer does not know (padding of the
-    vocabulary, words that only a later stage added) are never chosen. `card` is what a caller keeps on a GPU for the next
-    call; without it a GPU's memory is given back at the end.
+    Tokens that the tokenizer does not know (padding of the vocabulary, words that only a later stage added) are never
+    chosen.
     """
     done: list[Generated | None] = [None] * len(prompts)
     if not prompts:
@@ -62,11 +74,12 @@ def generate(
     known = torch.zeros(embeddings.weight.shape[0], dtype=torch.bool)
     known[list(tokenizer.get_vocab().values())] = True
     unknown, temperature = ~known.to(model.device), sampling.temperature if sampling else 0.0
-    with in_eval_mode(model), using_card(model, card) as card:
+    batcher = kept.batcher
+    with in_eval_mode(model), using_card(model, kept.card) as card:
         writer: _Writer | LaneWriter = _Writer(model, unknown, temperature)
         if card and card.decoder:
             writer = LaneWriter(card.decoder, unknown, temperature)
-        for shared, places in split_by_prefix(prompts, prefix):
+        for shared, places in split_by_prefix(prompts, kept.prefix):
             skipped = len(shared.ids) if shared else 0
             lengths = [len(prompts[i]) - skipped for i in places]
             if batcher is None:

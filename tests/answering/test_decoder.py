@@ -13,7 +13,7 @@ from medlora.answering.card import decoder as decoder_module
 from medlora.answering.card import lane_writer
 from medlora.answering.card.decoder import round_down_to_power, round_up_to_power
 from medlora.answering.card.paths import Card
-from medlora.answering.generation import Generated, Sampling, Stops, generate, get_pad_id
+from medlora.answering.generation import Generated, Kept, Sampling, Stops, generate, get_pad_id
 from medlora.answering.prefix_cache import compute_prefix
 from medlora.answering.token_budget import Batcher
 from medlora.config.model import BaseModelConfig, LoraSettings
@@ -67,14 +67,14 @@ def test_lanes_write_what_a_growing_cache_writes(bases: dict[str, str], family: 
         activate(model, stage)
         for shared in (0, 5, 24):
             prompts = make_prompts(tokenizer, shared)
-            options: dict[str, Any] = {"prefix": compute_prefix(model, prompts[0][:shared]) if shared else None}
+            prefix = compute_prefix(model, prompts[0][:shared]) if shared else None
             for stops, sampling in (
                 (Stops(), None),
                 (Stops(("A", "t", "은"), tokens_after=3), Sampling(0.9, range(len(prompts)))),
             ):
-                options |= {"stops": stops, "sampling": sampling}
-                expected = generate(model, tokenizer, prompts, WRITTEN, **options)
-                assert generate(model, tokenizer, prompts, WRITTEN, card=card, **options) == expected
+                options: dict[str, Any] = {"stops": stops, "sampling": sampling}
+                expected = generate(model, tokenizer, prompts, WRITTEN, kept=Kept(prefix), **options)
+                assert generate(model, tokenizer, prompts, WRITTEN, kept=Kept(prefix, card=card), **options) == expected
     assert card.decoder.capture and card.decoder.captured > 10 and card.decoder.replayed > card.decoder.ordinary
 
 
@@ -140,8 +140,8 @@ def wrap_head(model: Any, ask: Any) -> None:
     head.forward = asking
 
 
-def write(model: Any, tokenizer: Any, card: Card | None, **options: Any) -> list[Generated]:
-    return generate(model, tokenizer, make_prompts(tokenizer, 0), WRITTEN, card=card, **options)
+def write(model: Any, tokenizer: Any, card: Card | None, batcher: Batcher | None = None) -> list[Generated]:
+    return generate(model, tokenizer, make_prompts(tokenizer, 0), WRITTEN, kept=Kept(None, batcher, card))
 
 
 def test_a_step_that_asks_the_device_goes_on_without_graphs_and_says_so_once(

@@ -10,7 +10,7 @@ import pytest
 
 from medlora.answering.card import decoder as decoder_module
 from medlora.answering.card.paths import Card
-from medlora.answering.generation import generate
+from medlora.answering.generation import Kept, generate
 from medlora.config.model import BaseModelConfig
 from medlora.model.base import load_base
 from medlora.model.tokenizer import load_tokenizer
@@ -34,6 +34,6 @@ def test_a_family_writes_the_same_over_lanes(
     dice = random.Random(0)
     prompts = [[dice.randrange(8, len(tokenizer)) for _ in range(n)] for n in (3, 9, 24, 40)]
     card = Card(model, Frozen())
-    assert generate(model, tokenizer, prompts, 20, card=card) == generate(model, tokenizer, prompts, 20)
+    assert generate(model, tokenizer, prompts, 20, kept=Kept(card=card)) == generate(model, tokenizer, prompts, 20)
     if card.decoder is None:
         assert "generates without static lanes" in caplog.text

@@ -19,7 +19,7 @@ import yaml
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.answering.card.paths import Card
-from medlora.answering.generation import Sampling, Stops, generate, get_pad_id
+from medlora.answering.generation import Kept, Sampling, Stops, generate, get_pad_id
 from medlora.answering.stage_model import StageModel
 from medlora.config.evaluation import EvaluationConfig
 from medlora.config.model import BaseModelConfig, LoraSettings
@@ -76,7 +76,7 @@ def test_graphs_write_the_tokens_of_ordinary_steps_in_float32(bases: dict[str, s
             options: Any = {"stops": stops, "sampling": sampling}
             with plainly():
                 expected = generate(model, tokenizer, prompts, WRITTEN, **options)
-            assert generate(model, tokenizer, prompts, WRITTEN, card=card, **options) == expected
+            assert generate(model, tokenizer, prompts, WRITTEN, kept=Kept(card=card), **options) == expected
     assert card.decoder and card.decoder.capture
     assert card.decoder.captured > 3 and card.decoder.replayed > card.decoder.ordinary
 
@@ -108,7 +108,7 @@ def test_int8_generates_without_graphs_and_says_so_once(
     model, tokenizer = load(bases["gemma"], quantization="int8")
     card, prompts = Card(model), make_prompts(tokenizer, 0)
     for _ in range(2):
-        assert len(generate(model, tokenizer, prompts, 20, card=card)) == len(prompts)
+        assert len(generate(model, tokenizer, prompts, 20, kept=Kept(card=card))) == len(prompts)
     assert len([r for r in caplog.records if "without" in r.message]) == 1
     assert card.decoder is None or card.decoder.captured == 0
 

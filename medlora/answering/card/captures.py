@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from medlora.answering.card.decoder import Decoder
-
 Replay = Callable[[], None]
+
+
+class HasStep(Protocol):
+    """What is recorded: a decoder."""
+
+    def compute_step(self) -> None:
+        """Work that reads and writes device memory alone."""
 
 
 class Capture(Protocol):
@@ -20,7 +24,7 @@ class Capture(Protocol):
     def watching(self) -> AbstractContextManager[None]:
         """Where a step runs before it is recorded; raises RuntimeError when it makes the host wait for the device."""
 
-    def record(self, decoder: Decoder) -> Replay:
+    def record(self, decoder: HasStep) -> Replay:
         """The step of the decoder's present shape; running it again does the same work on the same memory."""
 
 
@@ -47,7 +51,7 @@ class CudaCapture:
             torch.cuda.set_sync_debug_mode(before)
             torch.cuda.current_stream().wait_stream(self.stream)
 
-    def record(self, decoder: Decoder) -> Replay:
+    def record(self, decoder: HasStep) -> Replay:
         """Nothing is computed here: the graph is."""
         graph = torch.cuda.CUDAGraph()
         # "thread_local": what other threads of the process (Ray, pinning) ask of CUDA meanwhile does no harm.
