@@ -39,8 +39,9 @@ class Chat:
         whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
         links = {link.name: Path(link.folder) for chain in stages.values() for link in chain}
         model: Any = load_base(base, max([*self.tokenizers.values(), *whole], key=len), device)
-        self.model: Any = load_chain(model, list(links.items())) if links else model
-        self.card = Card(self.model) if device == "cuda" else None
+        model = load_chain(model, list(links.items())) if links else model
+        self.model = model
+        self.card = Card(model) if device == "cuda" else None
         self.stage = next(iter(stages))
         self.switch(self.stage)
 

@@ -138,7 +138,7 @@ def _dequantize(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Linear:
     """A plain layer with the weights that a quantized one multiplies with."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).to(dtype)
+    weight = dequantize_bnb_weight(cast(torch.nn.Parameter, layer.weight), getattr(layer, "state", None)).to(dtype)
     plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     plain.weight = torch.nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:

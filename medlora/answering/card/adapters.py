@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -110,9 +110,12 @@ def _prepare(model: PreTrainedModel) -> list[tuple[torch.nn.Module, Forward]]:
         if module.disable_adapters or not keys:
             forwards.append((module, base.__call__))
             continue
-        pairs = [(module.lora_A[key].weight, module.lora_B[key].weight, module.scaling[key]) for key in keys]
-        a = torch.cat([a for a, _, _ in pairs]).to(model.dtype)
-        b = torch.cat([b * scale for _, b, scale in pairs], dim=1).to(model.dtype)
+        layer: Any = module  # PEFT's containers have no types
+        pairs: list[tuple[torch.Tensor, torch.Tensor, float]] = [
+            (layer.lora_A[key].weight, layer.lora_B[key].weight, layer.scaling[key]) for key in keys
+        ]
+        a = torch.cat([each for each, _, _ in pairs]).to(model.dtype)
+        b = torch.cat([each * scale for _, each, scale in pairs], dim=1).to(model.dtype)
         forwards.append((module, partial(_add_branch, module, base, a, b)))
     return forwards
 

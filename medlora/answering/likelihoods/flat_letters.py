@@ -65,8 +65,8 @@ def compute_flat_logits(model: PreTrainedModel, contexts: Sequence[Sequence[int]
     """The logits after each context, [contexts, vocabulary]."""
     flat = lay_out(contexts)
     device, plan = model.device, make_plan(flat.segments)
-    tensors = {name: send(value, device) for name, value in vars(plan).items() if torch.is_tensor(value)}
-    with using(replace(plan, **tensors)):
+    places = None if plan.places is None else send(plan.places, device)
+    with using(replace(plan, places=places, cu_q=send(plan.cu_q, device), cu_k=send(plan.cu_k, device))):
         logits: torch.Tensor = model(
             input_ids=send(torch.tensor([flat.ids]), device),
             position_ids=send(torch.tensor([flat.positions]), device),

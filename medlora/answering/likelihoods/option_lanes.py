@@ -84,14 +84,15 @@ def _score_tails(
 ) -> list[list[float]]:
     """The summed log-likelihood of all but the first token of each continuation, behind the contexts in the lanes."""
     assert decoder.lanes is not None
-    ids, targets, owners, offsets = [], [], [], []
+    columns: tuple[list[list[int]], ...] = ([], [], [], [])
     for row in continuations:
         parts = [(tail[:-1], tail[1:], [k] * (len(tail) - 1), range(len(tail) - 1)) for k, tail in enumerate(row)]
         flat = [[value for part in column for value in part] for column in zip(*parts, strict=True)]
         padding = most - len(flat[0])
         # Padding is nobody's: it sees itself alone, and no one sees it.
-        for into, values, filler in zip((ids, targets, owners, offsets), flat, (pad_id, pad_id, -1, 0), strict=True):
+        for into, values, filler in zip(columns, flat, (pad_id, pad_id, -1, 0), strict=True):
             into.append(values + [filler] * padding)
+    ids, targets, owners, offsets = columns
     device, rows, places = decoder.device, len(continuations), decoder.lanes.places
     owner, offset = torch.tensor(owners, device=device), torch.tensor(offsets, device=device)
     position = decoder.position[:rows] + offset  # that of the first token behind the context, and on
@@ -105,11 +106,11 @@ def _score_tails(
         use_cache=True,
     ).logits
     aims = torch.tensor(targets, device=device)[..., None]
-    parts = max(_HEAD_BYTES // (logits.shape[-1] * 4 * most), 1)
+    at_once = max(_HEAD_BYTES // (logits.shape[-1] * 4 * most), 1)
     scores = torch.cat(
         [
             (part.float().gather(-1, aim) - part.float().logsumexp(-1, keepdim=True)).squeeze(-1)
-            for part, aim in zip(logits.split(parts), aims.split(parts), strict=True)
+            for part, aim in zip(logits.split(at_once), aims.split(at_once), strict=True)
         ]
     )
     count = max(map(len, continuations))
