@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -132,7 +133,8 @@ class Bench:
         self.model, self.tokenizer, self.cuda = model, tokenizer, model.device.type == "cuda"
         self.few, self.many = (self._read(folder, name, rows) for name, rows in (("few", few), ("many", many)))
         self.shots = self._read(folder, "shots", shots)
-        self.tasks = write_tasks(folder, few, shots, WRITTEN)
+        has_harness = importlib.util.find_spec("lm_eval") is not None  # a GPU's host may lack it
+        self.tasks = write_tasks(folder, few, shots, WRITTEN) if has_harness else None
         self.rows: list[Row] = []
 
     def _read(self, folder: Path, name: str, lines: Sequence[str]) -> list[McqRecord]:
