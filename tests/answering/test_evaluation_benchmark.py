@@ -24,7 +24,7 @@ def test_every_row_of_the_gpu_s_benchmark_is_measured(real_data: Path, tmp_path:
     rows = json.loads((tmp_path / "evaluation-cuda.json").read_text(encoding="utf-8"))
     assert not [row for row in rows if "error" in row]
     assert {row["what"] for row in rows} >= {"device", "letters", "generate", "reason", "generate, transformers"}
-    expected = 2 * (2 + 3 * (2 + 2) + 2 * 2 + 1 + (3 if importlib.util.find_spec("lm_eval") else 1)) + 1
+    expected = 2 * (2 + 3 * (2 + 2) + 2 + 1 + (3 if importlib.util.find_spec("lm_eval") else 1)) + 1
     assert len(rows) == expected
     letters = [row for row in rows if row["what"] == "letters"]
     assert all(row["same"].startswith("4 of 4 choices") for row in letters)
