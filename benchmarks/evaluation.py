@@ -1,16 +1,17 @@
 """Questions per second of medlora, of lm-evaluation-harness, and of one-at-a-time generation, on the same questions.
 
     python benchmarks/evaluation.py --data ../shared/data/kormedmcqa            # CPU, one thread, under 8 minutes
-    python benchmarks/evaluation.py --data ../shared/data/kormedmcqa --cuda     # Gemma-3-4B shape, bf16, int8 and nf4
+    python benchmarks/evaluation.py --data ../shared/data/kormedmcqa --cuda --seconds 200 --quantization none nf4 int8
 
 One random model, one tokenizer, one prompt (the harness's `kormedmcqa`), one process; `pip install -e '.[eval-parity]'`.
-Writes evaluation.json and evaluation.md (evaluation-cuda.* with --cuda) beside this file.
+Writes evaluation.json and evaluation.md beside this file; --cuda is evaluation_cuda.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -34,10 +35,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
-from medlora.config.model import BaseModelConfig
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import read
-from medlora.model.base import load_base
 from medlora.prompts import render_mcq
 from medlora.records import McqRecord
 from medlora.tokens.encode import encode_prompts
@@ -52,14 +51,6 @@ CPU_SHAPE = {
     "num_key_value_heads": 1,
     "intermediate_size": 2048,
     "sliding_window": 512,
-}
-CUDA_SHAPE = {
-    "hidden_size": 2560,
-    "num_hidden_layers": 34,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 10_240,
-    "sliding_window": 1024,
 }
 
 
@@ -106,10 +97,9 @@ def build_tokenizer(lines: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(shape: dict[str, int], tokenizer: Any, device: str, quantization: str) -> Any:
-    """A random Gemma 3 of that shape, tied; on CUDA through a folder, as a base is loaded."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
+def configure(shape: dict[str, int]) -> Gemma3TextConfig:
+    """The config of a Gemma 3 of that shape."""
+    return Gemma3TextConfig(
         vocab_size=VOCABULARY,
         head_dim=256,
         query_pre_attn_scalar=256,
@@ -119,16 +109,12 @@ def build_model(shape: dict[str, int], tokenizer: Any, device: str, quantization
         bos_token_id=2,
         **shape,
     )
-    if device == "cpu":
-        return Gemma3ForCausalLM(config).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.device(device):
-            made = Gemma3ForCausalLM(config).to(torch.bfloat16)
-        made.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        del made
-        torch.cuda.empty_cache()
-        return load_base(BaseModelConfig(model=folder, quantization=quantization), tokenizer, device)
+
+
+def build_model(shape: dict[str, int]) -> Any:
+    """A random Gemma 3 of that shape, tied."""
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(configure(shape)).eval().requires_grad_(False)
 
 
 def choose_evenly(lines: Sequence[str], n: int) -> list[str]:
@@ -147,7 +133,8 @@ class Bench:
         self.model, self.tokenizer, self.cuda = model, tokenizer, model.device.type == "cuda"
         self.few, self.many = (self._read(folder, name, rows) for name, rows in (("few", few), ("many", many)))
         self.shots = self._read(folder, "shots", shots)
-        self.tasks = write_tasks(folder, few, shots, WRITTEN)
+        has_harness = importlib.util.find_spec("lm_eval") is not None  # a GPU's host may lack it
+        self.tasks = write_tasks(folder, few, shots, WRITTEN) if has_harness else None
         self.rows: list[Row] = []
 
     def _read(self, folder: Path, name: str, lines: Sequence[str]) -> list[McqRecord]:
@@ -290,14 +277,22 @@ class Bench:
         return tokens * sum(i * o for i, o in shapes) / sorted(seconds)[repeats // 2]
 
 
-def describe_hardware(cuda: bool) -> str:
+def learn_tokenizer(train: Sequence[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of the rows of train.jsonl."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "train.jsonl").write_text("\n".join(train), encoding="utf-8")
+        learned = [r for r in read(SourceConfig(source=f"{folder}/train.jsonl")) if isinstance(r, McqRecord)]
+    examples = [render_mcq(record, "kormedmcqa") for record in learned]
+    return build_tokenizer([example.prompt + example.completion for example in examples])
+
+
+def describe_hardware() -> str:
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    cpu = (
+    return (
         f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used"
     )
-    return f"{torch.cuda.get_device_name()}; {cpu}" if cuda else cpu
 
 
 def render(about: dict[str, Any], rows: Sequence[Row], floors: Sequence[dict[str, Any]]) -> str:
@@ -342,6 +337,10 @@ def render(about: dict[str, Any], rows: Sequence[Row], floors: Sequence[dict[str
             f"| {f['shots']} {f['note']} | {f['tokens']} | {f['products'] / 1e9:.0f} | {f['rate'] / 1e9:.1f} | "
             f"{f['floor_s']:.2f} | {f['measured_s']:.2f} | {f['measured_s'] / f['floor_s']:.2f} |"
         )
+    lines += [
+        "",
+        "All rows are of a CPU. What is measured on a GPU, and what is not: [evaluation-cuda.md](evaluation-cuda.md).",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -355,7 +354,11 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[0, SHOTS])
     parser.add_argument("--batch-sizes", nargs="+", default=["1", "8", "auto"], help="of lm-eval")
     parser.add_argument("--memory-gib", type=float, default=10.0, help="most memory on CPU; what needs more is noted")
-    parser.add_argument("--cuda", action="store_true", help="Gemma-3-4B shape in bf16, int8 and nf4 on a GPU")
+    parser.add_argument("--cuda", action="store_true", help="Gemma-3-4B shape on a GPU, see evaluation_cuda.py")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of --cuda: the budget of all measurements")
+    parser.add_argument(
+        "--quantization", nargs="+", choices=("none", "int8", "nf4"), default=["none"], help="of --cuda: bases"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
 
@@ -369,47 +372,38 @@ def main() -> None:
     )
     many = choose_evenly(test, arguments.limit)
     few, shots = choose_evenly(many, arguments.peer_limit), dev[:SHOTS]
+    if arguments.cuda:
+        from evaluation_cuda import run
+
+        run(arguments.seconds, arguments.quantization, learn_tokenizer(train), test, shots, arguments.out)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "train.jsonl").write_text("\n".join(train), encoding="utf-8")
-        learned = [r for r in read(SourceConfig(source=f"{folder}/train.jsonl")) if isinstance(r, McqRecord)]
-        examples = [render_mcq(record, "kormedmcqa") for record in learned]
-        tokenizer = build_tokenizer([example.prompt + example.completion for example in examples])
-        rows: list[Row] = []
+        tokenizer = learn_tokenizer(train)
         floors: list[dict[str, Any]] = []
-        device, shape = ("cuda", CUDA_SHAPE) if arguments.cuda else ("cpu", CPU_SHAPE)
         started = time.perf_counter()
-        for quantization in ("none", "int8", "nf4") if arguments.cuda else ("none",):
-            model = build_model(shape, tokenizer, device, quantization)
-            place = Path(folder) / quantization
-            place.mkdir()
-            bench = Bench(model, tokenizer, place, few, many, shots)
-            note = {"none": "bf16"}.get(quantization, quantization) if arguments.cuda else ""
-            for k in arguments.shots:
-                rate = bench.measure_matrix_rate()
-                first = len(bench.rows)
-                bench.run(k, [int(size) if size.isdigit() else size for size in arguments.batch_sizes])
-                rate = (rate + bench.measure_matrix_rate()) / 2
-                products, tokens = bench.count_products(k)
-                floor = {"shots": k, "note": note, "tokens": tokens, "products": products, "rate": rate}
-                floors.append(floor | {"floor_s": products / rate, "measured_s": bench.rows[first].timed_s})
-            for row in bench.rows:
-                row.note = f"{row.note} {note}".strip()
-            rows += bench.rows
-            del bench, model
+        bench = Bench(build_model(CPU_SHAPE), tokenizer, Path(folder), few, many, shots)
+        for k in arguments.shots:
+            rate = bench.measure_matrix_rate()
+            first = len(bench.rows)
+            bench.run(k, [int(size) if size.isdigit() else size for size in arguments.batch_sizes])
+            rate = (rate + bench.measure_matrix_rate()) / 2
+            products, tokens = bench.count_products(k)
+            floor = {"shots": k, "note": "", "tokens": tokens, "products": products, "rate": rate}
+            floors.append(floor | {"floor_s": products / rate, "measured_s": bench.rows[first].timed_s})
+        rows = bench.rows
         took = time.perf_counter() - started
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "lm_eval")]
     about = {
         "Date": date.today().isoformat(),
         "Command": " ".join(["python", *sys.argv]),
-        "Hardware": f"{describe_hardware(arguments.cuda)}; load average {os.getloadavg()[0]:.1f} at the end, {took:.0f} s in all",
+        "Hardware": f"{describe_hardware()}; load average {os.getloadavg()[0]:.1f} at the end, {took:.0f} s in all",
         "Versions": f"Python {platform.python_version()}, {', '.join(versions)}",
-        "Model": f"random, {'Gemma-3-4B' if arguments.cuda else 'Gemma-3-270M'} shape: {VOCABULARY} tokens, {shape}"
-        + ("" if arguments.cuda else ", float32"),
+        "Model": f"random, Gemma-3-270M shape: {VOCABULARY} tokens, {CPU_SHAPE}, float32",
         "Questions": f"KorMedMCQA test, {len(many)} (peers and generation: {len(few)} of them), lengths spread as in the whole file; "
         f"shots: the first {SHOTS} of dev",
-        "Memory": "the GPU's" if arguments.cuda else f"at most {arguments.memory_gib:g} GiB for the process",
+        "Memory": f"at most {arguments.memory_gib:g} GiB for the process",
     }
-    name = "evaluation-cuda" if arguments.cuda else "evaluation"
+    name = "evaluation"
     report = render(about, rows, floors)
     (arguments.out / f"{name}.md").write_text(report, encoding="utf-8")
     made = {"about": about, "rows": [asdict(row) for row in rows], "floors": floors}

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, TypedDict
 
-NoteKind = Literal["run", "training", "data", "actor"]
-"""What a note is about: the run, the progress of one training, what is in the data, an actor that is ready."""
+NoteKind = Literal["run", "training", "data", "actor", "weights"]
+"""What a note is about: the run, the progress of one training, what is in the data, an actor that is ready, or the weights
+that it computes with where they are not those of the config."""
 
 
 class Note(TypedDict):
@@ -142,10 +143,11 @@ class Loading(TypedDict):
 
 
 class Ready(TypedDict):
-    """An actor has its model."""
+    """An actor has its model; `weights` says what it computes with where that is not what the config names."""
 
     event: Literal["ready"]
     host: str
+    weights: str
 
 
 class Refused(TypedDict):
@@ -348,9 +350,9 @@ def loading() -> Loading:
     return {"event": "loading"}
 
 
-def ready(host: str) -> Ready:
+def ready(host: str, weights: str = "") -> Ready:
     """An actor has loaded its model."""
-    return {"event": "ready", "host": host}
+    return {"event": "ready", "host": host, "weights": weights}
 
 
 def refused(text: str) -> Refused:

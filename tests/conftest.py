@@ -28,7 +28,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores
 
 ON_THE_SECOND_CLUSTER = {
     "test_sweep.py",
-    "test_nodes.py",
     "test_safety.py",
     "test_early_scoring.py",
     "test_failures.py",

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medlora.answering.generation import (
-    Generated,
-    Sampling,
-    Stops,
-    find_generation_budget,
-    generate,
-    get_pad_id,
-    split_by_prefix,
-)
-from medlora.answering.option_likelihoods import score_continuations
-from medlora.answering.prefix_cache import (
-    Prefix,
-    can_reuse,
-    compute_last_logits,
-    compute_prefix,
-    identify_weights,
-    make_batch,
-    share_prefix,
-)
-from medlora.answering.token_budget import Batcher, find_token_budget
+from medlora.answering.card.paths import Card, using_card
+from medlora.answering.generation import Kept, Sampling, generate, get_pad_id, make_batcher
+from medlora.answering.likelihoods.flat_letters import FlatScorer
+from medlora.answering.likelihoods.letters import score_letters
+from medlora.answering.likelihoods.option_lanes import score_over_lanes
+from medlora.answering.likelihoods.options import score_continuations
+from medlora.answering.prefix_cache import Prefix, can_reuse, compute_prefix, identify_weights, share_prefix
+from medlora.answering.stops import Generated, Stops
+from medlora.answering.token_budget import Batcher
 from medlora.config.base import McqStyle, Scoring
 from medlora.config.evaluation import Normalisation
 from medlora.errors import InputError
@@ -57,6 +46,9 @@ _UNLIKE = (McqRecord("-", "가", ("가", "나"), "A"), McqRecord("-", "1", ("x",
 
 _SHORTEST_PREFIX = 16
 """Tokens from which on a KV cache is cheaper than computing them again."""
+
+_STREAMED = 64
+"""Questions that are rendered and tokenised together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +107,21 @@ class McqAnswerer:
     """Answers questions with the stage that is active in its model; batches do not change an answer.
 
     What all prompts begin with is computed once and cached until another stage is active or a weight changes. `answer`
-    raises InputError when the tokenizer cannot answer with the letters.
+    raises InputError when the tokenizer cannot answer with the letters. `card` is what the answerers of one model keep on
+    a GPU between calls; without it, each call on a GPU gives its memory back.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, settings: AnswerSettings = AnswerSettings()
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        settings: AnswerSettings = AnswerSettings(),
+        card: Card | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.model, self.tokenizer, self.settings, self.card = model, tokenizer, settings, card
         self.scoring, self.style = settings.scoring, settings.style
         self._batchers: dict[str, Batcher] = {}
+        self._flat: FlatScorer | None = None
         self._prefix: Prefix | None = None
         self._weights: tuple[Any, ...] | None = None
 
@@ -131,24 +129,29 @@ class McqAnswerer:
         """One Answer a question, in the order of the questions."""
         if not records:
             return []
-        with in_eval_mode(self.model):
+        with in_eval_mode(self.model), using_card(self.model, self.card) as card:
+            if self.scoring == "letter" and self.style not in _REASONING_STYLES:
+                return self._score_letters(records, self._stream(records), card)
             prompts = self._encode(records)
-            prefix = self._reuse_prefix()
             if self.scoring == "generate":
-                return self._generate(records, prompts, prefix)
+                return self._generate(records, prompts, card)
             if self.scoring == "option_text":
-                return self._score_options(records, prompts, prefix)
-            if self.style not in _REASONING_STYLES:
-                lead = _split_off_space(self.tokenizer, self.style)
-                return self._score_letters(records, [prompt + lead for prompt in prompts], prefix)
+                return self._score_options(records, prompts, card)
             written = [Generated("", 0)] * len(records)
             if self.scoring == "reason":
-                written = self._write(prompts, prefix, Stops((_ANSWER_MARK,), tokens_after=8))
+                written = self._write(prompts, card, Stops((_ANSWER_MARK,), tokens_after=8))
             contexts = self._lead_on(prompts, [made.text for made in written])
             return [
                 replace(answer, text=made.text, tokens=made.tokens)
-                for answer, made in zip(self._score_letters(records, contexts, prefix), written, strict=True)
+                for answer, made in zip(self._score_letters(records, contexts, card), written, strict=True)
             ]
+
+    def _stream(self, records: Sequence[McqRecord]) -> Iterator[list[int]]:
+        """The context before each letter, a few questions at a time: a GPU works while the next ones are tokenised."""
+        lead = _split_off_space(self.tokenizer, self.style)
+        for start in range(0, len(records), _STREAMED):
+            for prompt in self._encode(records[start : start + _STREAMED]):
+                yield prompt + lead
 
     def _encode(self, records: Sequence[McqRecord]) -> list[list[int]]:
         return encode_prompts(
@@ -166,9 +169,12 @@ class McqAnswerer:
             self._weights = weights
         return self._prefix
 
-    def _batcher(self, what: str, budget: int) -> Batcher:
-        """The batcher of a kind of work; it remembers which batch size fitted."""
-        return self._batchers.setdefault(what, Batcher(self.settings.token_budget or budget))
+    def _batcher(self, budget: int) -> Batcher:
+        """The batcher of scoring, made of a budget; it remembers which batch size fitted."""
+        if "score" not in self._batchers:
+            is_gpu = torch.device(self.model.device).type == "cuda"
+            self._batchers["score"] = Batcher(self.settings.token_budget or budget, cuts=is_gpu)
+        return self._batchers["score"]
 
     def _lead_on(self, prompts: list[list[int]], texts: Sequence[str]) -> list[list[int]]:
         """Prompts followed by the reasoning and the answer field, so that the next token is the letter."""
@@ -176,61 +182,47 @@ class McqAnswerer:
         return [prompt + lead for prompt, lead in zip(prompts, leads, strict=True)]
 
     def _write(
-        self, prompts: list[list[int]], prefix: Prefix | None, stops: Stops, seeds: Sequence[int] = ()
+        self, prompts: list[list[int]], card: Card | None, stops: Stops, seeds: Sequence[int] = ()
     ) -> list[Generated]:
-        longest, max_tokens = max(map(len, prompts)), self.settings.max_tokens
-        batcher = self._batcher("generate", find_generation_budget(self.model, longest, longest + max_tokens))
-        sampling = Sampling(self.settings.temperature, seeds) if seeds else None
+        prefix, max_tokens, longest = self._reuse_prefix(), self.settings.max_tokens, max(map(len, prompts))
+        if "generate" not in self._batchers:
+            budget, skipped = self.settings.token_budget, len(prefix.ids) if prefix else 0
+            self._batchers["generate"] = make_batcher(self.model, longest, max_tokens, card, skipped, budget)
         return generate(
             self.model,
             self.tokenizer,
             prompts,
             max_tokens,
             stops=stops,
-            prefix=prefix,
-            batcher=batcher,
-            sampling=sampling,
+            sampling=Sampling(self.settings.temperature, seeds) if seeds else None,
+            kept=Kept(prefix, self._batchers["generate"], card),
         )
 
-    def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None) -> list[Answer]:
+    def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], card: Card | None) -> list[Answer]:
         n, sampled = self.settings.samples, self.settings.temperature > 0
         places = [i for i in range(len(records)) for _ in range(n)]
         seeds = [derive_seed(self.settings.seed, "sample", records[i].id, str(k % n)) for k, i in enumerate(places)]
         stops = Stops(KORMEDMCQA_STOPS if self.style == "kormedmcqa" else ())
-        made = self._write([prompts[i] for i in places], prefix, stops, seeds if sampled else ())
+        made = self._write([prompts[i] for i in places], card, stops, seeds if sampled else ())
         return [
             _vote(made[start : start + n], record.letters)
             for start, record in zip(range(0, len(made), n), records, strict=True)
         ]
 
-    @torch.no_grad()
     def _score_letters(
-        self, records: Sequence[McqRecord], contexts: list[list[int]], prefix: Prefix | None
+        self, records: Sequence[McqRecord], contexts: Iterable[list[int]], card: Card | None
     ) -> list[Answer]:
-        answers: dict[int, Answer] = {}
         ids = {letters: self._letter_ids(letters) for letters in {record.letters for record in records}}
-        for shared, places in split_by_prefix(contexts, prefix):
-            skipped = len(shared.ids) if shared else 0
-            lengths = [len(contexts[i]) - skipped for i in places]
-            longest = max(lengths)
-            batcher = self._batcher("score", find_token_budget(self.model, longest, skipped + longest, 1))
+        letters = [ids[record.letters] for record in records]
+        if card and card.is_flat:
+            self._flat = self._flat or FlatScorer(self.model, self.settings.token_budget)
+            scored = self._flat.score(contexts, letters)
+        else:
+            prefix, pad_id = self._reuse_prefix(), get_pad_id(self.tokenizer)
+            scored = score_letters(self.model, [*contexts], letters, pad_id, prefix, self._batcher)
+        return [_choose(record.letters, row, row) for record, row in zip(records, scored, strict=True)]
 
-            def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
-                chosen = [places[i] for i in batch]
-                rows = [contexts[i] for i in chosen]
-                inputs = make_batch(self.model, rows, get_pad_id(self.tokenizer), shared, use_cache=shared is not None)
-                logits = compute_last_logits(self.model, **inputs).float()
-                normaliser = logits.logsumexp(-1)
-                for i, row, total in zip(chosen, logits, normaliser, strict=True):
-                    scores = (row[ids[records[i].letters]] - total).tolist()
-                    answers[i] = _choose(records[i].letters, scores, scores)
-
-            batcher.run(lengths, work)
-        return [answers[i] for i in range(len(records))]
-
-    def _score_options(
-        self, records: Sequence[McqRecord], prompts: list[list[int]], prefix: Prefix | None
-    ) -> list[Answer]:
+    def _score_options(self, records: Sequence[McqRecord], prompts: list[list[int]], card: Card | None) -> list[Answer]:
         contexts = self._lead_on(prompts, [""] * len(prompts)) if self.style in _REASONING_STYLES else prompts
         before, space = _locate_letter(self.style)
         head = len(encode_texts(self.tokenizer, [before])[0]) if before else 0
@@ -241,9 +233,11 @@ class McqAnswerer:
             ]
             for record in records
         ]
-        scored = score_continuations(
-            self.model, contexts, options, get_pad_id(self.tokenizer), prefix, lambda n: self._batcher("score", n)
-        )
+        pad_id, prefix = get_pad_id(self.tokenizer), self._reuse_prefix()
+        if card and card.decoder:
+            scored = score_over_lanes(self.model, card.decoder, contexts, options, pad_id, prefix)
+        else:
+            scored = score_continuations(self.model, contexts, options, pad_id, prefix, self._batcher)
         answers = []
         for record, sums, ids in zip(records, scored, options, strict=True):
             lengths = {

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from medlora.answering.answerer import Answer, AnswerSettings, McqAnswerer
+from medlora.answering.card.paths import Card
 from medlora.answering.generation import get_pad_id
 from medlora.artifacts.bases import read_extra_tokens
 from medlora.config.model import BaseModelConfig
@@ -38,7 +39,9 @@ class Chat:
         whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
         links = {link.name: Path(link.folder) for chain in stages.values() for link in chain}
         model: Any = load_base(base, max([*self.tokenizers.values(), *whole], key=len), device)
-        self.model: Any = load_chain(model, list(links.items())) if links else model
+        model = load_chain(model, list(links.items())) if links else model
+        self.model = model
+        self.card = Card(model) if device == "cuda" else None
         self.stage = next(iter(stages))
         self.switch(self.stage)
 
@@ -75,7 +78,7 @@ class Chat:
         """The letters' probabilities of a question, asked as the stage was trained: with its reasoning, or at once."""
         scoring, style = find_asking(self.stages[self.stage])
         settings = AnswerSettings(scoring=scoring, style=style, max_tokens=self.max_tokens)
-        (answer,) = McqAnswerer(self.model, self.tokenizers[self.stage], settings).answer([question])
+        (answer,) = McqAnswerer(self.model, self.tokenizers[self.stage], settings, self.card).answer([question])
         return answer
 
 

@@ -44,6 +44,16 @@ def share_prefix(rows: Sequence[list[int]]) -> list[int]:
     return list(shortest)
 
 
+def split_by_prefix(rows: Sequence[Sequence[int]], prefix: Prefix | None) -> list[tuple[Prefix | None, list[int]]]:
+    """Places of the rows that begin with the prefix, and of the others; an empty group is left out."""
+    if prefix is None:
+        return [(None, list(range(len(rows))))]
+    n = len(prefix.ids)
+    beginning = [i for i, row in enumerate(rows) if len(row) > n and tuple(row[:n]) == prefix.ids]
+    rest = sorted({*range(len(rows))} - {*beginning})
+    return [(shared, places) for shared, places in ((prefix, beginning), (None, rest)) if places]
+
+
 def can_reuse(model: PreTrainedModel) -> bool:
     """Whether every layer caches plain keys and values, in a sliding window or not (recurrent layers do not)."""
     return {type(layer) for layer in DynamicCache(config=model.config).layers} <= {

@@ -10,13 +10,14 @@ import transformers
 from transformers import PreTrainedModel
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer, find_letter_ids
+from medlora.answering.card.paths import Card
 from medlora.answering.rotations import predict
 from medlora.artifacts.bases import read_extra_tokens
 from medlora.config.evaluation import EvaluationConfig
 from medlora.config.model import BaseModelConfig
 from medlora.curriculum.chains import Link
 from medlora.evaluation.predictions import Prediction
-from medlora.model.base import load_base
+from medlora.model.base import dequantize_base, load_base
 from medlora.model.chain import activate, load_chain
 from medlora.model.tokenizer import load_stage_tokenizer, load_tokenizer
 from medlora.records import McqRecord
@@ -27,7 +28,8 @@ class StageModel:
 
     Each stage answers with its own tokenizer, so the plain base does not see words that a phase added. `shots` and `worked`
     are solved questions that every prompt shows, see `medlora.evaluation.questions.read_asked`. Raises InputError, before
-    the model is loaded, when a tokenizer cannot answer with one of `letters`.
+    the model is loaded, when a tokenizer cannot answer with one of `letters`. `weights` says what the base computes with where
+    that is not what the config names.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class StageModel:
         # The head covers the run's final vocabulary, whichever stages are here: a head of another width may round otherwise.
         whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
         model = load_base(base, max([*tokenizers.values(), *whole], key=len), device)
+        self.weights = dequantize_base(model, config.dequantize) if base.quantization != "none" else ""
         self.model = load_chain(model, list(links.items()))
         settings = AnswerSettings(
             scoring=config.scoring,
@@ -67,7 +70,9 @@ class StageModel:
         )
         # A PeftModel hands on to the model below it what it does not have itself.
         whole_model = cast(PreTrainedModel, self.model)
-        self.answerers = {name: McqAnswerer(whole_model, each, settings) for name, each in tokenizers.items()}
+        # What a GPU keeps from stage to stage and from batch to batch.
+        card = Card(whole_model) if whole_model.device.type == "cuda" else None
+        self.answerers = {name: McqAnswerer(whole_model, each, settings, card) for name, each in tokenizers.items()}
 
     def answer(
         self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str] | None = None

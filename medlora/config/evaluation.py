@@ -13,6 +13,8 @@ from medlora.config.sources import FewShot, ReadingConfig, SourceConfig, TestCon
 
 Normalisation = Literal["sum", "token", "character"]
 
+Dequantize = Literal["auto", "always", "never"]
+
 
 class EvaluationConfig(Section):
     """How every stage is scored after the last phase."""
@@ -40,8 +42,11 @@ class EvaluationConfig(Section):
     """Ask every question under all cyclic orders of its options and average: as many times the work, no letter bias."""
     token_budget: int | None = Field(None, ge=1)
     """Most tokens of a forward pass; unset = found on CUDA from free memory."""
-    batch_size: int = Field(32, ge=1)
-    """Questions handed to an actor at a time."""
+    batch_size: int | None = Field(None, ge=1)
+    """Questions handed to an actor at a time; unset = 32 on CPU, on GPUs 1,024 of scoring `letter`, else 256."""
+    dequantize: Dequantize = "auto"
+    """Turn a quantized base's weights into 16-bit ones once, before the first question: faster, for 2 bytes a weight.
+    `auto`: nf4 on a GPU with room for it, which is the same function; never int8, where it is another one."""
     placement: ActorPlacement | None = None
 
     @model_validator(mode="after")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medlora import events, prompts
@@ -22,23 +23,32 @@ from medlora.evaluation.ledger import (
     read_ledger,
     sort_predictions,
 )
-from medlora.evaluation.plan import EvaluationPlan, EvaluationTask
+from medlora.evaluation.plan import EvaluationPlan, EvaluationTask, choose_batch_size
 from medlora.evaluation.predictions import Prediction, sum_seconds, write_predictions, write_seconds
 from medlora.evaluation.reports import PromptShown, Report
-from medlora.events import OnEvent
+from medlora.events import Event, OnEvent
 from medlora.miniature.settings import CHAT_TEMPLATE
 from medlora.on_ray.answer_questions import Actors, Build, answer_on_ray, make_builder
 from medlora.on_ray.cluster import connect
-from medlora.on_ray.placement import check_placement
+from medlora.on_ray.placement import check_placement, count_gpus
 from medlora.reporting.report import build_report
 from medlora.reporting.results.files import write_results
 from medlora.runs import mirror
 from medlora.runs.environment import get_versions
-from medlora.runs.files import append_json, read_mapping, set_aside, truncate_json_lines, write_sealed
+from medlora.runs.files import (
+    append_json,
+    read_json_lines,
+    read_mapping,
+    set_aside,
+    truncate_json_lines,
+    write_sealed,
+)
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import MANIFEST, commit, find_differences
 from medlora.tokens.encode import write_chat, write_plain
 from medlora.turns import Render, learn, load_renderer, make_renderer, render_in_time
+
+log = logging.getLogger("medlora.run")
 
 
 def score_afresh(
@@ -96,7 +106,7 @@ def score_stages(
         },
         task.seed,
     )
-    write_predictions(folder / PREDICTIONS, ordered)
+    write_predictions(folder / PREDICTIONS, ordered, {"weights": answers.weights} if answers.weights else None)
     write_seconds(folder / SECONDS, ordered)
     write_results(folder, report, ordered, task.asked.tests)
     ledger = folder / LEDGER
@@ -136,6 +146,8 @@ class Answers:
     seconds: float
     first_s: float | None
     """Until the first answer came; None where nothing was asked."""
+    weights: str = ""
+    """What actors computed with, where that is not what the config names."""
 
 
 def ask_stages(
@@ -149,22 +161,34 @@ def ask_stages(
     write_sealed(folder / FINGERPRINT, task.fingerprint)
     ledger = folder / LEDGER
     truncate_json_lines(ledger, lambda line: True)  # drops a torn last line and damaged ones, each named in the log
+    weights = {str(line["weights"]) for line in read_json_lines(ledger) if "weights" in line}
     answers = {name_answer(p): p for p in [*known, *read_ledger(ledger, list(task.stages))]}
-    batches = plan_batches(task.asked.tests, task.config.batch_size, list(task.stages), set(answers))
+    size = choose_batch_size(task.config, count_gpus(actors.placement, actors.cluster))
+    batches = plan_batches(task.asked.tests, size, list(task.stages), set(answers))
     left = sum(len(batch.questions) for batch in batches)
     actors.on_event(events.evaluating(task.asked.count, task.asked.count - left))
     started = time.monotonic()
     first_s: float | None = None
     pusher = mirror.Pusher(folder)
-    for answered in answer_on_ray(batches, build, actors):
-        first_s = first_s if first_s is not None else time.monotonic() - started
-        append_json(ledger, {"predictions": [pack_prediction(p) for p in answered]})
+
+    def listen(event: Event) -> None:
+        if event["event"] == "note" and event["kind"] == "weights":
+            weights.add(event["text"])
+        actors.on_event(event)
+
+    for answered in answer_on_ray(batches, build, replace(actors, on_event=listen)):
+        if first_s is None:
+            first_s = time.monotonic() - started
+            log.info("evaluation: the first answers came after %.1f s, actors and models included", first_s)
+        said = {"weights": "; ".join(sorted(weights))} if weights else {}
+        append_json(ledger, {"predictions": [pack_prediction(p) for p in answered], **said})
         for prediction in answered:
             if name_answer(prediction) in answers:
                 raise RuntimeError(f"{name_answer(prediction)} was answered twice")
             answers[name_answer(prediction)] = prediction
         pusher.push()
-    return Answers(list(answers.values()), left, len(batches), time.monotonic() - started, first_s)
+    seconds = time.monotonic() - started
+    return Answers(list(answers.values()), left, len(batches), seconds, first_s, "; ".join(sorted(weights)))
 
 
 def run_evaluation(config: EvaluateConfig, plan: EvaluationPlan, out: RunFolder, on_event: OnEvent) -> Report:

@@ -15,13 +15,14 @@ from medlora.curriculum.chains import Link, find_chain
 from medlora.drivers.evaluation import score_afresh
 from medlora.errors import InputError
 from medlora.evaluation.ledger import find_report
-from medlora.evaluation.plan import EvaluationTask
+from medlora.evaluation.plan import EvaluationTask, choose_batch_size
 from medlora.evaluation.questions import read_asked
 from medlora.evaluation.reports import Report
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.on_ray.answer_questions import Actors
 from medlora.on_ray.cluster import Cluster
+from medlora.on_ray.placement import count_gpus
 from medlora.runs import mirror
 from medlora.runs.folders import RunFolder
 from medlora.sweep.ledger import START, Ledger, Trial
@@ -107,7 +108,7 @@ def _score(finals: Finals, name: str, stages: Stages, config: EvaluationConfig, 
         return report
     many = f"{len(stages)} trial{'s' * (len(stages) != 1)}"
     fields = plan.config.placement.model_dump(exclude={"workers"})
-    batches = -(-asked.count // config.batch_size)
+    batches = -(-asked.count // choose_batch_size(config, count_gpus(plan.config.placement, finals.cluster)))
     placement = ActorPlacement.model_validate({**fields, "workers": max(1, min(finals.concurrency, batches))})
     actors = Actors(placement, finals.cluster, finals.on_event, finals.folder.log)
     about = {"name": f"{plan.config.name}: {name}", "notes": list(notes), "trial": next(iter(stages))}

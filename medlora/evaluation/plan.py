@@ -46,6 +46,28 @@ def _was_trained_to_reason(adapter: Path) -> bool:
     )
 
 
+_BATCH_ON_CPU = 32
+_BATCH_ON_GPU: dict[str, int] = {"letter": 1024}
+_BATCH_OF_WRITING = 256
+
+
+def choose_batch_size(config: EvaluationConfig, gpus: float) -> int:
+    """Questions handed to an actor at a time: as configured, else as many as keep a CPU or a GPU busy."""
+    if config.batch_size is not None:
+        return config.batch_size
+    return _BATCH_ON_GPU.get(config.scoring, _BATCH_OF_WRITING) if gpus else _BATCH_ON_CPU
+
+
+def _dump_evaluation(config: EvaluationConfig) -> dict[str, Any]:
+    """The part of the config that answers depend on. Keys that came later leave it as it was at their defaults."""
+    dumped = config.model_dump(mode="json", exclude={"placement", "tests", "beside_training"})
+    if dumped["batch_size"] is None:
+        dumped["batch_size"] = _BATCH_ON_CPU
+    if dumped["dequantize"] == "auto":
+        del dumped["dequantize"]
+    return dumped
+
+
 def describe_evaluation(
     base: BaseModelConfig,
     seed: int,
@@ -57,7 +79,7 @@ def describe_evaluation(
     folders = {link.folder for chain in stages.values() for link in chain}
     hashes = {folder: hash_json(hash_files(Path(folder))) for folder in folders}
     described = {
-        "evaluation": evaluation.model_dump(mode="json", exclude={"placement", "tests", "beside_training"}),
+        "evaluation": _dump_evaluation(evaluation),
         "tests": {name: hash_records(records) for name, records in asked.tests.items()},
         "base": base.model_dump(mode="json", exclude={"extra_tokens"}),
         "base_files": identify_base(base),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -45,10 +45,11 @@ class Prediction:
         return self.choice == self.gold
 
 
-def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+def write_predictions(path: Path, predictions: Sequence[Prediction], metadata: Mapping[str, str] | None = None) -> None:
     """A parquet file with one row a question and stage; its columns have the same types for any answers.
 
-    Without `seconds`, so that the same answers are the same bytes.
+    Without `seconds`, so that the same answers are the same bytes. `metadata` says how they came about, where that was
+    not the usual way.
     """
     import pyarrow
     import pyarrow.parquet
@@ -65,6 +66,8 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     schema = pyarrow.schema(
         [(name, types[kind]) for name, kind in get_type_hints(Prediction).items() if name != "seconds"]
     )
+    if metadata:
+        schema = schema.with_metadata(dict(metadata))
     rows = [asdict(prediction) for prediction in predictions]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
 

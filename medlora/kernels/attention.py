@@ -7,7 +7,7 @@ CPU's cache and are computed again in the backward pass (as in FlashAttention, D
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -46,6 +46,8 @@ def attend(
     if plan is not None and plan.tokens == query.shape[2]:  # not, say, a tower for images
         segments = plan.segments
     if segments is None:
+        if query.device.type == "cuda" and _is_one_token(query, key, attention_mask, options):
+            return attend_with_packed_heads(query, key, value, attention_mask, options.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     window, scale = options.get("sliding_window"), options.get("scaling") or query.shape[-1] ** -0.5
     dropout = options.get("dropout", 0.0) if module.training else 0.0
@@ -55,6 +57,33 @@ def attend(
     if query.device.type == "cpu" and query.dtype == torch.float32 and not dropout:
         return _SegmentAttention.apply(query, key, value, tuple(segments), window, scale), None
     return varlen.attend_in_turn(query, key, value, segments, window, scale, dropout), None
+
+
+def _is_one_token(
+    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
+) -> bool:
+    """Whether there is one query a row, with fewer key heads, and a mask that is the same for all heads."""
+    plain = not any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    masked = attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[1] == 1
+    return plain and masked and query.shape[2] == 1 < query.shape[1] // key.shape[1] and not options.get("dropout")
+
+
+def attend_with_packed_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of one token a row: [rows, heads, 1, size], twice with fewer heads -> [rows, 1, heads, size].
+
+    The query heads of a key head are taken for its queries. transformers 5.23 does so, too; earlier ones write keys and
+    values once for each query head, in every layer of every step.
+    """
+    rows, heads, _, size = query.shape
+    packed = query.reshape(rows, key.shape[1], -1, size)
+    out = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scale)
+    return out.reshape(rows, 1, heads, -1)
 
 
 @lru_cache(maxsize=512)  # every layer of a forward pass asks for the same ones

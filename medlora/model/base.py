@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -41,6 +41,9 @@ def locate_base(base: BaseModelConfig, cache: str, seed: int, report: OnProgress
 
 
 log = logging.getLogger(__name__)
+
+_SHARE = 0.6
+"""Of a GPU's free memory, what dequantized weights may take; the rest is for keys, values and activations."""
 
 
 def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -92,6 +95,55 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
         fuse_elementwise(model)
     model.eval()
     return model
+
+
+def dequantize_base(model: PreTrainedModel, wanted: Literal["auto", "always", "never"]) -> str:
+    """Turn quantized weights into plain ones of the compute type, layer by layer, before adapters are put on the model.
+
+    Returns what the base computes with from then on; "" where nothing was changed. nf4 multiplies with exactly these
+    weights, so it is the same function. LLM.int8 also rounds what goes into a layer, and treats columns with outliers
+    otherwise, by all rows of a batch: without it an answer depends on no other question, and is another one.
+    `auto` does so with nf4 on a GPU that has room for it; memory that runs out nevertheless leaves the rest quantized.
+    """
+    if wanted == "never":
+        return ""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # slow to import, and only this needs it
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+    device, dtype = torch.device(model.device), model.dtype
+    if wanted == "auto":
+        needed = sum(m.in_features * m.out_features for m in layers.values()) * torch.finfo(dtype).bits // 8
+        if device.type != "cuda" or any(isinstance(m, Linear8bitLt) for m in layers.values()):
+            return ""
+        if needed > _SHARE * torch.cuda.mem_get_info(device)[0]:
+            log.info("the base stays quantized: plain weights would take %.1f GiB", needed / 2**30)
+            return ""
+    done = 0
+    for name, layer in layers.items():
+        try:
+            model.set_submodule(name, _dequantize(layer, dtype))
+        except torch.OutOfMemoryError:
+            if wanted == "always":
+                raise
+            log.warning("memory ran out: %d of %d layers stay quantized", len(layers) - done, len(layers))
+            break
+        done += 1
+    kind = "nf4" if any(isinstance(m, Linear4bit) for m in layers.values()) else "int8"
+    amount = "" if done == len(layers) else f" in {done} of {len(layers)} layers"
+    return f"{kind} weights, dequantized once to {str(dtype).removeprefix('torch.')}{amount}" if done else ""
+
+
+@torch.no_grad()
+def _dequantize(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Linear:
+    """A plain layer with the weights that a quantized one multiplies with."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    weight = dequantize_bnb_weight(cast(torch.nn.Parameter, layer.weight), getattr(layer, "state", None)).to(dtype)
+    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = torch.nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return plain.train(layer.training)
 
 
 def _load_weights(folder: str, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Iterable[str]]]:

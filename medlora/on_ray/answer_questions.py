@@ -130,6 +130,7 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
     most = min(placement.workers, len(batches))
     refusals: list[str] = []
     failed: list[Failed] = []
+    weights: set[str] = set()
     begun = threading.Event()
 
     def receive(event: Event) -> None:
@@ -142,6 +143,9 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
         elif event["event"] == "loading":
             begun.set()
         elif event["event"] == "ready":
+            if event["weights"] and event["weights"] not in weights:
+                weights.add(event["weights"])
+                on_event(events.note("evaluation", event["weights"], kind="weights"))
             if actors.cluster.nodes > 1:
                 on_event(events.note("evaluation", f"an actor is ready on {event['host']}", kind="actor"))
         else:
@@ -266,7 +270,7 @@ class BatchAnswerer:
             raise
         ray.get(attempts.end_load.remote())
         pulse.begin("")
-        inbox.put(events.ready(socket.gethostname()))
+        inbox.put(events.ready(socket.gethostname(), getattr(self.model, "weights", "")))
 
     def __call__(self, row: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """One batch as JSON -> its predictions as JSON."""

@@ -13,7 +13,13 @@ from medlora.config.model import BaseModelConfig
 from medlora.curriculum.chains import Link
 from medlora.errors import InputError
 from medlora.evaluation.ledger import pack_prediction, plan_batches, read_ledger, sort_predictions
-from medlora.evaluation.plan import describe_evaluation, describe_other_task, refuse_other
+from medlora.evaluation.plan import (
+    _dump_evaluation,
+    choose_batch_size,
+    describe_evaluation,
+    describe_other_task,
+    refuse_other,
+)
 from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.questions import read_asked, read_tests
 from medlora.evaluation.stages import find_doubts, find_stages
@@ -281,3 +287,22 @@ def test_other_shots_are_another_evaluation(tmp_path: Path) -> None:
 def test_keys_that_contradict_each_other_are_refused(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "t.jsonl"}], **keys})
+
+
+def test_a_batch_is_as_large_as_what_answers_it_wants() -> None:
+    def size(gpus: float, **keys: Any) -> int:
+        tests = [{"name": "t", "source": "t.jsonl"}]
+        return choose_batch_size(EvaluationConfig.model_validate({"tests": tests, **keys}), gpus)
+
+    assert size(0.0) == size(0.0, scoring="reason") == 32
+    assert (size(1.0), size(0.4, scoring="reason"), size(1.0, scoring="generate")) == (1024, 256, 256)
+    assert size(1.0, batch_size=7) == size(0.0, batch_size=7) == 7
+
+
+def test_keys_that_came_later_leave_the_fingerprint_alone_at_their_defaults() -> None:
+    tests = [{"name": "t", "source": "t.jsonl"}]
+    unset = _dump_evaluation(EvaluationConfig.model_validate({"tests": tests}))
+    assert unset["batch_size"] == 32 and "dequantize" not in unset
+    assert unset == _dump_evaluation(EvaluationConfig.model_validate({"tests": tests, "batch_size": 32}))
+    other = _dump_evaluation(EvaluationConfig.model_validate({"tests": tests, "dequantize": "always"}))
+    assert other == {**unset, "dequantize": "always"}

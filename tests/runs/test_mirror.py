@@ -394,7 +394,7 @@ def answer_in_one_pass(base: str, run: Path, evaluation: EvaluationConfig, folde
     model = StageModel(BaseModelConfig(model=base), stages, evaluation)
     answers = [
         prediction
-        for batch in plan_batches(tests, evaluation.batch_size, list(stages))
+        for batch in plan_batches(tests, evaluation.batch_size or 32, list(stages))
         for prediction in model.answer([test for test, _ in batch.questions], [record for _, record in batch.questions])
     ]
     write_predictions(folder / "p.parquet", sort_predictions(answers, list(stages), tests))

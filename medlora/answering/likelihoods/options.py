@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medlora.answering.generation import split_by_prefix
-from medlora.answering.prefix_cache import ModelInputs, Prefix, compute_last_logits, fork, make_batch, select_rows
+from medlora.answering.prefix_cache import (
+    ModelInputs,
+    Prefix,
+    compute_last_logits,
+    fork,
+    make_batch,
+    select_rows,
+    split_by_prefix,
+)
 from medlora.answering.token_budget import Batcher, find_token_budget
 
 if TYPE_CHECKING:

@@ -1,0 +1,256 @@
+"""Decoding over lanes writes what decoding over a growing cache writes, and its steps could be CUDA graphs."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from medlora.answering.answerer import AnswerSettings, McqAnswerer
+from medlora.answering.card import decoder as decoder_module
+from medlora.answering.card import lane_writer
+from medlora.answering.card.decoder import round_down_to_power, round_up_to_power
+from medlora.answering.card.paths import Card
+from medlora.answering.generation import Generated, Kept, Sampling, Stops, generate, get_pad_id
+from medlora.answering.prefix_cache import compute_prefix
+from medlora.answering.token_budget import Batcher
+from medlora.config.model import BaseModelConfig, LoraSettings
+from medlora.model.base import load_base
+from medlora.model.chain import activate, add_adapter
+from medlora.model.tokenizer import load_tokenizer
+from tests.answering.test_answerer import QUESTIONS, SHOTS
+from tests.support.captures import Frozen, Recorder
+from tests.support.tiny import FAMILIES
+
+WRITTEN = 11
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes of few columns and rows, so that short texts meet several shapes."""
+    monkeypatch.setattr(decoder_module, "COLUMNS", 8)
+    monkeypatch.setattr(decoder_module, "LEAST_ROWS", 1)
+    monkeypatch.setattr(lane_writer, "LEAST_ROWS", 1)
+
+
+def load(folder: str, **options: Any) -> tuple[Any, Any]:
+    """A base with two adapters that do something; the second one trains rows of the vocabulary, too."""
+    base = BaseModelConfig(model=folder, **options)
+    tokenizer = load_tokenizer(base)
+    model: Any = load_base(base, tokenizer)
+    for name in ("a", "b"):
+        model = add_adapter(model, name, LoraSettings(r=4, alpha=8), [10, 40, 41] if name == "b" else [], len(name))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "tokens_delta" in name:
+                weight.add_(0.05 * torch.randn_like(weight))
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def make_prompts(tokenizer: Any, shared: int, n: int = 5) -> list[list[int]]:
+    dice = random.Random(7)
+    words = range(6, len(tokenizer))
+    start = [dice.choice(words) for _ in range(shared)]
+    return [start + [dice.choice(words) for _ in range(dice.randint(1, 20))] for _ in range(n)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lanes_write_what_a_growing_cache_writes(bases: dict[str, str], family: str) -> None:
+    """Stages that switch, a prefix within and beyond the window of 8, stop words, sampling."""
+    model, tokenizer = load(bases[family])
+    card = Card(model, Frozen())
+    assert card.decoder
+    for stage in (["a"], ["a", "b"], []):
+        activate(model, stage)
+        for shared in (0, 5, 24):
+            prompts = make_prompts(tokenizer, shared)
+            prefix = compute_prefix(model, prompts[0][:shared]) if shared else None
+            for stops, sampling in (
+                (Stops(), None),
+                (Stops(("A", "t", "은"), tokens_after=3), Sampling(0.9, range(len(prompts)))),
+            ):
+                options: dict[str, Any] = {"stops": stops, "sampling": sampling}
+                expected = generate(model, tokenizer, prompts, WRITTEN, kept=Kept(prefix), **options)
+                assert generate(model, tokenizer, prompts, WRITTEN, kept=Kept(prefix, card=card), **options) == expected
+    assert card.decoder.capture and card.decoder.captured > 10 and card.decoder.replayed > card.decoder.ordinary
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+def test_every_scoring_answers_over_lanes_as_without(bases: dict[str, str], family: str) -> None:
+    model, tokenizer = load(bases[family])
+    card = Card(model, Frozen())
+    for scoring, style, more in (
+        ("reason", "reasoning", {}),
+        ("generate", "kormedmcqa", {"samples": 2, "temperature": 0.8}),
+        ("option_text", "answer", {}),
+        ("option_text", "kormedmcqa", {"shots": ()}),
+    ):
+        settings: Any = {"scoring": scoring, "style": style, "shots": SHOTS, "max_tokens": 12, **more}
+        plain = McqAnswerer(model, tokenizer, AnswerSettings(**settings)).answer(QUESTIONS)
+        found = McqAnswerer(model, tokenizer, AnswerSettings(**settings), card).answer(QUESTIONS)
+        assert [(a.choice, a.text, a.tokens, a.samples) for a in found] == [
+            (a.choice, a.text, a.tokens, a.samples) for a in plain
+        ]
+        for a, b in zip(found, plain, strict=True):
+            assert a.log_likelihoods == pytest.approx(b.log_likelihoods, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma", {"compute_dtype": "bfloat16"}),  # LoRA in float32 over bfloat16, as PEFT has it on a GPU
+        ("medgemma", {"compute_dtype": "bfloat16", "quantization": "nf4"}),
+        ("llama", {}),
+    ],
+)
+def test_two_steps_of_a_shape_are_the_same_work_on_the_same_memory(
+    bases: dict[str, str], family: str, options: dict[str, Any]
+) -> None:
+    """What a CUDA graph needs; and no operation asks the device for a value."""
+    model, tokenizer = load(bases[family], **options)
+    decoder = Card(model).decoder
+    assert decoder
+    for stage in ([], ["a"], ["a", "b"]):
+        activate(model, stage)
+        prompts = [[7, 8, 9], [10, 11], [12] * 9]
+        with decoder.adapters.find().installed(), torch.no_grad():
+            logits = decoder.start(prompts, get_pad_id(tokenizer), None, 20, 0.0)
+            decoder.token[:3] = decoder.choose(logits)
+            records = []
+            for _ in range(3):
+                with Recorder() as recorder:
+                    decoder.step()
+                records.append(recorder)
+        assert records[1].lines == records[2].lines
+        assert records[1].list_asking() == []
+
+
+def wrap_head(model: Any, ask: Any) -> None:
+    """Let the head do something before its work."""
+    head = model.get_output_embeddings()
+    forward = head.forward
+
+    def asking(x: torch.Tensor) -> torch.Tensor:
+        ask(x)
+        return forward(x)
+
+    head.forward = asking
+
+
+def write(model: Any, tokenizer: Any, card: Card | None, batcher: Batcher | None = None) -> list[Generated]:
+    return generate(model, tokenizer, make_prompts(tokenizer, 0), WRITTEN, kept=Kept(None, batcher, card))
+
+
+def test_a_step_that_asks_the_device_goes_on_without_graphs_and_says_so_once(
+    bases: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """LLM.int8 does so at every layer on CUDA."""
+    model, tokenizer = load(bases["llama"])
+    expected = write(model, tokenizer, None)
+    wrap_head(model, lambda x: bool(x.any()))
+    card = Card(model, Frozen())
+    assert card.decoder
+    for _ in range(2):
+        assert write(model, tokenizer, card) == expected
+    assert card.decoder.capture is None and card.decoder.captured == card.decoder.replayed == 0
+    assert [r.message.split(":")[0] for r in caplog.records] == ["generation goes on without CUDA graphs"]
+
+
+def test_a_first_replay_that_differs_ends_the_graphs(bases: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = load(bases["llama"])
+    expected = write(model, tokenizer, None)
+
+    class Wrong(Frozen):
+        def record(self, decoder: Any) -> Any:
+            return lambda: decoder.token.add_(1)
+
+    card = Card(model, Wrong())
+    assert write(model, tokenizer, card) == expected
+    assert "a replay does not give what the model gives" in caplog.text
+
+
+def test_a_capture_that_fails_ends_the_graphs(bases: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = load(bases["llama"])
+    expected = write(model, tokenizer, None)
+
+    class Failing(Frozen):
+        def record(self, decoder: Any) -> Any:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    assert write(model, tokenizer, Card(model, Failing())) == expected
+    assert caplog.messages == [
+        "generation goes on without CUDA graphs: CUDA error: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_weight_that_changes_drops_what_was_prepared_and_captured(bases: dict[str, str]) -> None:
+    """Validation inside training: the next one sees the trained weights."""
+    model, tokenizer = load(bases["gemma"])
+    activate(model, ["a"])
+    card = Card(model, Frozen())
+    before = write(model, tokenizer, card)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(-3)
+    after = write(model, tokenizer, card)
+    assert after == write(model, tokenizer, None) != before
+    assert card.decoder and all(shape[0] in card.adapters.stages.values() for shape in card.decoder.graphs)
+
+
+def test_out_of_memory_frees_the_lanes_and_halves_the_batch(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = load(bases["llama"])
+    expected = write(model, tokenizer, None)
+    card = Card(model, Frozen())
+    assert card.decoder
+    start, sizes = card.decoder.start, []
+
+    def limited(prompts: Any, *arguments: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            assert card.decoder
+            card.decoder._reserve(len(prompts), 16)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert card.decoder and (card.decoder.lanes is None or card.decoder.lanes.places.most_rows <= 2)
+        return start(prompts, *arguments)
+
+    monkeypatch.setattr(card.decoder, "start", limited)
+    assert write(model, tokenizer, card, batcher=Batcher(10_000, most_rows=8)) == expected
+    assert sizes[:3] == [5, 2, 2] and max(sizes[1:]) == 2
+    assert len([r for r in caplog.records if "out of memory" in r.message]) == 1
+
+
+def test_a_model_that_lanes_do_not_suit_generates_as_before_and_says_so(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = load(bases["gemma"])
+    expected = write(model, tokenizer, None)
+    monkeypatch.setattr(model.config.get_text_config(), "layer_types", ["linear_attention", "full_attention"])
+    assert Card(model).decoder is None
+    monkeypatch.undo()
+    assert "layers of other kinds (linear_attention)" in caplog.text
+    monkeypatch.setattr(decoder_module.Decoder, "compute_logits", lambda self: torch.zeros(2, len(tokenizer)))
+    other = Card(model)
+    assert other.decoder is None and "the logits differ" in caplog.text
+    assert write(model, tokenizer, other) == expected
+
+
+def test_a_card_that_is_released_holds_nothing(bases: dict[str, str]) -> None:
+    model, tokenizer = load(bases["gemma"])
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    card = Card(model, Frozen())
+    write(model, tokenizer, card)
+    assert card.decoder and card.decoder.lanes and card.decoder.graphs and card.adapters.stages
+    card.release()
+    assert not (card.decoder.lanes or card.decoder.graphs or card.decoder.stage or card.adapters.stages)
+    assert [vars(module).get("forward") for module in model.modules()] == forwards
+
+
+def test_powers_of_two() -> None:
+    assert [round_up_to_power(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
+    assert [round_down_to_power(n) for n in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 2, 4, 4, 64, 64]
