@@ -128,9 +128,7 @@ def ask_harness(model: Any, tokenizer: Any, records: Sequence[McqRecord], shots:
         by_letter, by_text = (
             ask(tasks, model, tokenizer, task, len(shots), batch_size=1) for task in ("local_letters", "local_generate")
         )
-    return [
-        Reading(tuple(read_log_likelihoods(a)), b["resps"][0][0]) for a, b in zip(by_letter, by_text, strict=True)
-    ]
+    return [Reading(tuple(read_log_likelihoods(a)), b["resps"][0][0]) for a, b in zip(by_letter, by_text, strict=True)]
 
 
 def _dump(record: McqRecord) -> str:

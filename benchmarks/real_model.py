@@ -98,9 +98,9 @@ def write_lines(file: Path, rows: Iterable[Mapping[str, Any] | str]) -> None:
 
 
 def dump_question(record: McqRecord) -> dict[str, Any]:
-    """A question in the columns of KorMedMCQA, with its reasoning where it has one."""
-    row = {"id": record.id, "subject": record.subject, "question": record.question}
-    row |= dict(zip(LETTERS, record.options, strict=False)) | {"answer": record.answer}
+    """A question in the columns of MedQA, whose letter is never taken for an option's text, with its reasoning if any."""
+    row: dict[str, Any] = {"id": record.id, "meta_info": record.subject, "question": record.question}
+    row |= {"options": dict(zip(LETTERS, record.options, strict=False)), "answer_idx": record.answer}
     return row | ({"rationale": record.rationale} if record.rationale else {})
 
 

@@ -42,9 +42,7 @@ def test_the_merged_model_writes_the_stage_s_text(real_model: str, data: Path, t
     phases = (first, last.model_copy(update={"validation": None}))
     config = config.model_copy(update={"base": base, "phases": phases})
     run_all(config, tmp_path / "run", ("00", "02"))
-    chain = [
-        Link(name=name, folder=str(tmp_path / "run" / "phases" / name / "adapter")) for name in ("00", "02")
-    ]
+    chain = [Link(name=name, folder=str(tmp_path / "run" / "phases" / name / "adapter")) for name in ("00", "02")]
     out = tmp_path / "out"
     out.mkdir()
     write_export(Export(base=base, chain=chain, kind="merged", dtype="float32"), out)
