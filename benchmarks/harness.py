@@ -35,11 +35,14 @@ def load_extraction() -> Any:
     return module.extract_choice
 
 
-def write_tasks(folder: Path, test: Sequence[str], few_shot: Sequence[str], max_gen_toks: int) -> Any:
+def write_tasks(
+    folder: Path, test: Sequence[str], few_shot: Sequence[str], max_gen_toks: int, letters: str = LETTERS
+) -> Any:
     """A TaskManager that knows `local_generate`, the harness's task, and by log-likelihood `local_letters`, `local_texts`.
 
     `test` and `few_shot` are rows of KorMedMCQA as JSON lines. Beside where they come from, only the most tokens differ
-    from the task file; log-likelihood needs the choices and the answer's index beside it.
+    from the task file; log-likelihood needs the choices and the answer's index beside it. With fewer `letters` than five
+    the task shows as many options.
     """
     from lm_eval.tasks import TaskManager
 
@@ -48,7 +51,10 @@ def write_tasks(folder: Path, test: Sequence[str], few_shot: Sequence[str], max_
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (folder / "utils.py").write_bytes((find_task_folder() / "utils.py").read_bytes())
 
-    task = yaml.load((find_task_folder() / "_template_yaml").read_text(encoding="utf-8"), _Yaml)
+    template = (find_task_folder() / "_template_yaml").read_text(encoding="utf-8")
+    for letter in LETTERS[len(letters) :]:
+        template = template.replace(f"\\n{letter}. {{{{{letter}}}}}", "")
+    task = yaml.load(template, _Yaml)
     files = {split: str(folder / f"{split}.jsonl") for split in ("test", "fewshot")}
     task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": files, "cache_dir": str(folder)}}
     task["generation_kwargs"] |= {"max_gen_toks": max_gen_toks}
@@ -57,8 +63,8 @@ def write_tasks(folder: Path, test: Sequence[str], few_shot: Sequence[str], max_
     scored |= {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
     for name, made in (
         ("local_generate", task),
-        ("local_letters", scored | {"doc_to_choice": list(LETTERS)}),
-        ("local_texts", scored | {"doc_to_choice": "{{[A, B, C, D, E]}}"}),
+        ("local_letters", scored | {"doc_to_choice": list(letters)}),
+        ("local_texts", scored | {"doc_to_choice": f"{{{{[{', '.join(letters)}]}}}}"}),
     ):
         text = yaml.safe_dump({**made, "task": name}, allow_unicode=True)
         text = re.sub(r"function: '?(utils\.\w+)'?", r"function: !function \1", text)

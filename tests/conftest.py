@@ -46,6 +46,14 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_model() -> str:
+    """The folder of real pretrained weights (`make real-model`); the test skips where the environment names none."""
+    if not (named := os.environ.get("MEDLORA_REAL_MODEL")):
+        pytest.skip("MEDLORA_REAL_MODEL names no folder of a real model (make real-model)")
+    return named
+
+
+@pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
     """Tiny random base models, a folder per family of tests/support/tiny.py; made once for all workers of pytest-xdist."""
     import torch

@@ -38,6 +38,8 @@ class PhasePlan:
     seconds: float | None
     rate: str
     """Where the rate was measured that `seconds` comes from."""
+    cut_answers: dict[str, tuple[int, int]]
+    """For each dev source with written answers: how many are longer than `validation.max_tokens`, of how many."""
 
     @property
     def is_left(self) -> bool:

@@ -13,7 +13,7 @@ import numpy
 from medlora.config.phase import PhaseConfig
 from medlora.config.sources import TrainSource
 from medlora.data.card import stream_kept
-from medlora.data.sources import Scan, scan
+from medlora.data.sources import Scan, scan, stream
 from medlora.prompts import Example, render
 from medlora.prompts import version as prompts_version
 from medlora.records import McqRecord, Record
@@ -150,6 +150,24 @@ class Measuring:
         basis = "all records" if is_whole else f"the first {len(records):,} records"
         basis += "" if self.tokenizer else ", by characters"
         return _describe(source.source, found.kind, wanted, rows, wanted / max(1, len(records)), basis)
+
+    def count_cut_answers(self) -> dict[str, tuple[int, int]]:
+        """For each dev source whose answers are written: how many are longer than `validation.max_tokens`, of how many.
+
+        Empty where nothing is written, or where no tokenizer is here. A byte-level tokenizer spends several tokens on a
+        Korean syllable, so a length that is plenty for English cuts Korean off.
+        """
+        validation, tokenizer, cut = self.phase.validation, self.tokenizer, dict[str, tuple[int, int]]()
+        if validation is None or tokenizer is None:
+            return cut
+        for source in validation.sources:
+            kind = scan(source).kind
+            if kind != "translation" and not (kind == "mcq" and validation.scoring == "reason"):
+                continue
+            examples = list(_render(list(islice(stream(source), MEASURED)), "reasoning"))
+            lengths = tokenizer.count([example.completion for example in examples])
+            cut[source.source] = (sum(n > validation.max_tokens for n in lengths), len(lengths))
+        return cut
 
     def _arrange(
         self, lengths: numpy.ndarray, prompts: numpy.ndarray, texts: numpy.ndarray, order: Sequence[int]

@@ -154,6 +154,7 @@ def _plan_phase(config: RunConfig, phase: PhaseConfig, measuring: Measuring, rat
         checkpoint_bytes=None,
         seconds=round(tokens / rate.tokens_per_s, 1) if tokens is not None and rate else None,
         rate=rate.basis if rate else "not measured yet",
+        cut_answers=measuring.count_cut_answers(),
     )
 
 

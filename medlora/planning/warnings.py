@@ -13,6 +13,9 @@ from medlora.runs.object_store import is_store
 
 _MANY_EPOCHS = 5
 
+_MOST_CUT = 0.25
+"""Share of dev's answers that may be longer than what a stage may write."""
+
 
 def find_warnings(config: RunConfig, run: RunFolder, plan: RunPlan) -> Iterator[str]:
     """A sentence for each thing that the user may not want."""
@@ -22,6 +25,8 @@ def find_warnings(config: RunConfig, run: RunFolder, plan: RunPlan) -> Iterator[
         if "mcq" in kinds and phase.validation is None and planned.is_left:
             yield f"phase {phase.name} has no validation: nothing says when it is good, or how good it was"
         yield from _warn_of_phase(planned, phase.max_tokens)
+        if phase.validation is not None and planned.is_left:
+            yield from _warn_of_cut_answers(planned, phase.validation.max_tokens)
     card = read_card(run.data)
     if card is not None:
         yield from describe_overlap(card)
@@ -59,3 +64,12 @@ def _warn_of_phase(planned: PhasePlan, max_tokens: int) -> Iterator[str]:
             )
     if planned.epochs is not None and planned.epochs > _MANY_EPOCHS:
         yield f"phase {planned.name} sees its data {planned.epochs:g} times"
+
+
+def _warn_of_cut_answers(planned: PhasePlan, max_tokens: int) -> Iterator[str]:
+    for source, (cut, answers) in planned.cut_answers.items():
+        if cut > _MOST_CUT * answers:
+            yield (
+                f"phase {planned.name}: {cut:,} of {answers:,} answers in {source} are longer than validation.max_tokens "
+                f"{max_tokens}, so dev scores answers that were cut off"
+            )

@@ -303,6 +303,24 @@ def test_letters_asked_of_a_stage_that_reasons_are_warned_of(
     assert "phase 00 learns to reason before the answer" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(("most", "warned"), [(6, True), (60, False)])
+def test_answers_that_dev_would_cut_off_are_warned_of(
+    bases: dict[str, str], tmp_path: Path, most: int, warned: bool
+) -> None:
+    from tests.support.tiny_run import configure, write_data
+
+    pairs = [{"english": f"text about aspirin {i}", "korean": "아스피린 은 해열 이다 " * 4} for i in range(6)]
+    (tmp_path / "pairs_dev.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    dev = {"sources": [{"source": str(tmp_path / "pairs_dev.jsonl")}], "max_tokens": most}
+    config = configure(bases["llama"], write_data(tmp_path), p01={"validation": dev})
+    plan = make_plan(config, RunFolder(tmp_path / "new"), "cpu")
+    found = [text for text in plan.warnings if "validation.max_tokens" in text and "phase 01" in text]
+    assert bool(found) == warned
+    if warned:
+        assert "of 12 answers" in found[0] and "longer than validation.max_tokens 6" in found[0]
+    assert not any("validation.max_tokens" in text for text in plan.warnings if "phase 02" in text)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
