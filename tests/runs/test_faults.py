@@ -63,7 +63,7 @@ def test_a_driver_may_fail_at_every_file_event_of_its_start(fault: str | int, co
         assert again == 0, (at, text)
 
 
-@pytest.mark.parametrize("fault", [POWER, "ENOSPC"])
+@pytest.mark.parametrize("fault", [POWER, pytest.param("ENOSPC", marks=pytest.mark.slow)])
 def test_a_phase_may_fail_as_it_is_finished(fault: str, config: Any, tmp_path: Path) -> None:
     events = list_events(config, "commit", tmp_path)
     assert ("fsync", "adapter_model.safetensors") in events

@@ -55,6 +55,9 @@ def server(request: pytest.FixtureRequest) -> Store:
 ON_S3 = pytest.mark.parametrize("server", ["s3"], indirect=True)
 """What says nothing new of another store."""
 
+GS_SLOW = pytest.mark.parametrize("server", ["s3", pytest.param("gs", marks=pytest.mark.slow)], indirect=True)
+"""What takes long and hardly differs between stores."""
+
 
 @pytest.fixture
 def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
@@ -326,6 +329,7 @@ def test_a_store_that_fails_for_good_keeps_what_was_whole(
     assert manifest and check_files(there / "checkpoint-4", manifest) is None
 
 
+@GS_SLOW
 def test_a_phase_goes_through_faults_and_from_machine_to_machine_with_the_same_bytes(
     store: Store, bases: dict[str, str], data: Path, finished: Path, tmp_path: Path, uri: str
 ) -> None:
