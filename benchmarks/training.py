@@ -279,7 +279,7 @@ def main() -> None:
     tokenizer = build_tokenizer([line for line in questions])
     model = build_model(CPU_SHAPE)
     bench = Bench.__new__(Bench)
-    bench.model = model
+    bench.model, bench.cuda = model, False
     rate = bench.measure_matrix_rate()
     lighten_elementwise(model)
     model = add_adapter(model, "a", LoraSettings(r=16, alpha=32), [], seed=0).train()
