@@ -277,7 +277,7 @@ def main() -> None:
     keep_freed_memory()  # for all of them alike
     questions = (arguments.data / "kormedmcqa/train.jsonl").read_text(encoding="utf-8").splitlines()
     tokenizer = build_tokenizer([line for line in questions])
-    model = build_model(CPU_SHAPE, tokenizer, "cpu", "none")
+    model = build_model(CPU_SHAPE)
     bench = Bench.__new__(Bench)
     bench.model, bench.cuda = model, False
     rate = bench.measure_matrix_rate()
@@ -287,7 +287,7 @@ def main() -> None:
     about = {
         "date": str(date.today()),
         "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-        "hardware": describe_hardware(False),
+        "hardware": describe_hardware(),
         "matrix rate": f"{rate / 1e9:.1f} billion multiply-adds/s",
         "versions": {**get_versions(), "trl": __import__("importlib.metadata").metadata.version("trl")},
     }

@@ -299,7 +299,7 @@ def choose_optimizer(model: PreTrainedModel, phase: SettledPhase, checkpoint: Pa
 def _has_quantized_states(checkpoint: Path) -> bool:
     """Whether the optimiser of a checkpoint was bitsandbytes' 8-bit one."""
     saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    return any("state1" in state for state in saved["state"].values())
+    return bool(saved["state"]) and not any("exp_avg" in state for state in saved["state"].values())
 
 
 def _list_callbacks(
