@@ -230,12 +230,12 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(bases: dict[str, st
 
 
 def test_the_same_global_batch_gives_the_same_curve(bases: dict[str, str], data: Path, tmp_path: Path) -> None:
-    """Whatever the rows of a pass, from one to all of them: 3e-6 of relative difference after four large steps."""
+    """Whatever the rows of a pass, from one to all of them; larger steps than these enlarge the rounding of sums, too."""
     curves = []
     for size in ("auto", 1, 4, 12):
         config = configure(bases["gemma"], data, lora={"r": 4, "alpha": 8})
         phase = {**config.phases[2].model_dump(mode="json"), "name": "mcq", "chain": "new", "validation": None}
-        phase |= {"global_batch": 12, "batch_size": size, "max_steps": 4, "log_every_steps": 1}
+        phase |= {"global_batch": 12, "batch_size": size, "max_steps": 4, "log_every_steps": 1, "learning_rate": 1e-3}
         del phase["accumulation"]
         config = config.model_copy(update={"phases": (PhaseConfig.model_validate(phase),)})
         (manifest,) = run_all(config, tmp_path / str(size), ("mcq",)).values()
@@ -245,7 +245,7 @@ def test_the_same_global_batch_gives_the_same_curve(bases: dict[str, str], data:
         curves.append([row["loss"] for row in read_json_lines(RunFolder(tmp_path / str(size)).phase("mcq").metrics)])
     assert len(curves[0]) == 4
     for curve in curves[1:]:
-        assert curve == pytest.approx(curves[0], rel=1e-5)
+        assert curve == pytest.approx(curves[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("fails_at", [1, 12])
