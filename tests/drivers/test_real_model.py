@@ -17,10 +17,13 @@ WRITTEN = 16
 
 
 def test_the_merged_model_writes_the_stage_s_text(real_model: str, data: Path, tmp_path: Path) -> None:
-    config = configure(real_model, data, p00={"max_steps": 2, "train_extra_tokens": False}, p02={"max_steps": 2})
+    config = configure(real_model, data, p00={"max_steps": 2}, p02={"max_steps": 2})
     base = config.base.model_copy(update={"extra_tokens": ()})
     first, _, last = config.phases
-    phases = (first, last.model_copy(update={"validation": None}))
+    phases = (
+        first.model_copy(update={"train_extra_tokens": False}),
+        last.model_copy(update={"validation": None}),
+    )
     config = config.model_copy(update={"base": base, "phases": phases})
     run_all(config, tmp_path / "run", ("00", "02"))
     chain = [Link(name=name, folder=str(tmp_path / "run" / "phases" / name / "adapter")) for name in ("00", "02")]
