@@ -254,7 +254,9 @@ class Runner:
                 keep = labels != IGNORED
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.cuda):
                     ids = torch.tensor([row.input_ids], device=device)
-                    hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1][keep]
+                    places = torch.tensor([row.position_ids], device=device)  # by which documents are kept apart
+                    outputs = inner.model(input_ids=ids, position_ids=places, use_cache=False)
+                    hidden = outputs.last_hidden_state[0, :-1][keep]
                     logits = inner.lm_head(hidden).float()
                 loss = torch.nn.functional.cross_entropy(logits, labels[keep], reduction="sum") / count
                 loss.backward()

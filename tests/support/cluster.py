@@ -52,7 +52,8 @@ def start_head(
     env |= CANARIES | more
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
-    log = (folder / "head.log").open("w")
+    log_path = folder / "head.log"
+    log = log_path.open("w")
     # `ray stop` would end every Ray of the machine, the developer's own too: this one ends with its process group.
     process = subprocess.Popen(
         ["bash", "-c", f"{start} --temp-dir={folder}"], env=env, stdout=log, stderr=log, start_new_session=True
@@ -60,10 +61,13 @@ def start_head(
     try:
         current = folder / "ray_current_cluster"
         end = time.monotonic() + 60
-        while not current.exists() or "Ray runtime started" not in (folder / "head.log").read_text():
-            assert not process.poll() and time.monotonic() < end, (folder / "head.log").read_text()
+        # The file is made before the address is written into it.
+        while (
+            not (current.exists() and current.read_text().strip()) or "Ray runtime started" not in log_path.read_text()
+        ):
+            assert not process.poll() and time.monotonic() < end, log_path.read_text()
             time.sleep(0.1)
-        said = (folder / "head.log").read_text()
+        said = log_path.read_text()
         dashboard = re.search(r"RAY_API_SERVER_ADDRESS='http://([^:']+):([0-9]+)|http://([0-9.]+):([0-9]+)", said)
         assert dashboard, said
         env["RAY_ADDRESS"] = current.read_text().strip()

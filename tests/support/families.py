@@ -307,7 +307,6 @@ FAMILIES: dict[str, Family] = {
         ("<|im_end|>",),
         config={"partial_rotary_factor": 0.5},
         prompt_end=_ASSISTANT,
-        padded=True,
     ),
     "a model that wants content parts": Family(
         "llama", "chatml of content parts", _TURNS[:1], "<|im_end|>", prompt_end=_ASSISTANT
