@@ -240,6 +240,8 @@ class CheckpointCallback(TrainerCallback):
         if state.is_world_process_zero:
             # Log lines and the best adapter up to a checkpoint's step are not written again, so they must be on disk before it.
             sync_files(self.folder.metrics, self.folder.validation, self.folder.best)
+            if self.folder.validation.is_file():  # which adapter is the best so far is read from it
+                write_bytes(checkpoint / self.folder.validation.name, self.folder.validation.read_bytes())
             commit(checkpoint, {"step": state.global_step})
             mirror.push(self.folder.root)
 

@@ -23,7 +23,7 @@ from medlora.kernels.supervised_head import SupervisedHead
 from medlora.kernels.varlen import carry_plan, using
 from medlora.model.adapter_files import find_non_finite
 from medlora.model.chain import load_adapter_weights, save_adapter
-from medlora.runs.files import read_json_lines, truncate_json_lines
+from medlora.runs.files import read_json_lines, truncate_json_lines, write_bytes
 from medlora.runs.folders import PhaseFolder
 from medlora.runs.manifests import check_files, read_manifest
 from medlora.training.batches import Collator, FlatCollator
@@ -367,6 +367,10 @@ def _forget_after(folder: PhaseFolder, segment: str, output: Path, step: int) ->
         truncate_json_lines(
             path, lambda row: row["segment"] != segment or row["step"] <= step, keys=("segment", "step")
         )
+    # Without a lost line, a worse score could pass for the best. The checkpoint's copy is as whole as the checkpoint.
+    sealed = output / f"checkpoint-{step}" / folder.validation.name
+    if sealed.is_file() and len(read_json_lines(sealed)) > len(read_json_lines(folder.validation)):
+        write_bytes(folder.validation, sealed.read_bytes())
     for checkpoint in output.glob("checkpoint-*"):
         if int(checkpoint.name.rpartition("-")[2]) > step:
             shutil.rmtree(checkpoint)

@@ -118,6 +118,29 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
     assert weights(tmp_path, "00") == weights(finished, "00")
 
 
+def test_scores_that_were_lost_come_back_from_the_checkpoint(bases: dict[str, str], data: Path, tmp_path: Path) -> None:
+    """Else a worse score after the checkpoint would pass for the best, and its adapter be kept."""
+    dev = {"sources": [{"source": str(data / "dev.jsonl")}], "sample": 4, "max_tokens": 8, "scoring": "letter"}
+    validation = {**dev, "every_steps": 1, "keep_best": True}
+    config = configure(bases["gemma"], data, p00={"log_every_steps": 1, "validation": validation})
+    run_all(config, tmp_path / "whole", ("00",))
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_all(config, tmp_path / "torn", ("00",), kill)
+    scores = RunFolder(tmp_path / "torn").phase("00").validation
+    assert len(read_json_lines(scores)) >= 4
+    scores.write_bytes(scores.read_bytes()[:40])
+    manifest = run_all(config, tmp_path / "torn", ("00",))["00"]
+    assert manifest["segments"][0]["resumed_from_step"] == 4
+    assert weights(tmp_path / "torn", "00") == weights(tmp_path / "whole", "00")
+    whole = RunFolder(tmp_path / "whole").phase("00").validation
+    assert scores.read_bytes() == whole.read_bytes()
+
+
 def test_the_full_prompt_gives_way_to_the_normal_one_at_its_step_budget(
     bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
