@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -259,17 +260,13 @@ class Answering:
         for stage, names in STAGES.items():
             activate(self.model, names)
             for shots in (0, 5):
-                self.kit.measure(
-                    "letters", least, lambda k=shots: self.letters(k), shots=shots, adapters=stage, **about
-                )
+                self.kit.measure("letters", least, partial(self.letters, shots), shots=shots, adapters=stage, **about)
             for n in rows:
-                self.kit.measure(
-                    "generate", least, lambda n=n: self.steps(n, written[0]), rows=n, adapters=stage, **about
-                )
+                self.kit.measure("generate", least, partial(self.steps, n, written[0]), rows=n, adapters=stage, **about)
             if stage == "one":
                 for tokens in written[1:]:
                     for n in rows:
-                        work = lambda n=n, tokens=tokens: self.reason(n, tokens)  # noqa: E731
+                        work = partial(self.reason, n, tokens)
                         self.kit.measure("reason", 2 * least, work, rows=n, tokens=tokens, adapters=stage, **about)
                 self.peers(small, written[0], sizes, least, {"adapters": stage, **about})
         self.card.release()
@@ -284,7 +281,7 @@ class Answering:
             return
         for task, shots in (("local_letters", 0), ("local_letters", 5), ("local_generate", 0)):
             for size in sizes:
-                work = lambda task=task, shots=shots, size=size: self.harness(task, shots, size)  # noqa: E731
+                work = partial(self.harness, task, shots, size)
                 self.kit.measure(f"lm-eval {task}", 1.5 * least, work, shots=shots, batch=size, **about)
 
 

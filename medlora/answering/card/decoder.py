@@ -8,7 +8,8 @@ decoder's own state for everything else. Nothing in a step is decided by the hos
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -57,6 +58,15 @@ class Decoder:
         self.lanes: Lanes | None = None
         self.graphs: dict[Shape, Replay] = {}
         self.stage: PreparedStage | None = None
+
+    @contextmanager
+    def releasing(self) -> Iterator[None]:
+        """While inside, memory that runs out also gives lanes and graphs back; the error is raised on."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.release()
+            raise
 
     # ---- a batch begins ---------------------------------------------------------------------------------------------
 

@@ -34,47 +34,35 @@ class LaneWriter:
         max_tokens: int,
     ) -> None:
         """Fill `writing`; raises torch.OutOfMemoryError, with lanes and graphs released, where a batch does not fit."""
-        try:
-            self._write(writing, prompts, pad_id, prefix, uniform, max_tokens)
-        except torch.OutOfMemoryError:
-            self.decoder.release()
-            raise
-
-    def _write(
-        self,
-        writing: Writing,
-        prompts: Sequence[Sequence[int]],
-        pad_id: int,
-        prefix: Prefix | None,
-        uniform: list[random.Random],
-        max_tokens: int,
-    ) -> None:
         decoder = self.decoder
-        decoder.unknown.copy_(self.unknown)  # graphs read it there
-        logits = decoder.start(prompts, pad_id, prefix, max_tokens, self.temperature if uniform else 0.0)
-        # Which prompt each row of the batch is; None: nobody's.
-        slots: list[int | None] = [*range(len(prompts)), *[None] * (decoder.rows - len(prompts))]
-        self._draw(slots, uniform)
-        decoder.token[: len(logits)] = decoder.choose(logits)
-        del logits
-        for step in range(max_tokens):
-            pulse.beat()
-            fetch = fetch_later(decoder.token[: decoder.rows, 0])
-            if step + 1 < max_tokens:
-                self._draw(slots, uniform)  # a row that turns out to be done draws once too often, from its own stream
-                decoder.step()
-            tokens = fetch()
-            alive = [(row, i) for row, i in enumerate(slots) if i is not None]
-            goes_on = writing.append([i for _, i in alive], [tokens[row] for row, _ in alive])
-            for (row, _), more in zip(alive, goes_on, strict=True):
-                if not more:
-                    slots[row] = None
-            staying = [row for row, i in enumerate(slots) if i is not None]
-            if not staying or step + 1 == max_tokens:
-                break
-            if len(staying) <= decoder.rows // 2 and decoder.rows > LEAST_ROWS:
-                decoder.keep_rows(staying)
-                slots = [*(slots[row] for row in staying), *[None] * (decoder.rows - len(staying))]
+        with decoder.releasing():
+            decoder.unknown.copy_(self.unknown)  # graphs read it there
+            logits = decoder.start(prompts, pad_id, prefix, max_tokens, self.temperature if uniform else 0.0)
+            # Which prompt each row of the batch is; None: nobody's.
+            slots: list[int | None] = [*range(len(prompts)), *[None] * (decoder.rows - len(prompts))]
+            self._draw(slots, uniform)
+            decoder.token[: len(logits)] = decoder.choose(logits)
+            del logits
+            for step in range(max_tokens):
+                pulse.beat()
+                fetch = fetch_later(decoder.token[: decoder.rows, 0])
+                if step + 1 < max_tokens:
+                    self._draw(
+                        slots, uniform
+                    )  # a row that turns out to be done draws once too often, from its own stream
+                    decoder.step()
+                tokens = fetch()
+                alive = [(row, i) for row, i in enumerate(slots) if i is not None]
+                goes_on = writing.append([i for _, i in alive], [tokens[row] for row, _ in alive])
+                for (row, _), more in zip(alive, goes_on, strict=True):
+                    if not more:
+                        slots[row] = None
+                staying = [row for row, i in enumerate(slots) if i is not None]
+                if not staying or step + 1 == max_tokens:
+                    break
+                if len(staying) <= decoder.rows // 2 and decoder.rows > LEAST_ROWS:
+                    decoder.keep_rows(staying)
+                    slots = [*(slots[row] for row in staying), *[None] * (decoder.rows - len(staying))]
 
     def _draw(self, slots: Sequence[int | None], uniform: Sequence[random.Random]) -> None:
         if uniform:

@@ -46,11 +46,8 @@ def score_over_lanes(
         def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
             chosen = [places[i] for i in batch]
             rows = [contexts[i] for i in chosen], [continuations[i] for i in chosen]
-            try:
+            with decoder.releasing():
                 sums.update(zip(chosen, _score(decoder, *rows, pad_id, shared), strict=True))
-            except torch.OutOfMemoryError:
-                decoder.release()
-                raise
 
         Batcher(rows * longest, most_rows=rows, cuts=True).run(lengths, work)
     return [sums[i] for i in range(len(contexts))]
