@@ -135,6 +135,24 @@ def test_the_plain_layers_bring_neither_torch_nor_ray_along() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_worker_does_not_load_torch_s_compiler_for_what_it_never_compiles() -> None:
+    """bitsandbytes asks for compiled functions at import: they are compiled at their first call, as they would have been."""
+    code = """
+import sys, torch
+asked = []
+def compile(function, **options): asked.append(options); return function
+torch.compile = compile
+import medlora.kernels, peft
+assert asked == [] and torch.compile is compile and "torch._inductor.compile_fx" not in sys.modules
+from bitsandbytes.backends.default.ops import _dequantize_blockwise_compute as scale
+for _ in range(2):
+    said = scale(torch.arange(4, dtype=torch.uint8), torch.tensor([2.0, 3.0]), torch.arange(4.0), 2, torch.float32).tolist()
+print(said, asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[0.0, 2.0, 6.0, 9.0] [{'dynamic': False}]", done.stderr
+
+
 def test_importing_medlora_changes_nothing() -> None:
     code = "import os, logging\nbefore = dict(os.environ), set(logging.root.manager.loggerDict)\nimport medlora\n"
     code += "print((dict(os.environ), set(logging.root.manager.loggerDict)) == before)"

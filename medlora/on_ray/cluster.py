@@ -25,6 +25,10 @@ from medlora.runs.files import read_json
 _ACCELERATOR = "accelerator_type:"
 
 
+_WATCHES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray Train's setting; in a Ray of this job's own nobody takes a node away, so no phase needs a process that watches."""
+
+
 _OPTIONS: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
@@ -97,7 +101,7 @@ def connect() -> Iterator[Cluster]:
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     already = ray.is_initialized()
-    started_here = False
+    started_here, watches = False, os.environ.get(_WATCHES)
     try:
         if not already:
             with _quiet():
@@ -105,12 +109,15 @@ def connect() -> Iterator[Cluster]:
                 started_here = address is None
                 if started_here:
                     _start_local()
+                    os.environ.setdefault(_WATCHES, "0")
                 else:
                     ray.init(address=address, **_OPTIONS)
         yield _look_around(started_here)
     finally:
         if not already:
             _disconnect(started_here)
+        if watches is None:
+            os.environ.pop(_WATCHES, None)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Protocol, TypedDict, cast
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from medlora import endings, events
@@ -68,10 +70,17 @@ class PlaceWatcher(Protocol):
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Leaves SIGINT to `endings`: Ray Train's handler prints nothing and always exits with 1."""
+    """Leaves SIGINT to `endings`: Ray Train's handler prints nothing and always exits with 1.
+
+    It also starts no actor for datasets, since none is given to it: one process less that imports Ray in each phase.
+    """
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 def train_on_ray(

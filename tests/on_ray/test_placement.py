@@ -142,3 +142,14 @@ def test_a_wait_is_spoken_of_until_there_is_room(monkeypatch: pytest.MonkeyPatch
 def test_a_fraction_of_a_gpu_is_of_one_gpu() -> None:
     assert count_room(Placement(), 0.5, node(8, 2)) == 4
     assert count_room(Placement(), 0.1, node(64, 1)) == 10
+
+
+def test_a_phase_starts_no_actor_for_datasets_that_it_has_not() -> None:
+    """Each of Ray Train's helpers is a process that imports Ray for 1.4 s; the others are what makes a phase safe."""
+    from ray.train import ScalingConfig
+
+    from medlora.on_ray.train_phase import _Trainer
+
+    trainer = _Trainer(print, scaling_config=ScalingConfig(num_workers=1))
+    started = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    assert "DatasetsCallback" not in started and {"PlacementGroupCleanerCallback", "BackendSetupCallback"} <= started
