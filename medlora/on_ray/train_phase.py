@@ -13,9 +13,10 @@ from typing import Protocol, TypedDict, cast
 
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
+from ray.train.backend import BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from medlora import endings, events
@@ -36,7 +37,7 @@ from medlora.on_ray.workers.failures import (
     report_failure,
     split_failures,
 )
-from medlora.on_ray.workers.leaving import LeavingTorchConfig
+from medlora.on_ray.workers.leaving import AloneConfig
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
@@ -69,7 +70,7 @@ class PlaceWatcher(Protocol):
         """The phase has its workers."""
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class _Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Leaves SIGINT to `endings`: Ray Train's handler prints nothing and always exits with 1.
 
     It also starts no actor for datasets, since none is given to it: one process less that imports Ray in each phase.
@@ -228,7 +229,7 @@ class _Training:
                 accelerator_type=placement.accelerator_type,
                 label_selector=placement.label_selector or None,
             ),
-            torch_config=LeavingTorchConfig(backend="nccl" if gpus else "gloo"),
+            backend_config=_set_up(placement.workers, gpus > 0),
             run_config=RayRunConfig(
                 name=f"{self.phase}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(self.run.ray),
@@ -236,6 +237,15 @@ class _Training:
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
             ),
         )
+
+
+def _set_up(workers: int, gpu: bool) -> BackendConfig:
+    """How Ray Train sets the workers of a phase up."""
+    if workers == 1:
+        return AloneConfig()
+    from medlora.on_ray.workers.process_group import LeavingTorchConfig
+
+    return LeavingTorchConfig(backend="nccl" if gpu else "gloo")
 
 
 def _read_manifest(run: RunFolder, phase: str) -> PhaseManifest:
@@ -286,15 +296,9 @@ def _explain(error: object, failed: Sequence[Failed], phase: str, run: RunFolder
 def _train_loop(config: _Loop) -> None:
     """What each Ray Train worker runs: rebuild the job from plain values and hand it to `run_phase`."""
     import ray.train
-    import torch.distributed as dist
 
-    alone = dist.get_world_size() == 1
+    alone = ray.train.get_context().get_world_size() == 1
     enter_folder(config["cwd"])
-    if alone:
-        # One worker has nobody to talk to: without this Trainer would wrap the model for distributed training.
-        dist.destroy_process_group()
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
     from medlora.on_ray.workers.leaving import explain_leaving, is_leaving, watch_inbox
     from medlora.training.callbacks import Leaving
     from medlora.training.phase import run_phase

@@ -51,7 +51,7 @@ def end(driver: subprocess.Popen[str], signum: int, most_s: float) -> str:
 def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_bytes(
     cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
-    config = one_phase(bases, data, 600, every=600)  # so every checkpoint before the end is a signal's
+    config = one_phase(bases, data, 300, every=300)  # so every checkpoint before the end is a signal's
     written, run = write_config(config, tmp_path / "c.yaml"), tmp_path / "run"
 
     driver = start(written, run, cluster)
@@ -94,9 +94,9 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
     assert "Traceback" not in out and "*** SIGTERM" not in out and "@     0x" not in out
 
     out, err = finish(start(written, run, cluster))
-    assert [int(step) for step in re.findall(r"resumes from step (\d+) of 600", out)] == [third] and err == ""
+    assert [int(step) for step in re.findall(r"resumes from step (\d+) of 300", out)] == [third] and err == ""
     steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("00").metrics)]
-    assert steps == list(range(1, 601))
+    assert steps == list(range(1, 301))
     run_all(config, tmp_path / "undisturbed", ("00",))
     assert weights(run, "00") == weights(tmp_path / "undisturbed", "00")
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,9 @@ def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
     first = two_phases(bases, data)
     config = write_config(first.model_copy(update={"phases": first.phases[:1]}), tmp_path / "c.yaml")
     drivers = [start(config, tmp_path / name, cluster) for name in ("a", "b")]
-    wait_for_step(tmp_path / "a", "00", 1, drivers[0])
+    while not (tmp_path / "a" / "run.log").exists():  # its phase has yet to start, so the run is held for a while
+        assert drivers[0].poll() is None, drivers[0].communicate()
+        time.sleep(0.1)
     _, err = finish(start(config, tmp_path / "a", cluster), code=2)
     assert f"is in use by process {drivers[0].pid} on " in err
     for driver in drivers:
@@ -123,7 +126,6 @@ def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
         (["placement.cpus_per_worker=64"], "1 workers x 64 CPUs = 64 CPUs asked; the cluster has 1 node, 2 CPUs"),
         (["placement.label_selector={zone: moon}"], "placement.label_selector: no node has {'zone': 'moon'}"),
         (["phases.01.learning_rate=1e30", "phases.01.warmup_ratio=0.0"], "phase 01, step 2: the loss is "),
-        (["phases.01.max_tokens=8"], "phases.01.max_tokens: every example is longer than 8 tokens"),
         (
             ["base.quantization=int8", "lora.dora=true"],
             "phases.01: lora.dora on an int8 base needs a GPU, and placement has",

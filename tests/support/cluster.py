@@ -74,8 +74,10 @@ def start_head(
         address = f"http://{dashboard[1] or dashboard[3]}:{dashboard[2] or dashboard[4]}"
         yield {**env, "DASHBOARD": address, "SESSION": str(folder)}
     finally:
+        # Some name themselves, so their command lines do not tell; an agent without its raylet would work on for a while.
+        own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         for other in psutil.process_iter(["cmdline"]):
-            if any(str(folder) in part for part in other.info["cmdline"] or []):
+            if other in own or any(str(folder) in part for part in other.info["cmdline"] or []):
                 other.kill()
         process.kill()
         process.wait(timeout=30)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
-from ray.train.torch import TorchConfig
+from ray.train.backend import Backend, BackendConfig
 
 from medlora.on_ray.inbox import Inbox
 
 if TYPE_CHECKING:
-    from ray.train.backend import BackendConfig
     from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 _TERMINATED = threading.Event()
@@ -67,23 +65,21 @@ def watch_inbox(inbox: Inbox) -> threading.Event:
     return _ASKED
 
 
-def _take_sigterm() -> None:
+def take_sigterm() -> None:
     """Let SIGTERM ask for a checkpoint; to be called in a worker's main thread. Without it Ray ends the worker at once."""
     signal.signal(signal.SIGTERM, lambda signum, frame: _TERMINATED.set())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # where the driver's own Ray inherited the block
 
 
-@dataclass
-class LeavingTorchConfig(TorchConfig):  # type: ignore[misc]
-    """Ray Train's set-up of workers for torch, after which SIGTERM asks a worker for a checkpoint."""
+class _AloneBackend(Backend):  # type: ignore[misc]
+    def on_start(self, worker_group: WorkerGroup, backend_config: BackendConfig) -> None:
+        worker_group.execute(take_sigterm)
+
+
+class AloneConfig(BackendConfig):  # type: ignore[misc]
+    """Ray Train's set-up of a single worker: it has nobody to talk to, so neither driver nor controller imports torch."""
 
     @property
     def backend_cls(self) -> object:
-        """The class that sets the workers up."""
-
-        class _Backend(super().backend_cls):  # type: ignore[misc]
-            def on_start(self, worker_group: WorkerGroup, backend_config: BackendConfig) -> None:
-                super().on_start(worker_group, backend_config)
-                worker_group.execute(_take_sigterm)
-
-        return _Backend
+        """The class that sets the worker up."""
+        return _AloneBackend
