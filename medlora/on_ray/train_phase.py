@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict, cast
 
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.backend import BackendConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.execution.callback import RayTrainCallback
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from medlora import endings, events
@@ -37,8 +34,8 @@ from medlora.on_ray.workers.failures import (
     report_failure,
     split_failures,
 )
-from medlora.on_ray.workers.leaving import AloneConfig
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
+from medlora.on_ray.workers.trainer import PhaseTrainer, TellGroup, free_group, set_up_workers
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
 from medlora.runs.files import remove
@@ -68,20 +65,6 @@ class PlaceWatcher(Protocol):
 
     def phase_has(self) -> None:
         """The phase has its workers."""
-
-
-class _Trainer(DataParallelTrainer):  # type: ignore[misc]
-    """Leaves SIGINT to `endings`: Ray Train's handler prints nothing and always exits with 1.
-
-    It also starts no actor for datasets, since none is given to it: one process less that imports Ray in each phase.
-    """
-
-    def _register_sigint_handler(self, controller: object) -> None:
-        pass
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 def train_on_ray(
@@ -136,6 +119,7 @@ class _Training:
         self.reasons: list[str] = []
         self.failed: list[Failed] = []
         self.failure: Exception | None = None
+        self.group: str | None = None
         count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
         self.note(f"starting {count} with {describe_worker(placement, self.gpus)} each")
         self.nonce = mirror.leave_nonce(run.root)
@@ -145,7 +129,10 @@ class _Training:
         self.on_event(events.note(self.phase, text))
 
     def receive(self, event: Event) -> None:
-        """Take an event of a worker."""
+        """Take an event of a worker, or of its controller."""
+        if event["event"] == "reserved":
+            self.group = event["group"]
+            return
         if self.watcher is not None and not self.begun.is_set():
             self.watcher.phase_has()
         self.begun.set()
@@ -186,9 +173,11 @@ class _Training:
             except PreemptionError:
                 endings.check()
                 self.note("its node was taken away before a step had ended: resumes from the last checkpoint")
-            except (WorkerGroupError, ControllerError) as error:
+            except (WorkerGroupError, ControllerError, RayActorError) as error:
                 endings.check()
                 died = _find_deaths(error)
+                if isinstance(error, RayActorError) and self.group is not None:
+                    free_group(self.group)
                 if not died or self.refusals or deaths == self.placement.retries:
                     self.failure = error
                     return
@@ -199,17 +188,17 @@ class _Training:
                 remove(self.run.ray)
             self.leaving.clear()
 
-    def _fit(self, trainer: _Trainer) -> None:
+    def _fit(self, trainer: PhaseTrainer) -> None:
         workers = self.placement.workers
         with report_while_waiting(
             self.placement, self.gpus, workers, self.phase, self.begun.is_set, self.on_event, as_group=True
         ):
             trainer.fit()
 
-    def _make_trainer(self, inbox: Inbox) -> _Trainer:
+    def _make_trainer(self, inbox: Inbox) -> PhaseTrainer:
         """A Ray Train run of its own for each attempt: it would take up its own snapshot of an earlier one."""
         placement, gpus = self.placement, self.gpus
-        return _Trainer(
+        return PhaseTrainer(
             _train_loop,
             train_loop_config={
                 "job": self.job.model_dump(mode="json"),
@@ -229,23 +218,15 @@ class _Training:
                 accelerator_type=placement.accelerator_type,
                 label_selector=placement.label_selector or None,
             ),
-            backend_config=_set_up(placement.workers, gpus > 0),
+            backend_config=set_up_workers(placement.workers, gpus > 0),
             run_config=RayRunConfig(
                 name=f"{self.phase}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(self.run.ray),
                 # Retries are ours: Ray's would take a worker that has left for one that has finished.
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                callbacks=[TellGroup(inbox)],
             ),
         )
-
-
-def _set_up(workers: int, gpu: bool) -> BackendConfig:
-    """How Ray Train sets the workers of a phase up."""
-    if workers == 1:
-        return AloneConfig()
-    from medlora.on_ray.workers.process_group import LeavingTorchConfig
-
-    return LeavingTorchConfig(backend="nccl" if gpu else "gloo")
 
 
 def _read_manifest(run: RunFolder, phase: str) -> PhaseManifest:
@@ -263,6 +244,8 @@ def _read_manifest(run: RunFolder, phase: str) -> PhaseManifest:
 def _find_deaths(error: object) -> str:
     """Which workers died (were killed, lost their node), as text; empty where any of them raised an exception of ours."""
     failures = getattr(error, "worker_failures", None)
+    if isinstance(error, RayActorError):
+        return "the process that led its workers died"
     if failures is None:
         return "its workers could not be started" if is_death(getattr(error, "controller_failure", None)) else ""
     lost, own = split_failures(failures)

@@ -144,12 +144,13 @@ def test_a_fraction_of_a_gpu_is_of_one_gpu() -> None:
     assert count_room(Placement(), 0.1, node(64, 1)) == 10
 
 
-def test_a_phase_starts_no_actor_for_datasets_that_it_has_not() -> None:
-    """Each of Ray Train's helpers is a process that imports Ray for 1.4 s; the others are what makes a phase safe."""
+def test_a_phase_starts_no_helper_that_it_has_no_use_for() -> None:
+    """Each of Ray Train's helpers is a process that imports Ray for 1.4 s; what makes a phase safe stays."""
     from ray.train import ScalingConfig
 
-    from medlora.on_ray.train_phase import _Trainer
+    from medlora.on_ray.workers.trainer import PhaseTrainer
 
-    trainer = _Trainer(print, scaling_config=ScalingConfig(num_workers=1))
+    trainer = PhaseTrainer(print, scaling_config=ScalingConfig(num_workers=1))
     started = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
-    assert "DatasetsCallback" not in started and {"PlacementGroupCleanerCallback", "BackendSetupCallback"} <= started
+    assert not started & {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    assert {"AcceleratorSetupCallback", "BackendSetupCallback"} <= started
