@@ -28,7 +28,7 @@ from harness import LETTERS, ask, read_log_likelihoods
 from transformers import Gemma3ForCausalLM
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
-from medlora.answering.card.paths import Card
+from medlora.answering.cuda.fast_paths import FastPaths
 from medlora.answering.generation import Kept, generate, get_pad_id
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.model.base import dequantize_base, load_base
@@ -124,10 +124,10 @@ def clock(work: Callable[[], Any]) -> tuple[float, Any]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Answering as it is without a card: growing caches, PEFT's layers, padded batches."""
+    """Answering as it is without fast paths: growing caches, PEFT's layers, padded batches."""
     with (
-        mock.patch("medlora.answering.answerer.using_card", lambda *arguments: nullcontext()),
-        mock.patch("medlora.answering.generation.using_card", lambda *arguments: nullcontext()),
+        mock.patch("medlora.answering.answerer.using_fast_paths", lambda *arguments: nullcontext()),
+        mock.patch("medlora.answering.generation.using_fast_paths", lambda *arguments: nullcontext()),
     ):
         yield
 
@@ -145,14 +145,14 @@ class Answering:
     def __init__(self, kit: Kit, bench: Bench, model: Any, quantization: str) -> None:
         self.kit, self.bench, self.model, self.quantization = kit, bench, model, quantization
         self.matrix_rate, self.memory_rate = bench.measure_matrix_rate(5), measure_memory_rate()
-        self.card = Card(model)
+        self.fast = FastPaths(model)
         self.weight_bytes = sum(w.numel() * w.element_size() for n, w in model.named_parameters() if "lora_" not in n)
         kit.say(what="device", matrix_tflops=2 * self.matrix_rate / 1e12, memory_gb_s=self.memory_rate / 1e9)
 
     def answer(self, records: Any, scoring: Any, shots: int, max_tokens: int = 16) -> Any:
         style: Any = "reasoning" if scoring == "reason" else "kormedmcqa"
         settings = AnswerSettings(style=style, scoring=scoring, shots=self.bench.shots[:shots], max_tokens=max_tokens)
-        return McqAnswerer(self.model, self.bench.tokenizer, settings, self.card).answer(records)
+        return McqAnswerer(self.model, self.bench.tokenizer, settings, self.fast).answer(records)
 
     def letters(self, shots: int) -> dict[str, Any]:
         """The better of two tries, so that what is tried and allocated once is not counted."""
@@ -174,7 +174,7 @@ class Answering:
             "seconds": seconds,
             "tokens": tokens,
             "share_of_matrix_rate": products / self.matrix_rate / seconds,
-            "flat": self.card.is_flat,
+            "flat": self.fast.is_flat,
             "same": f"{same} of {len(records)} choices as in padded batches, at most {off:.3f} off",
         }
 
@@ -187,13 +187,13 @@ class Answering:
         prompts, times = self.prompts(rows), {}
         for n in (2, tokens, 2, tokens):
             times[n], made = clock(
-                lambda n=n: generate(self.model, self.bench.tokenizer, prompts, n, kept=Kept(card=self.card))
+                lambda n=n: generate(self.model, self.bench.tokenizer, prompts, n, kept=Kept(fast=self.fast))
             )
         step_s = (times[tokens] - times[2]) / (tokens - 2)
         config = self.model.config.get_text_config()
         of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
         read = self.weight_bytes + rows * of_a_token * (max(map(len, prompts)) + tokens / 2)
-        decoder = self.card.decoder
+        decoder = self.fast.decoder
         found = {
             "ms_a_step": 1000 * step_s,
             "tokens_per_s": rows / step_s,
@@ -269,7 +269,7 @@ class Answering:
                         work = partial(self.reason, n, tokens)
                         self.kit.measure("reason", 2 * least, work, rows=n, tokens=tokens, adapters=stage, **about)
                 self.peers(small, written[0], sizes, least, {"adapters": stage, **about})
-        self.card.release()
+        self.fast.release()
 
     def peers(self, rows: int, tokens: int, sizes: Sequence[int], least: float, about: dict[str, Any]) -> None:
         """The same by others."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medlora.answering.card.paths import Card, using_card
+from medlora.answering.cuda.fast_paths import FastPaths, using_fast_paths
 from medlora.answering.generation import Kept, Sampling, generate, get_pad_id, make_batcher
 from medlora.answering.likelihoods.flat_letters import FlatScorer
 from medlora.answering.likelihoods.letters import score_letters
@@ -107,7 +107,7 @@ class McqAnswerer:
     """Answers questions with the stage that is active in its model; batches do not change an answer.
 
     What all prompts begin with is computed once and cached until another stage is active or a weight changes. `answer`
-    raises InputError when the tokenizer cannot answer with the letters. `card` is what the answerers of one model keep on
+    raises InputError when the tokenizer cannot answer with the letters. `fast` is what the answerers of one model keep on
     a GPU between calls; without it, each call on a GPU gives its memory back.
     """
 
@@ -116,9 +116,9 @@ class McqAnswerer:
         model: PreTrainedModel,
         tokenizer: Tokenizer,
         settings: AnswerSettings = AnswerSettings(),
-        card: Card | None = None,
+        fast: FastPaths | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.settings, self.card = model, tokenizer, settings, card
+        self.model, self.tokenizer, self.settings, self.fast = model, tokenizer, settings, fast
         self.scoring, self.style = settings.scoring, settings.style
         self._batchers: dict[str, Batcher] = {}
         self._flat: FlatScorer | None = None
@@ -129,21 +129,21 @@ class McqAnswerer:
         """One Answer a question, in the order of the questions."""
         if not records:
             return []
-        with in_eval_mode(self.model), using_card(self.model, self.card) as card:
+        with in_eval_mode(self.model), using_fast_paths(self.model, self.fast) as fast:
             if self.scoring == "letter" and self.style not in _REASONING_STYLES:
-                return self._score_letters(records, self._stream(records), card)
+                return self._score_letters(records, self._stream(records), fast)
             prompts = self._encode(records)
             if self.scoring == "generate":
-                return self._generate(records, prompts, card)
+                return self._generate(records, prompts, fast)
             if self.scoring == "option_text":
-                return self._score_options(records, prompts, card)
+                return self._score_options(records, prompts, fast)
             written = [Generated("", 0)] * len(records)
             if self.scoring == "reason":
-                written = self._write(prompts, card, Stops((_ANSWER_MARK,), tokens_after=8))
+                written = self._write(prompts, fast, Stops((_ANSWER_MARK,), tokens_after=8))
             contexts = self._lead_on(prompts, [made.text for made in written])
             return [
                 replace(answer, text=made.text, tokens=made.tokens)
-                for answer, made in zip(self._score_letters(records, contexts, card), written, strict=True)
+                for answer, made in zip(self._score_letters(records, contexts, fast), written, strict=True)
             ]
 
     def _stream(self, records: Sequence[McqRecord]) -> Iterator[list[int]]:
@@ -182,12 +182,12 @@ class McqAnswerer:
         return [prompt + lead for prompt, lead in zip(prompts, leads, strict=True)]
 
     def _write(
-        self, prompts: list[list[int]], card: Card | None, stops: Stops, seeds: Sequence[int] = ()
+        self, prompts: list[list[int]], fast: FastPaths | None, stops: Stops, seeds: Sequence[int] = ()
     ) -> list[Generated]:
         prefix, max_tokens, longest = self._reuse_prefix(), self.settings.max_tokens, max(map(len, prompts))
         if "generate" not in self._batchers:
             budget, skipped = self.settings.token_budget, len(prefix.ids) if prefix else 0
-            self._batchers["generate"] = make_batcher(self.model, longest, max_tokens, card, skipped, budget)
+            self._batchers["generate"] = make_batcher(self.model, longest, max_tokens, fast, skipped, budget)
         return generate(
             self.model,
             self.tokenizer,
@@ -195,26 +195,26 @@ class McqAnswerer:
             max_tokens,
             stops=stops,
             sampling=Sampling(self.settings.temperature, seeds) if seeds else None,
-            kept=Kept(prefix, self._batchers["generate"], card),
+            kept=Kept(prefix, self._batchers["generate"], fast),
         )
 
-    def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], card: Card | None) -> list[Answer]:
+    def _generate(self, records: Sequence[McqRecord], prompts: list[list[int]], fast: FastPaths | None) -> list[Answer]:
         n, sampled = self.settings.samples, self.settings.temperature > 0
         places = [i for i in range(len(records)) for _ in range(n)]
         seeds = [derive_seed(self.settings.seed, "sample", records[i].id, str(k % n)) for k, i in enumerate(places)]
         stops = Stops(KORMEDMCQA_STOPS if self.style == "kormedmcqa" else ())
-        made = self._write([prompts[i] for i in places], card, stops, seeds if sampled else ())
+        made = self._write([prompts[i] for i in places], fast, stops, seeds if sampled else ())
         return [
             _vote(made[start : start + n], record.letters)
             for start, record in zip(range(0, len(made), n), records, strict=True)
         ]
 
     def _score_letters(
-        self, records: Sequence[McqRecord], contexts: Iterable[list[int]], card: Card | None
+        self, records: Sequence[McqRecord], contexts: Iterable[list[int]], fast: FastPaths | None
     ) -> list[Answer]:
         ids = {letters: self._letter_ids(letters) for letters in {record.letters for record in records}}
         letters = [ids[record.letters] for record in records]
-        if card and card.is_flat:
+        if fast and fast.is_flat:
             self._flat = self._flat or FlatScorer(self.model, self.settings.token_budget)
             scored = self._flat.score(contexts, letters)
         else:
@@ -222,7 +222,9 @@ class McqAnswerer:
             scored = score_letters(self.model, [*contexts], letters, pad_id, prefix, self._batcher)
         return [_choose(record.letters, row, row) for record, row in zip(records, scored, strict=True)]
 
-    def _score_options(self, records: Sequence[McqRecord], prompts: list[list[int]], card: Card | None) -> list[Answer]:
+    def _score_options(
+        self, records: Sequence[McqRecord], prompts: list[list[int]], fast: FastPaths | None
+    ) -> list[Answer]:
         contexts = self._lead_on(prompts, [""] * len(prompts)) if self.style in _REASONING_STYLES else prompts
         before, space = _locate_letter(self.style)
         head = len(encode_texts(self.tokenizer, [before])[0]) if before else 0
@@ -234,8 +236,8 @@ class McqAnswerer:
             for record in records
         ]
         pad_id, prefix = get_pad_id(self.tokenizer), self._reuse_prefix()
-        if card and card.decoder:
-            scored = score_over_lanes(self.model, card.decoder, contexts, options, pad_id, prefix)
+        if fast and fast.decoder:
+            scored = score_over_lanes(self.model, fast.decoder, contexts, options, pad_id, prefix)
         else:
             scored = score_continuations(self.model, contexts, options, pad_id, prefix, self._batcher)
         answers = []

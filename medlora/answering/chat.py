@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from medlora.answering.answerer import Answer, AnswerSettings, McqAnswerer
-from medlora.answering.card.paths import Card
+from medlora.answering.cuda.fast_paths import FastPaths
 from medlora.answering.generation import get_pad_id
 from medlora.artifacts.bases import read_extra_tokens
 from medlora.config.model import BaseModelConfig
@@ -41,7 +41,7 @@ class Chat:
         model: Any = load_base(base, max([*self.tokenizers.values(), *whole], key=len), device)
         model = load_chain(model, list(links.items())) if links else model
         self.model = model
-        self.card = Card(model) if device == "cuda" else None
+        self.fast = FastPaths(model) if device == "cuda" else None
         self.stage = next(iter(stages))
         self.switch(self.stage)
 
@@ -78,7 +78,7 @@ class Chat:
         """The letters' probabilities of a question, asked as the stage was trained: with its reasoning, or at once."""
         scoring, style = find_asking(self.stages[self.stage])
         settings = AnswerSettings(scoring=scoring, style=style, max_tokens=self.max_tokens)
-        (answer,) = McqAnswerer(self.model, self.tokenizers[self.stage], settings, self.card).answer([question])
+        (answer,) = McqAnswerer(self.model, self.tokenizers[self.stage], settings, self.fast).answer([question])
         return answer
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from medlora import pulse
-from medlora.answering.card.decoder import Decoder, round_down_to_power
-from medlora.answering.card.lane_writer import LaneWriter
-from medlora.answering.card.paths import Card, using_card
+from medlora.answering.cuda.decoder import Decoder, round_down_to_power
+from medlora.answering.cuda.fast_paths import FastPaths, using_fast_paths
+from medlora.answering.cuda.lane_writer import LaneWriter
 from medlora.answering.prefix_cache import Prefix, compute_last_logits, make_batch, select_rows, split_by_prefix
 from medlora.answering.stops import NO_STOPS, Generated, Stops, Writing
 from medlora.answering.token_budget import MOST_ROWS, Batcher, find_token_budget
@@ -35,12 +35,12 @@ class Sampling:
 class Kept:
     """What a caller keeps from call to call: prompts that begin with `prefix` take it from there.
 
-    Without `card`, a GPU's memory is given back at the end of a call.
+    Without `fast`, a GPU's memory is given back at the end of a call.
     """
 
     prefix: Prefix | None = None
     batcher: Batcher | None = None
-    card: Card | None = None
+    fast: FastPaths | None = None
 
 
 NOTHING = Kept()
@@ -75,15 +75,15 @@ def generate(
     known[list(tokenizer.get_vocab().values())] = True
     unknown, temperature = ~known.to(model.device), sampling.temperature if sampling else 0.0
     batcher = kept.batcher
-    with in_eval_mode(model), using_card(model, kept.card) as card:
+    with in_eval_mode(model), using_fast_paths(model, kept.fast) as fast:
         writer: _Writer | LaneWriter = _Writer(model, unknown, temperature)
-        if card and card.decoder:
-            writer = LaneWriter(card.decoder, unknown, temperature)
+        if fast and fast.decoder:
+            writer = LaneWriter(fast.decoder, unknown, temperature)
         for shared, places in split_by_prefix(prompts, kept.prefix):
             skipped = len(shared.ids) if shared else 0
             lengths = [len(prompts[i]) - skipped for i in places]
             if batcher is None:
-                batcher = make_batcher(model, skipped + max(lengths), max_tokens, card, skipped)
+                batcher = make_batcher(model, skipped + max(lengths), max_tokens, fast, skipped)
 
             def work(batch: list[int], places: list[int] = places, shared: Prefix | None = shared) -> None:
                 chosen = [places[i] for i in batch]
@@ -99,7 +99,12 @@ def generate(
 
 
 def make_batcher(
-    model: PreTrainedModel, longest: int, max_tokens: int, card: Card | None, skipped: int, tokens: int | None = None
+    model: PreTrainedModel,
+    longest: int,
+    max_tokens: int,
+    fast: FastPaths | None,
+    skipped: int,
+    tokens: int | None = None,
 ) -> Batcher:
     """A Batcher for prompts of at most `longest` tokens, `skipped` of them in a prefix; of `tokens` or as many as fit.
 
@@ -107,7 +112,7 @@ def make_batcher(
     """
     if torch.device(model.device).type != "cuda":
         return Batcher(tokens or 64 * longest)
-    decoder: Decoder | None = card.decoder if card else None
+    decoder: Decoder | None = fast.decoder if fast else None
     cached, copies = longest + max_tokens, 2
     if decoder:
         cached, copies = decoder.round_up_columns(cached), 1

@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer, find_letter_ids
-from medlora.answering.card.paths import Card
+from medlora.answering.cuda.fast_paths import FastPaths
 from medlora.answering.rotations import predict
 from medlora.artifacts.bases import read_extra_tokens
 from medlora.config.evaluation import EvaluationConfig
@@ -71,8 +71,8 @@ class StageModel:
         # A PeftModel hands on to the model below it what it does not have itself.
         whole_model = cast(PreTrainedModel, self.model)
         # What a GPU keeps from stage to stage and from batch to batch.
-        card = Card(whole_model) if whole_model.device.type == "cuda" else None
-        self.answerers = {name: McqAnswerer(whole_model, each, settings, card) for name, each in tokenizers.items()}
+        fast = FastPaths(whole_model) if whole_model.device.type == "cuda" else None
+        self.answerers = {name: McqAnswerer(whole_model, each, settings, fast) for name, each in tokenizers.items()}
 
     def answer(
         self, tests: Sequence[str], records: Sequence[McqRecord], stages: Sequence[str] | None = None

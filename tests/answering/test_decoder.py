@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
-from medlora.answering.card import decoder as decoder_module
-from medlora.answering.card import lane_writer
-from medlora.answering.card.decoder import round_down_to_power, round_up_to_power
-from medlora.answering.card.paths import Card
+from medlora.answering.cuda import decoder as decoder_module
+from medlora.answering.cuda import lane_writer
+from medlora.answering.cuda.decoder import round_down_to_power, round_up_to_power
+from medlora.answering.cuda.fast_paths import FastPaths
 from medlora.answering.generation import Generated, Kept, Sampling, Stops, generate, get_pad_id
 from medlora.answering.prefix_cache import compute_prefix
 from medlora.answering.token_budget import Batcher
@@ -61,8 +63,8 @@ def make_prompts(tokenizer: Any, shared: int, n: int = 5) -> list[list[int]]:
 def test_lanes_write_what_a_growing_cache_writes(bases: dict[str, str], family: str) -> None:
     """Stages that switch, a prefix within and beyond the window of 8, stop words, sampling."""
     model, tokenizer = load(bases[family])
-    card = Card(model, Frozen())
-    assert card.decoder
+    fast = FastPaths(model, Frozen())
+    assert fast.decoder
     for stage in (["a"], ["a", "b"], []):
         activate(model, stage)
         for shared in (0, 5, 24):
@@ -74,14 +76,14 @@ def test_lanes_write_what_a_growing_cache_writes(bases: dict[str, str], family: 
             ):
                 options: dict[str, Any] = {"stops": stops, "sampling": sampling}
                 expected = generate(model, tokenizer, prompts, WRITTEN, kept=Kept(prefix), **options)
-                assert generate(model, tokenizer, prompts, WRITTEN, kept=Kept(prefix, card=card), **options) == expected
-    assert card.decoder.capture and card.decoder.captured > 10 and card.decoder.replayed > card.decoder.ordinary
+                assert generate(model, tokenizer, prompts, WRITTEN, kept=Kept(prefix, fast=fast), **options) == expected
+    assert fast.decoder.capture and fast.decoder.captured > 10 and fast.decoder.replayed > fast.decoder.ordinary
 
 
 @pytest.mark.parametrize("family", ["gemma", "llama"])
 def test_every_scoring_answers_over_lanes_as_without(bases: dict[str, str], family: str) -> None:
     model, tokenizer = load(bases[family])
-    card = Card(model, Frozen())
+    fast = FastPaths(model, Frozen())
     for scoring, style, more in (
         ("reason", "reasoning", {}),
         ("generate", "kormedmcqa", {"samples": 2, "temperature": 0.8}),
@@ -90,7 +92,7 @@ def test_every_scoring_answers_over_lanes_as_without(bases: dict[str, str], fami
     ):
         settings: Any = {"scoring": scoring, "style": style, "shots": SHOTS, "max_tokens": 12, **more}
         plain = McqAnswerer(model, tokenizer, AnswerSettings(**settings)).answer(QUESTIONS)
-        found = McqAnswerer(model, tokenizer, AnswerSettings(**settings), card).answer(QUESTIONS)
+        found = McqAnswerer(model, tokenizer, AnswerSettings(**settings), fast).answer(QUESTIONS)
         assert [(a.choice, a.text, a.tokens, a.samples) for a in found] == [
             (a.choice, a.text, a.tokens, a.samples) for a in plain
         ]
@@ -111,7 +113,7 @@ def test_two_steps_of_a_shape_are_the_same_work_on_the_same_memory(
 ) -> None:
     """What a CUDA graph needs; and no operation asks the device for a value."""
     model, tokenizer = load(bases[family], **options)
-    decoder = Card(model).decoder
+    decoder = FastPaths(model).decoder
     assert decoder
     for stage in ([], ["a"], ["a", "b"]):
         activate(model, stage)
@@ -140,8 +142,8 @@ def wrap_head(model: Any, ask: Any) -> None:
     head.forward = asking
 
 
-def write(model: Any, tokenizer: Any, card: Card | None, batcher: Batcher | None = None) -> list[Generated]:
-    return generate(model, tokenizer, make_prompts(tokenizer, 0), WRITTEN, kept=Kept(None, batcher, card))
+def write(model: Any, tokenizer: Any, fast: FastPaths | None, batcher: Batcher | None = None) -> list[Generated]:
+    return generate(model, tokenizer, make_prompts(tokenizer, 0), WRITTEN, kept=Kept(None, batcher, fast))
 
 
 def test_a_step_that_asks_the_device_goes_on_without_graphs_and_says_so_once(
@@ -151,12 +153,35 @@ def test_a_step_that_asks_the_device_goes_on_without_graphs_and_says_so_once(
     model, tokenizer = load(bases["llama"])
     expected = write(model, tokenizer, None)
     wrap_head(model, lambda x: bool(x.any()))
-    card = Card(model, Frozen())
-    assert card.decoder
+    fast = FastPaths(model, Frozen())
+    assert fast.decoder
     for _ in range(2):
-        assert write(model, tokenizer, card) == expected
-    assert card.decoder.capture is None and card.decoder.captured == card.decoder.replayed == 0
+        assert write(model, tokenizer, fast) == expected
+    assert fast.decoder.capture is None and fast.decoder.captured == fast.decoder.replayed == 0
     assert [r.message.split(":")[0] for r in caplog.records] == ["generation goes on without CUDA graphs"]
+
+
+def test_a_wait_that_does_not_come_again_is_no_reason_to_go_without_graphs(
+    bases: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel that is compiled at its first use, say: the first and the third watched step wait."""
+    model, tokenizer = load(bases["llama"])
+    expected = write(model, tokenizer, None)
+
+    class Counting(Frozen):
+        watched = 0
+
+        @contextmanager
+        def watching(self) -> Iterator[None]:
+            self.watched += 1
+            with super().watching():
+                yield
+
+    capture = Counting()
+    wrap_head(model, lambda x: capture.watched in (1, 3) and bool(x.any()))
+    fast = FastPaths(model, capture)
+    assert write(model, tokenizer, fast) == expected and capture.watched > 3
+    assert fast.decoder and fast.decoder.capture and fast.decoder.captured > 1 and not caplog.records
 
 
 def test_a_first_replay_that_differs_ends_the_graphs(bases: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
@@ -167,8 +192,8 @@ def test_a_first_replay_that_differs_ends_the_graphs(bases: dict[str, str], capl
         def record(self, decoder: Any) -> Any:
             return lambda: decoder.token.add_(1)
 
-    card = Card(model, Wrong())
-    assert write(model, tokenizer, card) == expected
+    fast = FastPaths(model, Wrong())
+    assert write(model, tokenizer, fast) == expected
     assert "a replay does not give what the model gives" in caplog.text
 
 
@@ -180,7 +205,7 @@ def test_a_capture_that_fails_ends_the_graphs(bases: dict[str, str], caplog: pyt
         def record(self, decoder: Any) -> Any:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    assert write(model, tokenizer, Card(model, Failing())) == expected
+    assert write(model, tokenizer, FastPaths(model, Failing())) == expected
     assert caplog.messages == [
         "generation goes on without CUDA graphs: CUDA error: operation not permitted when stream is capturing"
     ]
@@ -190,15 +215,15 @@ def test_a_weight_that_changes_drops_what_was_prepared_and_captured(bases: dict[
     """Validation inside training: the next one sees the trained weights."""
     model, tokenizer = load(bases["gemma"])
     activate(model, ["a"])
-    card = Card(model, Frozen())
-    before = write(model, tokenizer, card)
+    fast = FastPaths(model, Frozen())
+    before = write(model, tokenizer, fast)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.mul_(-3)
-    after = write(model, tokenizer, card)
+    after = write(model, tokenizer, fast)
     assert after == write(model, tokenizer, None) != before
-    assert card.decoder and all(shape[0] in card.adapters.stages.values() for shape in card.decoder.graphs)
+    assert fast.decoder and all(shape[0] in fast.adapters.stages.values() for shape in fast.decoder.graphs)
 
 
 def test_out_of_memory_frees_the_lanes_and_halves_the_batch(
@@ -206,21 +231,21 @@ def test_out_of_memory_frees_the_lanes_and_halves_the_batch(
 ) -> None:
     model, tokenizer = load(bases["llama"])
     expected = write(model, tokenizer, None)
-    card = Card(model, Frozen())
-    assert card.decoder
-    start, sizes = card.decoder.start, []
+    fast = FastPaths(model, Frozen())
+    assert fast.decoder
+    start, sizes = fast.decoder.start, []
 
     def limited(prompts: Any, *arguments: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > 2:
-            assert card.decoder
-            card.decoder._reserve(len(prompts), 16)
+            assert fast.decoder
+            fast.decoder._reserve(len(prompts), 16)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        assert card.decoder and (card.decoder.lanes is None or card.decoder.lanes.places.most_rows <= 2)
+        assert fast.decoder and (fast.decoder.lanes is None or fast.decoder.lanes.places.most_rows <= 2)
         return start(prompts, *arguments)
 
-    monkeypatch.setattr(card.decoder, "start", limited)
-    assert write(model, tokenizer, card, batcher=Batcher(10_000, most_rows=8)) == expected
+    monkeypatch.setattr(fast.decoder, "start", limited)
+    assert write(model, tokenizer, fast, batcher=Batcher(10_000, most_rows=8)) == expected
     assert sizes[:3] == [5, 2, 2] and max(sizes[1:]) == 2
     assert len([r for r in caplog.records if "out of memory" in r.message]) == 1
 
@@ -231,23 +256,23 @@ def test_a_model_that_lanes_do_not_suit_generates_as_before_and_says_so(
     model, tokenizer = load(bases["gemma"])
     expected = write(model, tokenizer, None)
     monkeypatch.setattr(model.config.get_text_config(), "layer_types", ["linear_attention", "full_attention"])
-    assert Card(model).decoder is None
+    assert FastPaths(model).decoder is None
     monkeypatch.undo()
     assert "layers of other kinds (linear_attention)" in caplog.text
     monkeypatch.setattr(decoder_module.Decoder, "compute_logits", lambda self: torch.zeros(2, len(tokenizer)))
-    other = Card(model)
+    other = FastPaths(model)
     assert other.decoder is None and "the logits differ" in caplog.text
     assert write(model, tokenizer, other) == expected
 
 
-def test_a_card_that_is_released_holds_nothing(bases: dict[str, str]) -> None:
+def test_released_fast_paths_hold_nothing(bases: dict[str, str]) -> None:
     model, tokenizer = load(bases["gemma"])
     forwards = [vars(module).get("forward") for module in model.modules()]
-    card = Card(model, Frozen())
-    write(model, tokenizer, card)
-    assert card.decoder and card.decoder.lanes and card.decoder.graphs and card.adapters.stages
-    card.release()
-    assert not (card.decoder.lanes or card.decoder.graphs or card.decoder.stage or card.adapters.stages)
+    fast = FastPaths(model, Frozen())
+    write(model, tokenizer, fast)
+    assert fast.decoder and fast.decoder.lanes and fast.decoder.graphs and fast.adapters.stages
+    fast.release()
+    assert not (fast.decoder.lanes or fast.decoder.graphs or fast.decoder.stage or fast.adapters.stages)
     assert [vars(module).get("forward") for module in model.modules()] == forwards
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
-from medlora.answering.card.paths import Card
+from medlora.answering.cuda.fast_paths import FastPaths
 from medlora.answering.likelihoods import flat_letters
 from medlora.answering.likelihoods.flat_letters import FlatScorer, lay_out
 from medlora.model.chain import activate
@@ -44,15 +44,15 @@ def test_letters_are_those_of_padded_batches(bases: dict[str, str], family: str,
     """A prefix beyond the sliding window of 8, stacked adapters, passes of several sizes."""
     model, tokenizer = load(bases[family])
     questions = [q for q in QUESTIONS if len(q.options) <= 5]
-    card = Card(model)
-    assert card.keeps_contexts_apart()
-    card.is_flat = True
+    fast = FastPaths(model)
+    assert fast.keeps_contexts_apart()
+    fast.is_flat = True
     for stage in ([], ["a", "b"]):
         activate(model, stage)
         plain = McqAnswerer(model, tokenizer, AnswerSettings(style=style, shots=shots)).answer(questions)
         for budget in (None, 300, 1):
             settings = AnswerSettings(style=style, shots=shots, token_budget=budget)
-            found = McqAnswerer(model, tokenizer, settings, card).answer(questions)
+            found = McqAnswerer(model, tokenizer, settings, fast).answer(questions)
             for a, b in zip(found, plain, strict=True):
                 assert a.choice == b.choice and a.log_likelihoods == pytest.approx(b.log_likelihoods, abs=1e-4)
 

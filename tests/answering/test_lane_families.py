@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from medlora.answering.card import decoder as decoder_module
-from medlora.answering.card.paths import Card
+from medlora.answering.cuda import decoder as decoder_module
+from medlora.answering.cuda.fast_paths import FastPaths
 from medlora.answering.generation import Kept, generate
 from medlora.config.model import BaseModelConfig
 from medlora.model.base import load_base
@@ -33,7 +33,7 @@ def test_a_family_writes_the_same_over_lanes(
     model = load_base(base, tokenizer)
     dice = random.Random(0)
     prompts = [[dice.randrange(8, len(tokenizer)) for _ in range(n)] for n in (3, 9, 24, 40)]
-    card = Card(model, Frozen())
-    assert generate(model, tokenizer, prompts, 20, kept=Kept(card=card)) == generate(model, tokenizer, prompts, 20)
-    if card.decoder is None:
+    fast = FastPaths(model, Frozen())
+    assert generate(model, tokenizer, prompts, 20, kept=Kept(fast=fast)) == generate(model, tokenizer, prompts, 20)
+    if fast.decoder is None:
         assert "generates without static lanes" in caplog.text

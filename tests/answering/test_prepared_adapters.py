@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from medlora.answering.card.adapters import PreparedAdapters
+from medlora.answering.cuda.adapters import PreparedAdapters
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.model.base import load_base
 from medlora.model.chain import activate, add_adapter
@@ -84,7 +84,7 @@ def test_what_gives_other_logits_is_not_taken_and_said_once(
     bases: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load(bases["llama"])
-    monkeypatch.setattr("medlora.answering.card.adapters._add_branch", lambda layer, base, a, b, x: 2 * base(x))
+    monkeypatch.setattr("medlora.answering.cuda.adapters._add_branch", lambda layer, base, a, b, x: 2 * base(x))
     adapters = PreparedAdapters(model)
     for stage in (["a"], ["a", "b"]):
         activate(model, stage)

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from medlora.answering.answerer import AnswerSettings, McqAnswerer
-from medlora.answering.card.paths import Card
+from medlora.answering.cuda.fast_paths import FastPaths
 from medlora.answering.generation import Kept, Sampling, Stops, generate, get_pad_id
 from medlora.answering.stage_model import StageModel
 from medlora.config.evaluation import EvaluationConfig
@@ -56,8 +56,8 @@ def load(folder: str, **options: Any) -> tuple[Any, Any]:
 def plainly() -> Iterator[None]:
     """Growing caches, PEFT's layers, padded batches."""
     with (
-        mock.patch("medlora.answering.answerer.using_card", lambda *arguments: nullcontext()),
-        mock.patch("medlora.answering.generation.using_card", lambda *arguments: nullcontext()),
+        mock.patch("medlora.answering.answerer.using_fast_paths", lambda *arguments: nullcontext()),
+        mock.patch("medlora.answering.generation.using_fast_paths", lambda *arguments: nullcontext()),
     ):
         yield
 
@@ -65,7 +65,7 @@ def plainly() -> Iterator[None]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_write_the_tokens_of_ordinary_steps_in_float32(bases: dict[str, str], family: str) -> None:
     model, tokenizer = load(bases[family], compute_dtype="float32")
-    card = Card(model)
+    fast = FastPaths(model)
     prompts = make_prompts(tokenizer, 0, n=40)
     for stage in ([], ["a"], ["a", "b"], []):
         activate(model, stage)
@@ -76,19 +76,19 @@ def test_graphs_write_the_tokens_of_ordinary_steps_in_float32(bases: dict[str, s
             options: Any = {"stops": stops, "sampling": sampling}
             with plainly():
                 expected = generate(model, tokenizer, prompts, WRITTEN, **options)
-            assert generate(model, tokenizer, prompts, WRITTEN, kept=Kept(card=card), **options) == expected
-    assert card.decoder and card.decoder.capture
-    assert card.decoder.captured > 3 and card.decoder.replayed > card.decoder.ordinary
+            assert generate(model, tokenizer, prompts, WRITTEN, kept=Kept(fast=fast), **options) == expected
+    assert fast.decoder and fast.decoder.capture
+    assert fast.decoder.captured > 3 and fast.decoder.replayed > fast.decoder.ordinary
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "nf4"}])
 def test_a_step_is_one_launch_that_nobody_waits_for(bases: dict[str, str], options: dict[str, Any]) -> None:
     model, tokenizer = load(bases["gemma"], **options)
     activate(model, ["a", "b"])
-    card = Card(model)
-    decoder = card.decoder
+    fast = FastPaths(model)
+    decoder = fast.decoder
     assert decoder
-    with card.prepared(), torch.no_grad():
+    with fast.prepared(), torch.no_grad():
         logits = decoder.start(make_prompts(tokenizer, 0), get_pad_id(tokenizer), None, 60, 0.0)
         decoder.token[: len(logits)] = decoder.choose(logits)
         decoder.step()
@@ -106,31 +106,31 @@ def test_int8_generates_without_graphs_and_says_so_once(
     bases: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, tokenizer = load(bases["gemma"], quantization="int8")
-    card, prompts = Card(model), make_prompts(tokenizer, 0)
+    fast, prompts = FastPaths(model), make_prompts(tokenizer, 0)
     for _ in range(2):
-        assert len(generate(model, tokenizer, prompts, 20, kept=Kept(card=card))) == len(prompts)
+        assert len(generate(model, tokenizer, prompts, 20, kept=Kept(fast=fast))) == len(prompts)
     assert len([r for r in caplog.records if "without" in r.message]) == 1
-    assert card.decoder is None or card.decoder.captured == 0
+    assert fast.decoder is None or fast.decoder.captured == 0
 
 
 def test_letters_of_flat_batches_are_those_of_padded_ones(bases: dict[str, str]) -> None:
     """In bfloat16, where a GPU has varlen attention; rounding may differ."""
     model, tokenizer = load(bases["gemma"])
     questions = [question for question in QUESTIONS if len(question.options) <= 5]
-    card = Card(model)
+    fast = FastPaths(model)
     for stage in ([], ["a", "b"]):
         activate(model, stage)
-        answerer = McqAnswerer(model, tokenizer, AnswerSettings(style="kormedmcqa", shots=SHOTS), card)
+        answerer = McqAnswerer(model, tokenizer, AnswerSettings(style="kormedmcqa", shots=SHOTS), fast)
         found = answerer.answer(questions)
         with plainly():
             plain = McqAnswerer(model, tokenizer, AnswerSettings(style="kormedmcqa", shots=SHOTS)).answer(questions)
         for a, b in zip(found, plain, strict=True):
             assert a.log_likelihoods == pytest.approx(b.log_likelihoods, abs=0.3)
-    assert card.is_flat or torch.cuda.get_device_capability() < (8, 0)
+    assert fast.is_flat or torch.cuda.get_device_capability() < (8, 0)
 
 
 def test_memory_is_given_back(bases: dict[str, str]) -> None:
-    """What validation inside training relies on: a call without a card leaves nothing behind."""
+    """What validation inside training relies on: a call that is given no fast paths leaves nothing behind."""
     model, tokenizer = load(bases["gemma"])
     prompts = make_prompts(tokenizer, 0, n=40)
     generate(model, tokenizer, prompts, 5)  # libraries allocate what they keep

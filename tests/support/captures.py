@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from medlora.answering.card.decoder import Decoder
+from medlora.answering.cuda.decoder import Decoder
 
 ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 """Operations whose result the host waits for: none may be in a captured step."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from medlora import pulse
-from medlora.answering.card.transfers import fetch_later, send
+from medlora.answering.cuda.transfers import fetch_later, send
 from medlora.answering.likelihoods.letters import pick_letters
 from medlora.answering.prefix_cache import share_prefix
 from medlora.answering.token_budget import find_token_budget

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medlora.answering.card.transfers import send
+from medlora.answering.cuda.transfers import send
 from medlora.answering.prefix_cache import Prefix, compute_last_logits, make_batch, split_by_prefix
 from medlora.answering.token_budget import Batcher, find_token_budget
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medlora.answering.card.decoder import Decoder, round_down_to_power
-from medlora.answering.card.lanes import Masks, mask_out
+from medlora.answering.cuda.decoder import Decoder, round_down_to_power
+from medlora.answering.cuda.lanes import Masks, mask_out
 from medlora.answering.prefix_cache import Prefix, split_by_prefix
 from medlora.answering.token_budget import Batcher, find_token_budget
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medlora.answering.card.adapters import PreparedAdapters
-from medlora.answering.card.captures import Capture
-from medlora.answering.card.decoder import Decoder
+from medlora.answering.cuda.adapters import PreparedAdapters
+from medlora.answering.cuda.captures import Capture
+from medlora.answering.cuda.decoder import Decoder
 from medlora.answering.likelihoods.flat_letters import LEAST_SHARED, compute_flat_logits
 from medlora.answering.prefix_cache import compute_last_logits, make_batch
 from medlora.kernels.varlen import find_obstacle
@@ -28,7 +28,7 @@ _TRIED, _NEXT = ((3, 4, 5, 6, 7), (4, 6, 5)), (5, 3)
 _BEGINNING = tuple(3 + i % 5 for i in range(LEAST_SHARED))
 
 
-class Card:
+class FastPaths:
     """What a GPU keeps of one model from call to call; `release` gives all of it back."""
 
     def __init__(self, model: PreTrainedModel, capture: Capture | None = None) -> None:
@@ -125,18 +125,18 @@ class Card:
 
 
 @contextmanager
-def using_card(model: PreTrainedModel, card: Card | None) -> Iterator[Card | None]:
-    """The card of a model with the active stage prepared: the given one, or on a GPU one that is released at the end.
+def using_fast_paths(model: PreTrainedModel, fast: FastPaths | None) -> Iterator[FastPaths | None]:
+    """The fast paths of a model with the active stage prepared: the given ones, or on a GPU new ones, released at the end.
 
     None on CPU, where the ways that were measured there stay.
     """
-    if card is None and torch.device(model.device).type != "cuda":
+    if fast is None and torch.device(model.device).type != "cuda":
         yield None
         return
-    own = card or Card(model)
+    own = fast or FastPaths(model)
     try:
         with own.prepared():
             yield own
     finally:
-        if card is None:
+        if fast is None:
             own.release()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from medlora.answering.card.adapters import PreparedAdapters, PreparedStage
-from medlora.answering.card.captures import Capture, CudaCapture, Replay
-from medlora.answering.card.lanes import Lanes, find_mask_kinds, make_masks
+from medlora.answering.cuda.adapters import PreparedAdapters, PreparedStage
+from medlora.answering.cuda.captures import Capture, CudaCapture, Replay
+from medlora.answering.cuda.lanes import Lanes, find_mask_kinds, make_masks
 from medlora.answering.prefix_cache import Prefix, compute_last_logits
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Decoder:
         self.unknown = torch.zeros(embeddings.weight.shape[0], dtype=torch.bool, device=self.device)
         self.captured = self.replayed = self.ordinary = 0
         """Graphs recorded, steps replayed, ordinary steps."""
+        self._waited = False
         self.release()
 
     def release(self) -> None:
@@ -168,23 +169,32 @@ class Decoder:
             self.replayed += 1
         else:
             # The first step of a shape is an ordinary one: it does its work, and libraries set themselves up for the capture.
-            self._compute_watched()
+            may_record = self._compute_watched()
             self.ordinary += 1
-            if self.capture and places.filled + 1 < places.columns:  # else the next step is one of another shape
+            if may_record and places.filled + 1 < places.columns:  # else the next step is one of another shape
                 self._record(shape)
         places.filled += 1
 
-    def _compute_watched(self) -> None:
+    def _compute_watched(self) -> bool:
+        """An ordinary step; whether it could have been captured.
+
+        What is set up once - a kernel is compiled, a table is filled - may wait for the device in one step and never
+        again. So graphs are given up where two watched steps in a row have waited.
+        """
         if self.capture:
             try:
                 with self.capture.watching():
                     self.compute_step()
-                return
+                self._waited = False
+                return True
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # LLM.int8 asks for outliers, some kinds of RoPE for the longest position
-                self._go_without(str(error))
+                if self._waited:
+                    self._go_without(str(error))
+                self._waited = True
         self.compute_step()  # what was begun has only written keys and values, which this writes again
+        return False
 
     def _record(self, shape: Shape) -> None:
         assert self.capture is not None

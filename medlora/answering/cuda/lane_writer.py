@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from medlora import pulse
-from medlora.answering.card.decoder import LEAST_ROWS, Decoder
-from medlora.answering.card.transfers import fetch_later, send
+from medlora.answering.cuda.decoder import LEAST_ROWS, Decoder
+from medlora.answering.cuda.transfers import fetch_later, send
 from medlora.answering.prefix_cache import Prefix
 from medlora.answering.stops import Writing
 
