@@ -27,6 +27,7 @@ import torch
 from evaluation import VOCABULARY, build_tokenizer, describe_hardware
 from training import Peak, count_products, find_forwards, make_batches
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, TrainingArguments
+from transformers.models.gemma3 import modeling_gemma3
 
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.config.phase import PhaseConfig
@@ -123,7 +124,8 @@ class Runner:
         self.model = add_adapter(model, "a", LoraSettings(r=16, alpha=32, dropout=0.05), [], seed=0).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=cuda)
-        self.lean = find_forwards(self.model)
+        self.lean, self.rotate = find_forwards(self.model), modeling_gemma3.apply_rotary_pos_emb
+        self.peers_rotate = getattr(self.rotate, "own", self.rotate)
         self.folder = tempfile.mkdtemp()
         self.common = {
             **{"output_dir": self.folder, "per_device_train_batch_size": 64, "max_steps": 1, "use_cpu": not cuda},
@@ -143,6 +145,7 @@ class Runner:
                 module.p = dropout
         for module, forward in forwards.items():
             module.forward = forward
+        modeling_gemma3.apply_rotary_pos_emb = self.rotate if forwards is self.lean else self.peers_rotate
 
     def take_steps(self, gradients: Step, batches: Sequence[list[Row]]) -> tuple[list[float], float]:
         """Seconds of each step behind the first, and the first loss."""
@@ -295,6 +298,7 @@ def run_trl(runner: Runner, works: dict[str, list[list[Row]]], sizes: Iterable[i
         except Exception as error:
             runner.clock.say(who=f"TRL {name}", error=f"{type(error).__name__}: {str(error)[:200]}")
             continue
+        runner.peers_rotate = modeling_gemma3.apply_rotary_pos_emb  # Liger puts its own there
         added = {m: f for m, f in find_forwards(runner.model).items() if m not in before}
         for size in sizes:
             runner.measure(f"TRL {name}, {size} a pass", works, runner.make_trl(trainer, size, added), pass_rows=size)

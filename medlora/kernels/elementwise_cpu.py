@@ -49,7 +49,7 @@ class _Mlp(Protocol):
         """The family's own way."""
 
 
-class _Rotate(Protocol):
+class Rotate(Protocol):
     """The signature that all families give to `apply_rotary_pos_emb`."""
 
     def __call__(
@@ -280,8 +280,8 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> t
     return out.transpose(1, 2)
 
 
-def _fits(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether `_turn` is made for these shapes: a part of the size that is turned alone (GPT-NeoX, Phi-4-mini) is not."""
+def turns_whole(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether whole heads are turned, as `_turn` does it: not, say, a part of the size alone (GPT-NeoX, Phi-4-mini)."""
     return (
         x.dim() == 4
         and cos.dim() == 3
@@ -292,10 +292,16 @@ def _fits(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     )
 
 
+def find_rotation(module: ModuleType) -> Rotate | None:
+    """What a module of transformers turns queries and keys with, if it is called as in most families."""
+    own: Rotate | None = getattr(module, "apply_rotary_pos_emb", None)
+    return own if own and list(signature(own).parameters)[:4] == ["q", "k", "cos", "sin"] else None
+
+
 def _lighten_rotation(module: ModuleType) -> None:
     """Put a lean `apply_rotary_pos_emb` into a module of transformers, if it does what all know by that name."""
-    own: _Rotate | None = getattr(module, "apply_rotary_pos_emb", None)
-    if own is None or hasattr(own, "own") or list(signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
+    own = find_rotation(module)
+    if own is None or hasattr(own, "own"):
         return
 
     def rotate(
@@ -306,7 +312,9 @@ def _lighten_rotation(module: ModuleType) -> None:
         *arguments: object,
         **options: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lean = not (arguments or options) and _is_plain(q, k, cos, sin) and all(_fits(x, cos, sin) for x in (q, k))
+        lean = (
+            not (arguments or options) and _is_plain(q, k, cos, sin) and all(turns_whole(x, cos, sin) for x in (q, k))
+        )
         if not lean:
             return own(q, k, cos, sin, *arguments, **options)
         return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)

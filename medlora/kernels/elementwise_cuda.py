@@ -1,12 +1,15 @@
-"""RMS norms and gated activations on CUDA by Liger's kernels, where liger-kernel (the extra `gpu`) is installed.
+"""RMS norms, gates and rotary positions on CUDA by Liger's kernels, where liger-kernel (the extra `gpu`) is installed.
 
 Elementwise work was a third of a step on a GPU: each operation of torch's reads and writes the whole activation. Liger
 (arXiv 2410.10989) does a norm or an activation in one kernel. Its own `apply_liger_kernel_to_*` replaces classes for the
 whole process; here instances are changed, each only after it was tried, forward and backward, beside its own way.
+Rotary positions are the exception: families call a function of their module, which no instance holds. What takes its
+place turns what suits the kernel, and hands all else to what was there before.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from medlora.kernels.elementwise_cpu import GATES, log_once
+from medlora.kernels.elementwise_cpu import GATES, find_rotation, log_once, turns_whole
 
 NORMS = ((1.0, "gemma"), (0.0, "llama"))
 """What families add to a norm's weight, and where they cast to float32: Gemma around everything, Llama around the root."""
@@ -32,6 +35,7 @@ class _Kernels:
 
     norm: Any
     gates: dict[str, Any]
+    rotation: Any
 
 
 @dataclass
@@ -47,15 +51,21 @@ _state = _State()
 @cache
 def _load() -> _Kernels | None:
     try:
-        from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerSiLUMulFunction
+        from liger_kernel.ops import (
+            LigerGELUMulFunction,
+            LigerRMSNormFunction,
+            LigerRopeFunction,
+            LigerSiLUMulFunction,
+        )
     except Exception as error:  # not installed, or Triton finds no compiler or driver
-        log_once(f"norms and activations are torch's own: {type(error).__name__}: {error}")
+        log_once(f"norms, activations and rotations are torch's own: {type(error).__name__}: {error}")
         return None
-    return _Kernels(LigerRMSNormFunction, {"silu": LigerSiLUMulFunction, "gelu_pytorch_tanh": LigerGELUMulFunction})
+    gates = {"silu": LigerSiLUMulFunction, "gelu_pytorch_tanh": LigerGELUMulFunction}
+    return _Kernels(LigerRMSNormFunction, gates, LigerRopeFunction)
 
 
 def fuse_elementwise(model: torch.nn.Module) -> int:
-    """Give norms and gated MLPs of a model on CUDA their fused forward pass; how many modules have it now.
+    """Give norms, gated MLPs and rotations of a model on CUDA their fused forward pass; how many modules have one now.
 
     Call it after `lighten_elementwise`, which finds out which activation an MLP has. A module that computes something
     else than Liger's kernel keeps its own way, and so does every module where Liger is not installed.
@@ -82,6 +92,8 @@ def fuse_elementwise(model: torch.nn.Module) -> int:
                 module.fused_gate = name  # type: ignore[assignment]
                 module.forward = MethodType(_run_mlp, module)
                 changed += 1
+        elif type(module).__name__.endswith("Attention"):
+            _fuse_rotation(module, kernels)
     return changed
 
 
@@ -117,6 +129,45 @@ def _is_gate(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     return _is_same(lambda g, u: _PLAIN_GATES[name](g) * u, kernels.gates[name].apply, [gate, up])
 
 
+def _fuse_rotation(attention: torch.nn.Module, kernels: _Kernels) -> None:
+    """Put a fused `apply_rotary_pos_emb` into the module of a class, if Liger's turns like the one that is there."""
+    module, sample = sys.modules[type(attention).__module__], next(attention.parameters(), None)
+    own = find_rotation(module)
+    if own is None or sample is None or hasattr(own, "is_fused"):
+        return
+
+    def join(rotate: Callable[..., Sequence[torch.Tensor]]) -> Callable[..., torch.Tensor]:
+        return lambda q, k: torch.cat([x.flatten() for x in rotate(q, k, angles.cos(), angles.sin())])
+
+    dtype = sample.dtype if sample.dtype.is_floating_point else torch.bfloat16
+    q = torch.linspace(-2, 3, 2048, device=sample.device).view(1, 4, 8, 64).to(dtype)
+    angles = torch.linspace(0, 3, 256, device=sample.device).view(1, 8, 32).repeat(1, 1, 2).to(dtype)
+    if not _is_same(join(own), join(kernels.rotation.apply), [q, q[:, 1:3]]):
+        return
+
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *arguments: object, **options: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not (arguments or options) and _may_rotate(q, k, cos, sin):
+            try:
+                return cast(tuple[torch.Tensor, torch.Tensor], kernels.rotation.apply(q, k, cos, sin))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the plain way would go on
+                _give_up(error)
+        return own(q, k, cos, sin, *arguments, **options)
+
+    turned: Any = rotate
+    turned.own, turned.is_fused = getattr(own, "own", own), True
+    vars(module)["apply_rotary_pos_emb"] = turned
+
+
+def _may_rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether the kernel is for these. It is compiled for each number of rows: flat batches have one, lanes a power of two."""
+    few = len(q) & (len(q) - 1) == 0
+    return few and _may_fuse(q, k, cos, sin) and turns_whole(q, cos, sin) and turns_whole(k, cos, sin)
+
+
 def _is_same(
     plain: Callable[..., torch.Tensor], fused: Callable[..., torch.Tensor], given: Sequence[torch.Tensor]
 ) -> bool:
@@ -132,7 +183,7 @@ def _is_same(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton compiles when it is first called, and may not know the device
-        log_once(f"norms and activations are torch's own: trying Liger raised {type(error).__name__}: {error}")
+        log_once(f"a part is torch's own: trying Liger's raised {type(error).__name__}: {error}")
         return False
     tolerance = 1e-4 if given[0].dtype == torch.float32 else 2e-2
     return all(

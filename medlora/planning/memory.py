@@ -62,14 +62,6 @@ def estimate_memory(
     stored = {"none": size, "int8": 1, "nf4": 0.516}[quantization]
     small = phase.optimizer == "paged_adamw_8bit"
     tokens = phase.batch_size * longest
-    recomputed = phase.gradient_checkpointing is True
-    sizes = _LayerSizes.read(shape)
-    layer = size * sizes.count_saved(shape) + (sizes.count_dropped(size) if lora.dropout else 0)
-    last = 2 * size * shape.hidden  # the norm before the head
-    left = size * shape.hidden * shape.layers + layer if recomputed else layer * shape.layers
-    activations = tokens * (left + last)
-    if device == "cpu" and longest <= MOST_SAVED_KEYS and not recomputed:
-        activations += size * tokens * longest * shape.heads * shape.layers  # the probabilities of attention
     # The chunk's logits; on CUDA in float32 twice, once for their softmax, and in bfloat16.
     chunk = min(HEAD_CHUNK_BYTES[device], 4 * shape.vocabulary * tokens)
     return {
@@ -77,40 +69,71 @@ def estimate_memory(
         "adapters": 4 * (trainable + frozen),
         "gradients": 4 * trainable,
         "optimiser": (2 if small else 8) * trainable,
-        "activations": round(activations),
+        "activations": round(tokens * _count_activations(shape, phase, lora, frozen, longest, device)),
         "head": round(chunk * (2.5 if device == "cuda" else 1)),
     }
 
 
+def _count_activations(
+    shape: BaseShape, phase: SettledPhase, lora: LoraSettings, frozen: int, longest: int, device: str
+) -> float:
+    """Bytes that a token leaves for the backward pass, or, with recomputation, at the height of one layer's."""
+    size, widths = 2 if device == "cuda" else 4, _Widths.read(shape)
+    ranks = len(shape.choose(lora.targets)) * lora.r * (1 + frozen / max(count_lora(shape, lora), 1)) / shape.layers
+    layer = widths.count_saved(shape, size) + size * ranks
+    if lora.dropout:
+        layer += widths.count_dropped(device)
+    if device == "cpu" and longest <= MOST_SAVED_KEYS:
+        layer += size * longest * shape.heads  # the probabilities of attention
+    # The norm before the head, what the head reads, and the rotary positions' cosines and sines, which layers share.
+    shared = size * (2 * shape.hidden + 2 * shape.rotations * widths.head_size)
+    if phase.gradient_checkpointing is True:
+        return size * shape.hidden * shape.layers + layer + shared
+    # The last layer's queries, attention and MLP are computed where labels are, and copied to their places.
+    return layer * shape.layers + shared + size * (widths.queries + 2 * shape.hidden)
+
+
 @dataclass(frozen=True)
-class _LayerSizes:
+class _Widths:
     """How wide the parts of a gated decoder's layer are."""
 
     hidden: int
     queries: int
     keys: int
     inner: int
+    head_size: int
+    """Of queries and keys; 0 where the number of heads is unknown."""
 
     @classmethod
-    def read(cls, shape: BaseShape) -> _LayerSizes:
+    def read(cls, shape: BaseShape) -> _Widths:
         by_name = {name.rpartition(".")[2]: pair for name, pair in shape.linear.items()}
         queries = by_name.get("o_proj", (shape.hidden, 0))[0]
         keys = by_name.get("k_proj", (0, queries))[1]
-        return cls(shape.hidden, queries, keys, by_name.get("down_proj", (4 * shape.hidden, 0))[0])
+        inner = by_name.get("down_proj", (4 * shape.hidden, 0))[0]
+        return cls(shape.hidden, queries, keys, inner, queries // shape.heads if shape.heads else 0)
 
-    def count_saved(self, shape: BaseShape) -> int:
-        """Numbers that a token leaves for the backward pass in a layer, as `medlora.kernels` saves them.
+    def count_saved(self, shape: BaseShape, size: int) -> int:
+        """Bytes that a token leaves for the backward pass in a layer, as `medlora.kernels` saves them.
 
-        A norm saves what it normalises, and a linear layer what it reads: once where q, k and v, or gate and up, read
-        the same. Attention saves queries, keys, values and its output, which the product behind it reads; a gated MLP
-        its gate, its up and their product.
+        A norm saves what it normalises and its root, in float32. A linear layer saves what it reads: once where q, k and
+        v, or gate and up, read the same. Attention saves queries, keys, values and its output, which the product behind it
+        reads; a gated MLP its gate, its up and their product.
         """
         saved = (2 + shape.norms) * self.hidden + 2 * self.queries + 2 * self.keys + 3 * self.inner
-        return saved + self.queries + self.keys if shape.head_norms else saved
+        if not shape.head_norms:
+            return size * saved + 4 * shape.norms
+        heads = (self.queries + self.keys) // self.head_size if self.head_size else 0
+        return size * (saved + self.queries + self.keys) + 4 * (shape.norms + heads)
 
-    def count_dropped(self, size: int) -> int:
-        """Bytes that dropout adds: a mask of each input, and another copy of what attention has saved already."""
-        return 2 * self.hidden + self.queries + self.inner + size * self.queries
+    def count_dropped(self, device: str) -> int:
+        """Bytes that dropout adds in a layer whose seven linear layers have an adapter.
+
+        On CUDA a mask of a byte for each input that layers share, and in bfloat16 another copy of what attention has saved
+        already. On CPU PEFT gives each layer a mask and a copy of its own in float32, and no layer saves its input itself.
+        """
+        if device == "cuda":
+            return 2 * self.hidden + self.queries + self.inner + 2 * self.queries
+        return 4 * (8 * self.hidden + self.queries + self.inner)
 
 
 def choose_pass(

@@ -39,6 +39,8 @@ class BaseShape:
     """Of a layer, over the hidden size; Gemma 2 and 3 have four."""
     head_norms: bool = False
     """Whether queries and keys are normalised, too, as in Gemma 3 and Qwen3."""
+    rotations: int = 1
+    """Kinds of rotary positions; Gemma 3 has one for layers with a window and one for the others."""
 
     def choose(self, targets: str | Sequence[str]) -> list[tuple[int, int]]:
         """The sizes of the layers that an adapter with these targets sits on."""
@@ -96,6 +98,7 @@ def _read_headers(tensors: Mapping[str, TensorInfo], text: Mapping[str, Any]) ->
         heads=heads if type(heads) is int else 0,
         norms=sum("norm" in name and "attn." not in name for name in norms) or 2,
         head_norms=any(name.endswith(("q_norm", "k_norm")) for name in norms),
+        rotations=_count_rotations(text),
     )
 
 
@@ -130,7 +133,12 @@ def _read_config(config: Mapping[str, Any], basis: str) -> BaseShape | None:
         heads=heads,
         norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
         head_norms=kind.startswith(("gemma3", "qwen3")),
+        rotations=_count_rotations(text),
     )
+
+
+def _count_rotations(text: Mapping[str, Any]) -> int:
+    return 2 if str(text.get("model_type", "")).startswith("gemma3") else 1
 
 
 def count_lora(shape: BaseShape, lora: LoraSettings) -> int:

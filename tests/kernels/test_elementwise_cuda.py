@@ -1,4 +1,4 @@
-"""Fused norms and activations, with functions in plain torch in the place of Liger's."""
+"""Fused norms, activations and rotations, with functions in plain torch in the place of Liger's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.llama import modeling_llama
 
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.kernels import elementwise_cuda
@@ -54,14 +56,46 @@ class FakeGELU(FakeSiLU):
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
+class FakeRotation(torch.autograd.Function):
+    """As Liger's, it writes into what it is given where that lies as the kernel reads it, and torch does not notice."""
+
+    calls = 0
+
+    @staticmethod
+    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        laid = x.transpose(1, 2).contiguous()
+        one, other = laid.chunk(2, -1)
+        turned = laid * cos[:, :, None] + torch.cat([-other, one], -1) * sin[:, :, None]
+        laid.data.copy_(turned)
+        return laid.transpose(1, 2)
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        FakeRotation.calls += 1
+        ctx.save_for_backward(cos, sin)
+        return FakeRotation.turn(q, cos, sin), FakeRotation.turn(k, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, to_q: Any, to_k: Any) -> Any:
+        cos, sin = ctx.saved_tensors
+        return FakeRotation.turn(to_q, cos, -sin), FakeRotation.turn(to_k, cos, -sin), None, None
+
+
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A module with Liger's names, and this machine's CPU in the place of a GPU."""
+
+    def may_fuse(*tensors: torch.Tensor) -> bool:
+        return elementwise_cuda._state.is_on and len({x.dtype for x in tensors}) == 1
+
+    for family in (modeling_gemma3, modeling_llama):  # put back at the end
+        monkeypatch.setattr(family, "apply_rotary_pos_emb", family.apply_rotary_pos_emb)
     ops = ModuleType("liger_kernel.ops")
     ops.LigerRMSNormFunction, ops.LigerGELUMulFunction, ops.LigerSiLUMulFunction = FakeNorm, FakeGELU, FakeSiLU  # type: ignore[attr-defined]
+    ops.LigerRopeFunction = FakeRotation  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
-    monkeypatch.setattr(elementwise_cuda, "_may_fuse", lambda *tensors: elementwise_cuda._state.is_on)
+    monkeypatch.setattr(elementwise_cuda, "_may_fuse", may_fuse)
     elementwise_cuda._load.cache_clear()
     elementwise_cuda._is_gate.cache_clear()
     elementwise_cuda._state.is_on = True
@@ -87,9 +121,9 @@ def test_a_step_is_the_same_with_the_fused_parts(bases: dict[str, str], liger: M
     loss, gradients = measure(model, collate())
     norms, mlps = 5 if family == "llama" else 13, 2  # Gemma has four norms a layer, and two of heads
     assert fuse_elementwise(model.get_decoder()) == norms + mlps
-    FakeNorm.calls = FakeSiLU.calls = 0
+    FakeNorm.calls = FakeSiLU.calls = FakeRotation.calls = 0
     fused_loss, fused = measure(model, collate())
-    assert FakeNorm.calls >= norms and FakeSiLU.calls >= mlps
+    assert FakeNorm.calls >= norms and FakeSiLU.calls >= mlps and FakeRotation.calls >= 2
     assert fused_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(fused[name], gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-3, msg=name)
@@ -120,11 +154,33 @@ def test_a_kernel_that_computes_something_else_is_not_taken(
 ) -> None:
     monkeypatch.setattr(FakeNorm, "apply", lambda x, *_: x * 1.1)
     monkeypatch.setattr(FakeGELU, "apply", lambda gate, up: (gate * up).detach())  # no gradient
-    assert fuse_elementwise(load(bases["gemma"])) == 0
+    monkeypatch.setattr(FakeRotation, "apply", lambda q, k, cos, sin: (q * cos, k * cos))
+    model = load(bases["gemma"])
+    rotate = modeling_gemma3.apply_rotary_pos_emb
+    assert fuse_elementwise(model) == 0 and modeling_gemma3.apply_rotary_pos_emb is rotate
 
 
+def test_rotations_that_do_not_suit_the_kernel_go_where_they_went(bases: dict[str, str], liger: ModuleType) -> None:
+    """Rows that are no power of two would be compiled one by one, and the kernel computes in one type."""
+    model = load(bases["llama"])
+    plain = modeling_llama.apply_rotary_pos_emb
+    for _ in range(2):
+        fuse_elementwise(model)  # a second time changes nothing
+    fused: Any = modeling_llama.apply_rotary_pos_emb
+    assert fused is not plain and fused.own is plain.own  # type: ignore[attr-defined]
+    for rows, dtype, suits in ((1, None, True), (4, None, True), (3, None, False), (1, torch.float64, False)):
+        FakeRotation.calls = 0
+        q, k = torch.randn(rows, 2, 5, 16), torch.randn(rows, 1, 5, 16)
+        cos, sin = (torch.randn(1, 5, 8, dtype=dtype).repeat(1, 1, 2) for _ in range(2))
+        expected = fused.own(q.clone(), k.clone(), cos, sin)
+        for one, other in zip(fused(q, k, cos, sin), expected, strict=True):
+            torch.testing.assert_close(one, other)
+        assert FakeRotation.calls == suits
+
+
+@pytest.mark.parametrize("part", [FakeSiLU, FakeRotation])
 def test_a_kernel_that_fails_later_ends_no_run(
-    bases: dict[str, str], liger: ModuleType, monkeypatch: pytest.MonkeyPatch
+    bases: dict[str, str], liger: ModuleType, monkeypatch: pytest.MonkeyPatch, part: Any
 ) -> None:
     model = load(bases["llama"])
     ids = torch.arange(5)[None] + 40
@@ -135,6 +191,6 @@ def test_a_kernel_that_fails_later_ends_no_run(
         def fail(*_: Any) -> torch.Tensor:
             raise RuntimeError("no kernel image")
 
-        monkeypatch.setattr(FakeSiLU, "apply", fail)
+        monkeypatch.setattr(part, "apply", fail)
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
         assert not elementwise_cuda._state.is_on
