@@ -53,8 +53,10 @@ class StageModel:
         links = {link.name: Path(link.folder) for chain in self.chains.values() for link in chain}
         # The head covers the run's final vocabulary, whichever stages are here: a head of another width may round otherwise.
         whole = [load_tokenizer(base, extra_tokens=read_extra_tokens(base))] if base.extra_tokens else []
-        model = load_base(base, max([*tokenizers.values(), *whole], key=len), device)
-        self.weights = dequantize_base(model, config.dequantize) if base.quantization != "none" else ""
+        quantized = base.model_copy(update={"dequantize": False})
+        model = load_base(quantized, max([*tokenizers.values(), *whole], key=len), device)
+        wanted = "always" if base.dequantize else config.dequantize
+        self.weights = dequantize_base(model, wanted) if base.quantization != "none" else ""
         self.model = load_chain(model, list(links.items()))
         settings = AnswerSettings(
             scoring=config.scoring,

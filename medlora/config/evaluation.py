@@ -46,7 +46,8 @@ class EvaluationConfig(Section):
     """Questions handed to an actor at a time; unset = 32 on CPU, on GPUs 1,024 of scoring `letter`, else 256."""
     dequantize: Dequantize = "auto"
     """Turn a quantized base's weights into 16-bit ones once, before the first question: faster, for 2 bytes a weight.
-    `auto`: nf4 on a GPU with room for it, which is the same function; never int8, where it is another one."""
+    `auto`: nf4 on a GPU with room for it, which is the same function; never int8, where it is another one. With `base.dequantize`
+    it is always done."""
     placement: ActorPlacement | None = None
 
     @model_validator(mode="after")

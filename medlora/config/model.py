@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medlora.config.base import Section
 
@@ -24,6 +24,9 @@ class BaseModelConfig(Section):
     that fits the card, chosen before the run begins and written into its config; none on CPU."""
     int8_threshold: float = Field(LLM_INT8_THRESHOLD, ge=0)
     """Of LLM.int8 (arXiv 2208.07339): inputs above it are multiplied in 16 bits; 0 multiplies all of them in 8, faster."""
+    dequantize: bool = False
+    """Turn the quantized weights into 16-bit ones once, at loading: the speed and the memory of an unquantized base. nf4 stays
+    the same function. int8 no longer rounds what goes into a layer, so that the batches of a pass change no result."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: bfloat16 on CUDA, float32 on CPU (bf16 products are many times slower there)."""
     extra_tokens: tuple[str, ...] = ()
@@ -32,12 +35,21 @@ class BaseModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that comes with the model; off unless you trust its author."""
 
+    @model_validator(mode="after")
+    def _check_dequantize(self) -> Self:
+        if self.dequantize and self.quantization not in ("int8", "nf4"):
+            raise ValueError(
+                f"dequantize: only quantization: int8 or nf4 leaves weights to dequantize, not {self.quantization}"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Dumps are in the fingerprints of finished runs, which knew no other threshold.
+        # Dumps are in the fingerprints of finished runs, which knew no other threshold and dequantized nothing.
         dumped: dict[str, Any] = serialise(self)
-        if dumped.get("int8_threshold") == LLM_INT8_THRESHOLD:
-            del dumped["int8_threshold"]
+        for name, usual in (("int8_threshold", LLM_INT8_THRESHOLD), ("dequantize", False)):
+            if dumped.get(name) == usual:
+                del dumped[name]
         return dumped
 
 

@@ -126,16 +126,17 @@ def _write_merged(export: Export, folder: Path) -> list[str]:
     copy_tokenizer(export.folders, folder)
     write_configs(merge, tokenizer, folder)
     merge.write(folder)
-    return _describe_quantization(export.base.quantization, export.has_plain_weights)
+    return _describe_quantization(export.base, export.has_plain_weights)
 
 
-def _describe_quantization(quantization: str, has_plain_weights: bool) -> list[str]:
-    if quantization == "none":
+def _describe_quantization(base: BaseModelConfig, has_plain_weights: bool) -> list[str]:
+    if base.quantization == "none":
         return []
-    trained = f"the adapters were trained and scored on {quantization} weights"
+    trained = f"the adapters were trained and scored on {base.quantization} weights"
     if has_plain_weights:
         return [f"{trained} and are merged into the unquantized ones, so answers may differ; score this model again"]
-    inputs = "; int8 also rounded what goes into each layer, which no weight can hold" if quantization == "int8" else ""
+    rounded = base.quantization == "int8" and not base.dequantize
+    inputs = "; int8 also rounded what goes into each layer, which no weight can hold" if rounded else ""
     return [f"{trained}; merged into what those weights stand for, dequantized{inputs}"]
 
 

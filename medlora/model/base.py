@@ -47,11 +47,11 @@ _SHARE = 0.6
 
 
 def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The base model on `device`, quantized as configured, every parameter frozen, in eval mode.
+    """The base model on `device`, quantized (and dequantized) as configured, every parameter frozen, in eval mode.
 
     A token of `tokenizer` that the base's own tokenizer lacks gets the mean of the rows of its old pieces, in the input
     and the output embeddings. The embeddings grow only when the model has too few rows (Gemma has spare ones). Raises
-    InputError when there is no such model, its weights are incomplete or no safetensors.
+    InputError when there is no such model, its weights are incomplete or no safetensors, or, dequantized, do not fit.
     """
     if base.quantization == "auto":
         raise InputError(
@@ -90,6 +90,14 @@ def load_base(base: BaseModelConfig, tokenizer: Tokenizer, device: str | torch.d
     if base.quantization == "nf4":
         _keep_four_bit_weights(model)
     _extend_vocabulary(model, tokenizer, load_base_tokenizer(base))
+    if base.dequantize:
+        try:
+            log.info("the base has %s", dequantize_base(model, "always"))
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"base.dequantize: the plain weights of {base.model} do not fit into the memory of {device}; leave it out, "
+                "and they stay quantized"
+            ) from error
     lighten_elementwise(model)
     if device.type == "cuda":
         fuse_elementwise(model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medlora.artifacts.bases import find_base_folder
-from medlora.config.model import LoraSettings
+from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.config.phase import SettledPhase
 from medlora.config.placement import Placement
 from medlora.config.run import RunConfig
@@ -134,6 +134,11 @@ class _Widths:
         if device == "cuda":
             return 2 * self.hidden + self.queries + self.inner + 2 * self.queries
         return 4 * (8 * self.hidden + self.queries + self.inner)
+
+
+def name_stored(base: BaseModelConfig) -> str:
+    """The quantization in which a base's weights lie in memory."""
+    return "none" if base.dequantize else base.quantization
 
 
 def choose_pass(

@@ -16,7 +16,7 @@ from medlora.data.sources import scan
 from medlora.miniature import fingerprint, settings
 from medlora.planning.figures import PhasePlan, RunPlan
 from medlora.planning.lengths import FileTokenizer, Measuring, SourceLengths, open_tokenizer
-from medlora.planning.memory import choose_pass, estimate_memory, find_card_gib
+from medlora.planning.memory import choose_pass, estimate_memory, find_card_gib, name_stored
 from medlora.planning.rates import Rate, choose_rate, find_rates
 from medlora.planning.sizes import BaseShape, count_adapter, count_lora, count_rows, read_shape
 from medlora.planning.warnings import find_warnings
@@ -193,7 +193,7 @@ def _add_sizes(
         return made
     longest = max((each.longest or phase.max_tokens for each in made.sources), default=phase.max_tokens)
     placement, lora = phase.placement or config.placement, phase.lora or config.lora
-    kind, settled = config.base.quantization, phase.settle(placement.workers)
+    kind, settled = name_stored(config.base), phase.settle(placement.workers)
     if device == "cuda":
         card = find_card_gib(placement)
         settled = choose_pass(shape, settled, kind, lora, (made.trainable, frozen), longest, card)

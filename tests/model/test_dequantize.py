@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from pydantic import ValidationError
 
 from medlora.answering.stage_model import StageModel
 from medlora.config.evaluation import EvaluationConfig
 from medlora.config.model import BaseModelConfig, LoraSettings
+from medlora.errors import InputError
 from medlora.model.base import dequantize_base, load_base
 from medlora.model.chain import add_adapter
 from medlora.model.tokenizer import load_tokenizer
@@ -53,6 +55,36 @@ def test_int8_dequantized_once_depends_on_no_other_row(bases: dict[str, str]) ->
     after = compute(model)
     assert not is_quantized(model) and not torch.equal(before, after)
     assert (before - after).abs().max() <= 0.1 * before.abs().max()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_is_dequantized_at_loading_and_trains(bases: dict[str, str], quantization: Any) -> None:
+    """Stages are scored on it as it was trained, whatever `evaluation.dequantize` says."""
+    base = BaseModelConfig(model=bases["gemma"], quantization=quantization, dequantize=True)
+    once = load(bases["gemma"], quantization)
+    dequantize_base(once, "always")
+    model: Any = load_base(base, load_tokenizer(base))
+    assert not is_quantized(model) and torch.equal(compute(model), compute(once))
+    model = add_adapter(model, "a", LoraSettings(r=2), [], 0).train()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert gradients and all(each is not None and torch.isfinite(each).all() for each in gradients)
+    config = EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "t.jsonl"}], "dequantize": "never"})
+    assert StageModel(base, {"base": ()}, config).weights == f"{quantization} weights, dequantized once to float32"
+
+
+def test_what_cannot_be_dequantized_is_said(bases: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for quantization in ("none", "auto"):
+        with pytest.raises(ValidationError, match="only quantization: int8 or nf4 leaves weights"):
+            BaseModelConfig.model_validate({"model": "m", "quantization": quantization, "dequantize": True})
+
+    def fail(*_: Any) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("medlora.model.base.dequantize_base", fail)
+    base = BaseModelConfig(model=bases["gemma"], quantization="nf4", dequantize=True)
+    with pytest.raises(InputError, match="base.dequantize: the plain weights of .* do not fit into the memory of cpu"):
+        load_base(base, load_tokenizer(base))
 
 
 @pytest.mark.parametrize(("quantization", "wanted"), [("nf4", "auto"), ("int8", "auto"), ("nf4", "never")])

@@ -139,7 +139,8 @@ def _describe_model(facts: CardFacts) -> Iterator[str]:
     base = facts.config.base
     lines = [f"- Base: `{facts.base}`" + (f", revision `{base.revision}`" if base.revision else "")]
     if base.quantization != "none":
-        lines.append(f"- The base was loaded as {base.quantization} for training and scoring.")
+        once = ", its weights dequantized once" if base.dequantize else ""
+        lines.append(f"- The base was loaded as {base.quantization} for training and scoring{once}.")
     if facts.kind != "merged":
         lines.append(f"- It needs the base `{facts.base}`; on another model its outputs mean nothing.")
     if facts.kind == "phase" and (below := facts.chain[:-1]):
