@@ -48,6 +48,8 @@ class SourceLengths:
     """Examples that are longer than `max_tokens` and left out."""
     longest: int | None
     """Tokens of the longest row."""
+    longest_document: int | None
+    """Tokens of the longest example in any row; packed rows hold several."""
     basis: str
     """How rows and tokens were found."""
 
@@ -136,7 +138,7 @@ class Measuring:
         if self.tokenizer is None and not self.is_miniature:
             examples = round(wanted / max(1, len(records)) * sum(1 for _ in _render(records, source.style)))
             basis = "unknown: the base has no tokenizer.json here"
-            return SourceLengths(source.source, found.kind, wanted, examples, None, None, 0, None, basis)
+            return SourceLengths(source.source, found.kind, wanted, examples, None, None, 0, None, None, basis)
         if len(records) < total and (store := self._find_cached(source, found, records)) is not None:
             return self._measure_cached(key, source, store)
         is_whole = len(records) == total
@@ -206,7 +208,7 @@ class Measuring:
 
 def _describe(source: str, kind: str, records: int, rows: Rows, share: float, basis: str) -> SourceLengths:
     """The figures of rows that stand for `share` times as many."""
-    lengths = rows.lengths
+    lengths, longest = rows.lengths, int(rows.sizes.max()) if len(rows) else 0
     return SourceLengths(
         source=source,
         kind=kind,
@@ -215,7 +217,8 @@ def _describe(source: str, kind: str, records: int, rows: Rows, share: float, ba
         rows=round(share * len(rows)),
         tokens=round(share * lengths.tokens),
         too_long=round(share * lengths.dropped),
-        longest=int(rows.sizes.max()) if len(rows) else 0,
+        longest=longest,
+        longest_document=min(longest, lengths.longest),
         basis=basis,
     )
 

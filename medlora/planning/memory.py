@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from medlora.artifacts.bases import find_base_folder
 from medlora.config.model import BaseModelConfig, LoraSettings
@@ -43,6 +44,14 @@ CARD_GIB = {
 """Memory of accelerators by Ray's names for them, as their maker says."""
 
 
+class Longest(NamedTuple):
+    """The largest sizes among the rows of a phase, in tokens."""
+
+    row: int
+    document: int
+    """Attention stays within a document; packed rows hold several."""
+
+
 def estimate_memory(
     shape: BaseShape,
     phase: SettledPhase,
@@ -50,7 +59,7 @@ def estimate_memory(
     lora: LoraSettings,
     trainable: int,
     frozen: int,
-    longest: int,
+    longest: Longest,
     device: str,
 ) -> dict[str, int]:
     """Bytes of one worker by part; activations are a formula for gated decoders, all else is counted.
@@ -61,7 +70,7 @@ def estimate_memory(
     in_layers = sum(a * b for a, b in shape.linear.values())
     stored = {"none": size, "int8": 1, "nf4": 0.516}[quantization]
     small = phase.optimizer == "paged_adamw_8bit"
-    tokens = phase.batch_size * longest
+    tokens = phase.batch_size * longest.row
     # The chunk's logits; on CUDA in float32 twice, once for their softmax, and in bfloat16.
     chunk = min(HEAD_CHUNK_BYTES[device], 4 * shape.vocabulary * tokens)
     return {
@@ -69,13 +78,13 @@ def estimate_memory(
         "adapters": 4 * (trainable + frozen),
         "gradients": 4 * trainable,
         "optimiser": (2 if small else 8) * trainable,
-        "activations": round(tokens * _count_activations(shape, phase, lora, frozen, longest, device)),
+        "activations": round(tokens * _count_activations(shape, phase, lora, frozen, longest.document, device)),
         "head": round(chunk * (2.5 if device == "cuda" else 1)),
     }
 
 
 def _count_activations(
-    shape: BaseShape, phase: SettledPhase, lora: LoraSettings, frozen: int, longest: int, device: str
+    shape: BaseShape, phase: SettledPhase, lora: LoraSettings, frozen: int, document: int, device: str
 ) -> float:
     """Bytes that a token leaves for the backward pass, or, with recomputation, at the height of one layer's."""
     size, widths = 2 if device == "cuda" else 4, _Widths.read(shape)
@@ -83,8 +92,8 @@ def _count_activations(
     layer = widths.count_saved(shape, size) + size * ranks
     if lora.dropout:
         layer += widths.count_dropped(device)
-    if device == "cpu" and longest <= MOST_SAVED_KEYS:
-        layer += size * longest * shape.heads  # the probabilities of attention
+    if device == "cpu" and document <= MOST_SAVED_KEYS:
+        layer += size * document * shape.heads  # the probabilities of attention
     # The norm before the head, what the head reads, and the rotary positions' cosines and sines, which layers share.
     shared = size * (2 * shape.hidden + 2 * shape.rotations * widths.head_size)
     if phase.gradient_checkpointing is True:
@@ -147,7 +156,7 @@ def choose_pass(
     quantization: str,
     lora: LoraSettings,
     adapters: tuple[int, int],
-    longest: int,
+    longest: Longest,
     card_gib: float | None,
 ) -> SettledPhase:
     """The phase on CUDA with the pass that `batch_size: auto` will about take on a card; of one row on an unknown card.
@@ -228,7 +237,8 @@ def _estimate_least(config: RunConfig, shape: BaseShape, quantization: str, at: 
     one = share.model_copy(update={"batch_size": 1, "gradient_checkpointing": True})
     lora = phase.lora or config.lora
     count = count_lora(shape, lora)
-    return sum(estimate_memory(shape, one, quantization, lora, count, at * count, phase.max_tokens, "cuda").values())
+    longest = Longest(phase.max_tokens, phase.max_tokens)
+    return sum(estimate_memory(shape, one, quantization, lora, count, at * count, longest, "cuda").values())
 
 
 def find_memory_warnings(plan: RunPlan, accelerators: Iterable[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from medlora.data.sources import scan
 from medlora.miniature import fingerprint, settings
 from medlora.planning.figures import PhasePlan, RunPlan
 from medlora.planning.lengths import FileTokenizer, Measuring, SourceLengths, open_tokenizer
-from medlora.planning.memory import choose_pass, estimate_memory, find_card_gib, name_stored
+from medlora.planning.memory import Longest, choose_pass, estimate_memory, find_card_gib, name_stored
 from medlora.planning.rates import Rate, choose_rate, find_rates
 from medlora.planning.sizes import BaseShape, count_adapter, count_lora, count_rows, read_shape
 from medlora.planning.warnings import find_warnings
@@ -191,7 +191,11 @@ def _add_sizes(
     """The phase's plan with memory and disk, where the base's shape is known."""
     if shape is None or made.trainable is None:
         return made
-    longest = max((each.longest or phase.max_tokens for each in made.sources), default=phase.max_tokens)
+    most = phase.max_tokens
+    longest = Longest(
+        max((each.longest or most for each in made.sources), default=most),
+        max((each.longest_document or most for each in made.sources), default=most),
+    )
     placement, lora = phase.placement or config.placement, phase.lora or config.lora
     kind, settled = name_stored(config.base), phase.settle(placement.workers)
     if device == "cuda":

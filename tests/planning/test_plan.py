@@ -21,7 +21,7 @@ from medlora.config.run import RunConfig
 from medlora.errors import InputError
 from medlora.planning import memory
 from medlora.planning.figures import RunPlan
-from medlora.planning.memory import HEAD_CHUNK_BYTES, estimate_memory, find_memory_warnings
+from medlora.planning.memory import HEAD_CHUNK_BYTES, Longest, estimate_memory, find_memory_warnings
 from medlora.planning.plan import make_plan
 from medlora.planning.sizes import _read_config, count_lora, read_shape
 from medlora.planning.table import describe_plan
@@ -178,7 +178,7 @@ def test_activations_by_formula_are_those_of_a_dry_run(
     assert (shape.norms, shape.head_norms) == ((4, True) if family == "gemma" else (2, False))
     height = kept + (whole - kept) / shape.layers + 4 * tokens * shape.hidden
     for each, measured in ((phase, whole), (recomputed, height)):
-        formula = estimate_memory(shape, each, "none", lora, 0, 0, 40, "cpu")["activations"]
+        formula = estimate_memory(shape, each, "none", lora, 0, 0, Longest(40, 40), "cpu")["activations"]
         assert formula == pytest.approx(measured, rel=0.1)
 
 
@@ -205,7 +205,7 @@ def test_the_formula_gives_the_peak_that_was_measured_on_an_h200() -> None:
     phase = PhaseConfig.model_validate(
         {"name": "p", "chain": "new", "sources": [{"source": "miniature:text"}], "global_batch": 64, "batch_size": 64}
     ).settle(1)
-    parts = estimate_memory(shape, phase, "none", lora, count_lora(shape, lora), 0, 149, "cuda")
+    parts = estimate_memory(shape, phase, "none", lora, count_lora(shape, lora), 0, Longest(149, 149), "cuda")
     assert sum(parts.values()) / 2**30 == pytest.approx(44.9, rel=0.1)
 
 
@@ -244,12 +244,14 @@ def test_the_pass_of_auto_is_that_of_the_card() -> None:
     assert shape is not None
     phase = PhaseConfig.model_validate({"name": "p", "chain": "new", "sources": [{"source": "miniature:text"}]})
     rows = [
-        memory.choose_pass(shape, phase.settle(1), "int8", lora, (count_lora(shape, lora), 0), 512, card).batch_size
+        memory.choose_pass(
+            shape, phase.settle(1), "int8", lora, (count_lora(shape, lora), 0), Longest(512, 512), card
+        ).batch_size
         for card in (None, 24, 80, 141)
     ]
     assert rows == sorted(rows) and rows[0] == 1 and rows[-1] == 32
     fixed = phase.model_copy(update={"batch_size": 4, "accumulation": 8}).settle(1)
-    assert memory.choose_pass(shape, fixed, "int8", lora, (0, 0), 512, 24).batch_size == 4
+    assert memory.choose_pass(shape, fixed, "int8", lora, (0, 0), Longest(512, 512), 24).batch_size == 4
 
 
 def test_a_card_that_is_too_small_is_warned_of(planned: tuple[RunConfig, RunPlan], tmp_path: Path) -> None:
@@ -278,6 +280,9 @@ def test_the_quickstart_is_planned_without_torch_or_ray_in_seconds(tmp_path: Pat
         (150, 104448),
     ]
     assert [phase["chain"] for phase in plan["phases"]] == [["00"], ["01"], ["01", "02"]]
+    # What the dry runs of the quickstart measured, in MiB: see docs/commands.md.
+    passes = [phase["memory_bytes"]["activations"] / 2**20 for phase in plan["phases"]]
+    assert passes == pytest.approx([25, 98, 103], rel=0.1)
     assert (plan["asked"], plan["stages"]) == (4 * 492, 4) and not any(tmp_path.iterdir())
     # What the quickstart's runs log, see docs/training.md: 370 rows of text, 492 translations, 992 and 1,984 questions.
     rows = [source["rows"] for phase in plan["phases"] for source in phase["sources"]]
