@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.gemma3 import modeling_gemma3
 
 from medlora.config.model import BaseModelConfig, LoraSettings
 from medlora.config.phase import PhaseConfig
@@ -85,11 +86,12 @@ def test_gradients_in_bfloat16_are_as_near_to_float32_as_the_plain_path_s(
         assert error <= allowed, name
 
 
-def test_fused_norms_and_gates_are_taken_where_liger_is_installed(bases: dict[str, str]) -> None:
+def test_fused_parts_are_taken_where_liger_is_installed(bases: dict[str, str]) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is not installed")
     model = build(bases["gemma"], "none", "bfloat16", STACKS["one adapter"])
     assert sum(hasattr(module, "fused_norm") or hasattr(module, "fused_gate") for module in model.modules()) >= 10
+    assert hasattr(modeling_gemma3.apply_rotary_pos_emb, "is_fused")
 
 
 def train(
