@@ -340,7 +340,7 @@ class _PhaseRun:
         log.info("phase %s is finished", self.phase.name)
         about = self.describe(results, seconds)
         write_card(folder.adapter, about)
-        manifest = commit(folder.root, about, exclude=(folder.checkpoints, folder.best))
+        manifest = commit(folder.root, about, exclude=(folder.checkpoints, folder.best, *folder.logs))
         remove(folder.checkpoints, folder.best)
         mirror.push(folder.root)
         return cast(PhaseManifest, manifest)
