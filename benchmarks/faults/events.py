@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import gc
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import Row, drive, hash_weights, is_one_message, is_whole, make_config, run_in_fork, start_over
+from bench import Row, drive, hash_weights, is_one_message, is_whole, make_config, run_in_fork, start_over, warm_up
 from injection import KILL, POWER, TEAR, Injector
 
 PLACES = ("start", "save", "commit")
@@ -73,13 +72,6 @@ def _stop_before(module: Any, name: str, injector: Injector) -> None:
         return act(*arguments, **options)
 
     setattr(module, name, first_stop)
-
-
-def warm_up(config: Any, scratch: Path) -> None:
-    """The run without faults, in this process: its forks then find everything imported, and nothing to collect."""
-    drive(config, scratch / "whole")
-    gc.collect()
-    gc.freeze()  # else each fork's first collection copies all of this process's memory, half of a trial's time
 
 
 def prepare(config: Any, place: str, scratch: Path) -> None:
@@ -156,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         scratch = Path(name)
         config = make_config(scratch)
-        warm_up(config, scratch)
+        warm_up(config, scratch / "whole")
         for place in arguments.places.split(","):
             events = None
             for fault in arguments.faults.split(","):

@@ -58,6 +58,8 @@ class Forecast:
         if event["event"] == "planned":
             self.left = {phase["name"]: phase for phase in event["phases"]}
             self.evaluates, self.evaluation_s, self.since = event["evaluates"], event["evaluation_s"], now
+        elif event["event"] == "cluster":
+            self.since = now  # a cluster starts once
         elif event["event"] == "phase":
             self.current, self.first = event["phase"], None
             self.evaluates = self.evaluates and event["phase"] in self.left

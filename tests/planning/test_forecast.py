@@ -18,8 +18,10 @@ from medlora.planning.rates import find_evaluation_s
 class Run:
     """A forecast that is fed with the events of a run, at times of the test's own."""
 
-    def __init__(self, *phases: PlannedPhase, evaluates: bool = False, evaluation_s: float | None = None) -> None:
-        self.now_s = 0.0
+    def __init__(
+        self, *phases: PlannedPhase, evaluates: bool = False, evaluation_s: float | None = None, begins_s: float = 0.0
+    ) -> None:
+        self.now_s = begins_s
         self.forecast = Forecast(lambda: self.now_s)
         self.take(events.planned(list(phases), evaluates, evaluation_s))
 
@@ -38,7 +40,10 @@ def phase(name: str, steps: int | None = 100, tokens: int | None = 1000, **more:
 
 
 def test_the_rate_of_this_run_and_what_is_around_its_steps_are_those_of_later_phases() -> None:
-    run = Run(phase("00"), phase("01", tokens=3000), phase("02", tokens=500), evaluates=True, evaluation_s=60.0)
+    run = Run(
+        phase("00"), phase("01", tokens=3000), phase("02", tokens=500), evaluates=True, evaluation_s=60.0, begins_s=-50
+    )
+    run.take(events.cluster_found("1 node", True, 50.0), 0)
     assert run.take(events.phase_started("00", "cpu"), 5) == ""
     assert run.take(events.building("00", {"step": 1, "total": 2}), 6) == ""
     assert run.take(events.building("00", {"step": 2, "total": 2}), 106) == ""  # which happens once
