@@ -45,7 +45,7 @@ def drive_with_fault(config: Any, folder: Path, place: str, injector: Injector) 
         save = trainer._AdapterTrainer._save_checkpoint
 
         def save_armed(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == 8:
+            if self.state.global_step == config.phases[0].max_steps:
                 injector.arm()
             return save(self, *arguments, **options)
 
@@ -147,7 +147,7 @@ def main() -> None:
     # In memory, where there is such a folder: what a power cut leaves is made by the injector, not by the disk.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         scratch = Path(name)
-        config = make_config(scratch)
+        config = make_config(scratch, steps=4)
         warm_up(config, scratch / "whole")
         for place in arguments.places.split(","):
             events = None

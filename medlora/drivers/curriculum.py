@@ -26,7 +26,7 @@ from medlora.evaluation.reports import Report
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
 from medlora.planning.figures import RunPlan
-from medlora.planning.forecast import make_event
+from medlora.planning.forecast import describe_left
 from medlora.planning.memory import guess_device
 from medlora.planning.plan import make_plan
 from medlora.planning.table import describe_plan
@@ -120,7 +120,7 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
         on_event(events.reused(phase.name))
     report = None if left else _find_report(config, run, stages)
     if left:
-        on_event(make_event(_log_plan(config, run)))
+        on_event(describe_left(_log_plan(config, run)))
     return Begun(config, run, redo, on_event, done, left, chain, stages, report)
 
 

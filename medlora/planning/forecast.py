@@ -12,7 +12,7 @@ from medlora.planning.figures import RunPlan
 from medlora.reporting.progress import describe_seconds
 
 
-def make_event(plan: RunPlan) -> Planned:
+def describe_left(plan: RunPlan) -> Planned:
     """What a `Forecast` needs of a plan, as an event: the phases that are left, and the evaluation."""
     phases: list[PlannedPhase] = [
         {
