@@ -48,7 +48,8 @@ class Forecast:
         """What the phases trained that this run has finished, and how long their steps took."""
         self.around_s: list[float] = []
         """By phase, what was no step: starting workers, loading the base, preparing data; not building the miniature."""
-        self.since = clock()
+        self.since: float | None = clock()
+        """Since when nothing was trained; None from the first step of a phase on, also where it begins again."""
         self.building: list[float] = []
         self.ends_at: float | None = None
 
@@ -61,14 +62,15 @@ class Forecast:
         elif event["event"] == "cluster":
             self.since = now  # a cluster starts once
         elif event["event"] == "phase":
+            self._keep_rate()
             self.current, self.first = event["phase"], None
             self.evaluates = self.evaluates and event["phase"] in self.left
         elif event["event"] == "build":
             self.building = [*self.building[:1], now]
-        elif event["event"] == "training" and self.first is None:
+        elif event["event"] == "training" and self.since is not None:
             built_s = self.building[-1] - self.building[0] if self.building else 0.0
             self.around_s.append(max(0.0, now - self.since - built_s))
-            self.building = []
+            self.since, self.building = None, []
         elif event["event"] == "step":
             self._count(event, now)
         elif event["event"] == "finished" or event["event"] == "reused":

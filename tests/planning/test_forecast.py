@@ -118,6 +118,16 @@ def test_a_resumed_phase_counts_what_it_does_itself() -> None:
     assert run.step("00", 80, 100, at_s=30) == "whole run 2 min left"  # 20 s, and 100 s + 10 s of phase 01
 
 
+def test_a_phase_that_begins_again_has_not_started_workers_for_so_long() -> None:
+    run = Run(phase("00"), phase("01"))
+    for at_s in (0, 100):  # its worker dies after 20 steps
+        run.take(events.phase_started("00", "cpu"), at_s)
+        run.take(events.training("00", "normal"), at_s + 10)
+        run.step("00", 10, 100, at_s=at_s + 20)
+        left = run.step("00", 20, 100, at_s=at_s + 30)
+    assert left == "whole run 3 min left"  # 80 s, and 100 s + 10 s of phase 01
+
+
 def test_answers_take_what_they_took_in_an_evaluation_of_the_same_kind(tmp_path: Path) -> None:
     wanted = EvaluationConfig.model_validate({"tests": [{"name": "t", "source": "t.jsonl"}], "scoring": "letter"})
     assert find_evaluation_s(tmp_path, "base", 100, wanted) is None
