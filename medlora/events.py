@@ -23,6 +23,25 @@ class Note(TypedDict):
     kind: NoteKind
 
 
+class PlannedPhase(TypedDict):
+    """What a plan counts of a phase that is left; None where it cannot be known. `seconds` is by rates of earlier runs."""
+
+    name: str
+    steps: int | None
+    full_steps: int
+    tokens: int | None
+    seconds: float | None
+
+
+class Planned(TypedDict):
+    """The work that a run has left. `evaluation_s` is by rates of earlier runs, None where there is none."""
+
+    event: Literal["planned"]
+    phases: list[PlannedPhase]
+    evaluates: bool
+    evaluation_s: float | None
+
+
 class PhaseStarted(TypedDict):
     """A phase, or the evaluation, has its workers and begins."""
 
@@ -263,6 +282,7 @@ class TrialSeconds(TypedDict):
 
 Event = (
     Note
+    | Planned
     | PhaseStarted
     | Building
     | Preparing
@@ -296,6 +316,11 @@ OnEvent = Callable[[Event], None]
 def note(phase: str, text: str, kind: NoteKind = "run") -> Note:
     """A line for people about a phase or another part of a run."""
     return {"event": "note", "phase": phase, "text": text, "kind": kind}
+
+
+def planned(phases: list[PlannedPhase], evaluates: bool, evaluation_s: float | None) -> Planned:
+    """A run begins that has this left to do."""
+    return {"event": "planned", "phases": phases, "evaluates": evaluates, "evaluation_s": evaluation_s}
 
 
 def phase_started(phase: str, device: str) -> PhaseStarted:

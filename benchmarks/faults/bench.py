@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -110,8 +111,15 @@ def drive(config: Any, folder: Path, on_event: Callable[[dict[str, Any]], None] 
             chain = extend_chain(chain, phase, run.phase(phase.name).adapter)
 
 
-def make_config(place: Path) -> Any:
-    """A curriculum of one phase with a dev score, 8 steps and 2 checkpoints, on a tiny random Gemma made in `place`."""
+def warm_up(config: Any, folder: Path) -> None:
+    """A run without faults, in this process: its forks then find everything imported, and nothing to collect."""
+    drive(config, folder)
+    gc.collect()
+    gc.freeze()  # else the first collection in each fork copies this process's memory, half of a trial's time
+
+
+def make_config(place: Path, steps: int = 8) -> Any:
+    """A curriculum of one phase with dev scores and 2 checkpoints, on a tiny random Gemma made in `place`."""
     import torch
 
     from tests.support.tiny import build_bases
@@ -122,7 +130,8 @@ def make_config(place: Path) -> Any:
     (place / "data").mkdir(exist_ok=True)
     data = write_data(place / "data")
     dev = {"sources": [{"source": str(data / "dev.jsonl")}], "sample": 4, "max_tokens": 8, "scoring": "letter"}
-    first = {"max_steps": 8, "checkpoint_every_steps": 4, "validation": {**dev, "every_steps": 4, "keep_best": True}}
+    validation = {**dev, "every_steps": steps // 2, "keep_best": True}
+    first = {"max_steps": steps, "checkpoint_every_steps": steps // 2, "validation": validation}
     config = configure(build_bases(place / "bases")["gemma"], data, p00=first)
     return config.model_copy(update={"phases": config.phases[:1]})
 

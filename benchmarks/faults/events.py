@@ -15,10 +15,11 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from bench import Row, drive, hash_weights, is_one_message, is_whole, make_config, run_in_fork, start_over
+from bench import Row, drive, hash_weights, is_one_message, is_whole, make_config, run_in_fork, start_over, warm_up
 from injection import KILL, POWER, TEAR, Injector
 
 PLACES = ("start", "save", "commit")
@@ -44,7 +45,7 @@ def drive_with_fault(config: Any, folder: Path, place: str, injector: Injector) 
         save = trainer._AdapterTrainer._save_checkpoint
 
         def save_armed(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == 8:
+            if self.state.global_step == config.phases[0].max_steps:
                 injector.arm()
             return save(self, *arguments, **options)
 
@@ -143,14 +144,19 @@ def main() -> None:
     parser.add_argument("--faults", default=",".join((KILL, TEAR, POWER, *ERRORS)))
     parser.add_argument("--places", default=",".join(PLACES))
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    # In memory, where there is such a folder: what a power cut leaves is made by the injector, not by the disk.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         scratch = Path(name)
-        config = make_config(scratch)
+        config = make_config(scratch, steps=4)
+        warm_up(config, scratch / "whole")
         for place in arguments.places.split(","):
             events = None
             for fault in arguments.faults.split(","):
                 events = events or list_events(config, place, scratch)
-                try_every_event(config, place, fault, scratch, arguments.every, events).show()
+                began = time.monotonic()
+                row = try_every_event(config, place, fault, scratch, arguments.every, events)
+                row.show()
+                print(f"  {(time.monotonic() - began) / max(row.tried, 1):.2f} s a trial", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import Row, drive, hash_weights, is_whole, make_config, run_in_fork, start_over
+from bench import Row, drive, hash_weights, is_whole, make_config, run_in_fork, start_over, warm_up
 
 from medlora.runs import locks
 from medlora.runs.mirror import find_copy
@@ -102,7 +102,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        config, server = make_config(scratch), Store(scratch)
+        config = make_config(scratch)
+        warm_up(config, scratch / "warm")
+        server = Store(scratch)
         os.environ.update(server.env)
         try:
             try_moments(config, server, scratch, arguments.moments).show()

@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         where = arguments.run_dir or mirror.join(config.storage.folder, config.name)
         folders.append(open_run(mirror.find_copy(where, config.storage.cache)))
     from medlora.artifacts.adapter_origin import shorten_place
+    from medlora.planning.forecast import Forecast
     from medlora.reporting.progress import Display
     from medlora.reporting.tables import print_next, print_report
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         hold_file_lock(run.lock, f"run {run.root}"),
         mirror.hold_run(run.root),
         log_to((logging.getLogger("medlora.run"), run.log)),
-        Display(phases={phase.name: phase.description for phase in config.phases}) as display,
+        Display(phases={phase.name: phase.description for phase in config.phases}, outlook=Forecast()) as display,
     ):
         endings.describe_progress(lambda: describe_progress(run, [p.name for p in config.phases]), run.log)
         from medlora.drivers.curriculum import run_curriculum
@@ -123,6 +124,7 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
     from medlora.drivers.curriculum import begin
     from medlora.drivers.side_by_side import run_side_by_side
     from medlora.errors import InputError, RunError
+    from medlora.planning.forecast import Forecast
     from medlora.reporting.progress import Display
     from medlora.reporting.tables import print_reports
     from medlora.runs import mirror
@@ -142,7 +144,8 @@ def run_several(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> i
             held.enter_context(log_to((logging.getLogger(f"medlora.run.{run.name}"), run.log)))
             endings.describe_progress(lambda: _describe_several(configs, folders), folders[0].log)
             phases = {phase.name: phase.description for phase in config.phases}
-            begun.append(begin(config, run, None, Display(name=run.name, beside=first, phases=phases).show))
+            display = Display(name=run.name, beside=first, phases=phases, outlook=Forecast())
+            begun.append(begin(config, run, None, display.show))
         ends = run_side_by_side(begun)
     failed = {
         run.name: explain(end, run.root) or end

@@ -136,7 +136,7 @@ def find_obstacle(job: PhaseJob, folder: PhaseFolder, with_parent: bool = True) 
 
 
 def _holds_work(folder: PhaseFolder) -> bool:
-    logs = {folder.log.name, folder.validation_log.name}  # opened before the fingerprint is written
+    logs = {path.name for path in folder.logs}  # opened before the fingerprint is written
     return folder.root.is_dir() and any(
         path.name not in logs and not is_temporary(path.name) for path in folder.root.iterdir()
     )

@@ -25,6 +25,8 @@ from medlora.evaluation.questions import read_asked
 from medlora.evaluation.reports import Report
 from medlora.evaluation.stages import Stages
 from medlora.events import OnEvent
+from medlora.planning.figures import RunPlan
+from medlora.planning.forecast import describe_left
 from medlora.planning.memory import guess_device
 from medlora.planning.plan import make_plan
 from medlora.planning.table import describe_plan
@@ -118,15 +120,17 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
         on_event(events.reused(phase.name))
     report = None if left else _find_report(config, run, stages)
     if left:
-        _log_plan(config, run)
+        on_event(describe_left(_log_plan(config, run)))
     return Begun(config, run, redo, on_event, done, left, chain, stages, report)
 
 
-def _log_plan(config: RunConfig, run: RunFolder) -> None:
-    """Open the run's log with what it is going to do."""
+def _log_plan(config: RunConfig, run: RunFolder) -> RunPlan:
+    """Open the run's log with what it is going to do; returns that."""
     log = logging.getLogger("medlora.run").getChild(run.name)
-    for line in describe_plan(make_plan(config, run, guess_device(config.placement))):
+    plan = make_plan(config, run, guess_device(config.placement))
+    for line in describe_plan(plan):
         log.info(line)
+    return plan
 
 
 @contextmanager

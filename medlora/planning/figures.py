@@ -67,6 +67,8 @@ class RunPlan:
     asked: int
     """Questions x stages, and x samples or orders of the options where the config asks for them."""
     left_out_records: int
+    evaluation_s: float | None = None
+    """By the answers per second of an earlier evaluation on the same base, starting its actors included."""
     cluster: str = ""
     warnings: tuple[str, ...] = field(default=())
 

@@ -17,7 +17,7 @@ from medlora.miniature import fingerprint, settings
 from medlora.planning.figures import PhasePlan, RunPlan
 from medlora.planning.lengths import FileTokenizer, Measuring, SourceLengths, open_tokenizer
 from medlora.planning.memory import Longest, choose_pass, estimate_memory, find_card_gib, name_stored
-from medlora.planning.rates import Rate, choose_rate, find_rates
+from medlora.planning.rates import Rate, choose_rate, find_evaluation_s, find_rates
 from medlora.planning.sizes import BaseShape, count_adapter, count_lora, count_rows, read_shape
 from medlora.planning.warnings import find_warnings
 from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
@@ -223,6 +223,11 @@ def _finish(
     if evaluation:
         options = max((n for test in evaluation.tests for n in scan(test).options), default=1)
         times = evaluation.samples * (options if evaluation.rotations else 1)
+    asked, evaluation_s = sum(questions.values()) * stages * times, None
+    if evaluation and not is_store(config.storage.folder):
+        evaluation_s = find_evaluation_s(
+            Path(config.storage.folder), base.files, sum(questions.values()) * stages, evaluation
+        )
     made = RunPlan(
         name=config.name,
         place=str(run.root),
@@ -235,7 +240,8 @@ def _finish(
         stages=stages,
         questions=questions,
         scoring=evaluation.scoring if evaluation else "",
-        asked=sum(questions.values()) * stages * times,
+        asked=asked,
         left_out_records=dropped,
+        evaluation_s=evaluation_s,
     )
     return replace(made, warnings=tuple(find_warnings(config, run, made)))

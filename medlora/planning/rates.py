@@ -1,4 +1,4 @@
-"""How fast phases trained before: tokens per second of earlier runs in the same storage folder, never a guess."""
+"""How fast earlier runs in the same storage folder trained and answered: measured there, never a guess."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from medlora.config.evaluation import EvaluationConfig
 from medlora.runs.files import read_json_lines, read_mapping
 from medlora.runs.folders import PhaseFolder
 from medlora.runs.manifests import MANIFEST
@@ -33,6 +34,25 @@ def find_rates(storage: Path, base_files: str, quantization: str) -> list[Rate]:
 def choose_rate(rates: list[Rate], phase: str) -> Rate | None:
     """The newest rate of a phase of that name, else the newest of any."""
     return next((rate for rate in rates if rate.phase == phase), rates[0] if rates else None)
+
+
+def find_evaluation_s(storage: Path, base_files: str, asked: int, wanted: EvaluationConfig) -> float | None:
+    """Seconds that `asked` answers take, as the newest evaluation of the same kind took; None where there is none.
+
+    The start of its actors, until the first answer, counts once.
+    """
+    paths = sorted(storage.glob("*/evaluation/report.json"), key=lambda path: -path.stat().st_mtime)
+    for path in paths[:_MOST_RUNS]:
+        report = read_mapping(path) or {}
+        was = (report.get("config") or {}).get("evaluation") or {}
+        hashes, questions = report.get("hashes") or {}, report.get("questions_asked")
+        alike = all(was.get(key) == getattr(wanted, key) for key in ("scoring", "samples", "rotations", "max_tokens"))
+        if not alike or not questions or hashes.get("base_files") != base_files or not hashes.get("stages"):
+            continue
+        start_s = report.get("seconds_to_first_answer") or 0.0
+        answers = questions * len(hashes["stages"])
+        return float(start_s + (report["seconds"] - start_s) * asked / answers)
+    return None
 
 
 def _read_rates(storage: Path, base_files: str, quantization: str) -> Iterator[Rate]:

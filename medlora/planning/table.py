@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medlora.planning.figures import PhasePlan, RunPlan
+from medlora.reporting.progress import describe_seconds
 
 _STATES = {
     "finished": "finished, is reused",
@@ -89,6 +90,7 @@ def _describe_rest(plan: RunPlan) -> list[str]:
         tests = ", ".join(f"{name} {n:,}" for name, n in plan.questions.items())
         lines.append(
             f"evaluation: {tests} questions x {plan.stages} stages, scoring {plan.scoring}: {plan.asked:,} answers"
+            + (f", about {_time(plan.evaluation_s)}" if plan.evaluation_s is not None else "")
         )
     if plan.cluster:
         lines.append(f"cluster: {plan.cluster}")
@@ -111,12 +113,4 @@ def _size(n: int | None) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    return "?" if seconds is None else describe_seconds(seconds)

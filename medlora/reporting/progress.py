@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -36,10 +36,11 @@ _SCORES: tuple[Literal["accuracy", "format_score", "perplexity", "token_f1"], ..
 
 def describe_times(elapsed_s: float, left_s: float | None) -> str:
     """ "16 s, 1 s left": what has passed, and what is left where that is known."""
-    return _describe_seconds(elapsed_s) + ("" if left_s is None else f", {_describe_seconds(left_s)} left")
+    return describe_seconds(elapsed_s) + ("" if left_s is None else f", {describe_seconds(left_s)} left")
 
 
-def _describe_seconds(seconds: float) -> str:
+def describe_seconds(seconds: float) -> str:
+    """ "16 s", "10 min", "2.5 h"."""
     return (
         f"{seconds:.0f} s"
         if seconds < 120
@@ -60,14 +61,26 @@ class _TimesColumn(ProgressColumn):
     """The times of a task in the words of a log."""
 
     def render(self, task: Task) -> Text:
-        return Text(describe_times(task.elapsed or 0.0, task.time_remaining))
+        text = describe_times(task.elapsed or 0.0, task.time_remaining)
+        return Text(", ".join(filter(None, [text, task.fields["describe_run"]()])))
+
+
+class Outlook(Protocol):
+    """Says how long the whole run still takes: `planning.forecast.Forecast`."""
+
+    def take(self, event: Event) -> None:
+        """An event of the run."""
+
+    def describe(self) -> str:
+        """ "whole run 3 min left"; empty where that is not known."""
 
 
 class Display:
     """Shows a run's events: one bar per phase on a terminal, at most a line every ten seconds elsewhere.
 
     Runs side by side have a display each, `beside` the first one and on its console, that says its run's name on every
-    line. What is said goes to the logger `log`, too. `phases` maps the names of all phases to their descriptions.
+    line. What is said goes to the logger `log`, too. `phases` maps the names of all phases to their descriptions, and
+    `outlook` says when the whole run ends.
     """
 
     def __init__(
@@ -76,7 +89,9 @@ class Display:
         name: str = "",
         beside: Display | None = None,
         phases: Mapping[str, str] | None = None,
+        outlook: Outlook | None = None,
     ) -> None:
+        self.outlook = outlook
         self.phases = dict(phases or {})
         self.losses: dict[str, list[float]] = {}
         self.best: dict[tuple[str, str], float] = {}
@@ -117,6 +132,8 @@ class Display:
     def show(self, event: Event) -> None:
         """Take one event of a run."""
         phase = str(event.get("phase", ""))
+        if self.outlook:
+            self.outlook.take(event)
         if event["event"] == "step":
             figures = (
                 f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tokens/s  {event['peak_memory_mib']:,.0f} MiB"
@@ -148,7 +165,11 @@ class Display:
         elif event["event"] == "finished":
             self._begin("")
             around = f", and {event['around_s']:.0f} s to start and end its workers" if event["around_s"] else ""
-            self._say(f"{phase}  done in {event['seconds']:.0f} s{self._describe_losses(phase)}{around}")
+            lines = [f"{phase}  done in {event['seconds']:.0f} s{self._describe_losses(phase)}{around}"]
+            self._say("; ".join(filter(None, [*lines, self._describe_run()])))
+        elif event["event"] == "planned":
+            if text := self._describe_run():
+                self._say(f"plan  {text}, by what earlier runs measured")
         elif event["event"] == "reused":
             self._say(f"{phase}  is finished already and reused")
         elif event["event"] == "cluster":
@@ -158,6 +179,9 @@ class Display:
             self._say(f"{phase}  {event['text']}")
             if phase in self.phases and self.task is None:
                 self._wait(phase)
+
+    def _describe_run(self) -> str:
+        return self.outlook.describe() if self.outlook else ""
 
     def _place(self, phase: str) -> str:
         """Which phase of how many this is, and what it is for."""
@@ -203,20 +227,25 @@ class Display:
 
     def _wait(self, phase: str) -> None:
         """A bar without an end and its seconds, until the first step of the phase comes."""
-        self.task = self.progress.add_task(self.name + phase, total=None, figures="workers start")
+        self.task = self.progress.add_task(
+            self.name + phase, total=None, figures="workers start", describe_run=self._describe_run
+        )
         self.label = _WAITING
 
     def _advance(self, label: str, step: int, total: int, figures: str) -> None:
         if self.task is None or label != self.label:
             self._begin(label)
-            self.task = self.progress.add_task(self.name + label, total=total, figures=figures)
+            self.task = self.progress.add_task(
+                self.name + label, total=total, figures=figures, describe_run=self._describe_run
+            )
             self.first_step = step
         self.progress.update(self.task, completed=step, total=total, figures=figures)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.said > _PLAIN_EVERY_S or step == total):
             done = step - self.first_step
             left = (now - self.started) / done * (total - step) if done and step < total else None
-            self._say(f"{label}  {step}/{total}  {figures}  {describe_times(now - self.started, left)}")
+            times = filter(None, [describe_times(now - self.started, left), self._describe_run()])
+            self._say(f"{label}  {step}/{total}  {figures}  {', '.join(times)}")
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()

@@ -7,7 +7,7 @@
       evaluation/      report.json predictions.parquet seconds.parquet manifest.json
 
 A folder without a manifest is always unfinished. The manifest is written last, by temporary file and rename, and holds the
-sha256 of every other file.
+sha256 of every other file but the logs.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ class PhaseFolder:
     def validation_log(self) -> Path:
         """The validation's log, as text."""
         return self.root / "validation.log"
+
+    @property
+    def logs(self) -> tuple[Path, Path]:
+        """What is written for people and never read back: no part of the result, so no manifest vouches for it."""
+        return self.log, self.validation_log
 
     @property
     def fingerprint(self) -> Path:
@@ -223,7 +228,7 @@ def find_finished(folder: PhaseFolder) -> tuple[PhaseManifest | None, str]:
     if manifest is None or not isinstance(seconds, dict) or not {"all", "base"} <= set(seconds):
         wrong: str | None = f"{MANIFEST} is damaged"
     else:
-        wrong = check_files(folder.root, manifest)
+        wrong = check_files(folder.root, manifest, exclude=folder.logs)  # older manifests name them
     if wrong is None:
         return cast(PhaseManifest, manifest), ""
     for sealed in sorted(folder.checkpoints.glob(f"*/checkpoint-*/{MANIFEST}")):

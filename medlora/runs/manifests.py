@@ -83,7 +83,7 @@ def hash_adapter(folder: Path) -> str:
 
 
 def commit(folder: Path, about: Mapping[str, object], exclude: Sequence[Path] = ()) -> Manifest:
-    """Write the manifest of a finished folder: `about`, and the hashes of its files except those in the folders `exclude`.
+    """Write the manifest of a finished folder: `about`, and the hashes of its files except those in `exclude`, files or folders.
 
     The files and their folders are durable before the manifest that names them, and the manifest when this returns.
     """
@@ -106,10 +106,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     return cast(Manifest, manifest) if whole and isinstance(manifest.get("fingerprint", {}), dict) else None
 
 
-def check_files(folder: Path, manifest: Manifest) -> str | None:
-    """What is wrong with a finished folder (a file missing or changed), or None when all hashes match."""
+def check_files(folder: Path, manifest: Manifest, exclude: Sequence[Path] = ()) -> str | None:
+    """What is wrong with a finished folder (a file missing or changed), or None when all hashes but those of `exclude` match."""
     for name, digest in manifest["files"].items():
         path = folder / name
+        if path in exclude:
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if hash_file(path) != digest:

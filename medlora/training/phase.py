@@ -340,7 +340,7 @@ class _PhaseRun:
         log.info("phase %s is finished", self.phase.name)
         about = self.describe(results, seconds)
         write_card(folder.adapter, about)
-        manifest = commit(folder.root, about, exclude=(folder.checkpoints, folder.best))
+        manifest = commit(folder.root, about, exclude=(folder.checkpoints, folder.best, *folder.logs))
         remove(folder.checkpoints, folder.best)
         mirror.push(folder.root)
         return cast(PhaseManifest, manifest)
@@ -363,7 +363,7 @@ class _PhaseRun:
             "segments": results["segments"],
             "best": results["best"],
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "device": str(describe_device(self.worker.device)).partition(",")[0],
+            "device": describe_device(self.worker.device).name,
             "hosts": results["hosts"],
             "versions": get_versions(),
             "fingerprint": job.fingerprint,

@@ -21,6 +21,7 @@ from medlora.config.run import RunConfig
 from medlora.errors import InputError
 from medlora.planning import memory
 from medlora.planning.figures import RunPlan
+from medlora.planning.forecast import describe_left
 from medlora.planning.memory import HEAD_CHUNK_BYTES, Longest, estimate_memory, find_memory_warnings
 from medlora.planning.plan import make_plan
 from medlora.planning.sizes import _read_config, count_lora, read_shape
@@ -53,6 +54,15 @@ def test_a_new_run_is_planned_like_the_finished_one(planned: tuple[RunConfig, Ru
     assert [phase.state for phase in fresh.phases] == ["new"] * 3
     assert [phase.trainable for phase in fresh.phases] == [phase.trainable for phase in planned[1].phases]
     assert not (tmp_path / "new").exists()
+
+
+def test_a_forecast_is_told_of_the_phases_that_are_left(planned: tuple[RunConfig, RunPlan], tmp_path: Path) -> None:
+    fresh = make_plan(planned[0], RunFolder(tmp_path / "new"), "cpu")
+    told = describe_left(fresh)
+    assert [(each["name"], each["steps"], each["tokens"]) for each in told["phases"]] == [
+        (phase.name, phase.steps, phase.tokens) for phase in fresh.phases
+    ]
+    assert describe_left(planned[1])["phases"] == []  # all are finished
 
 
 def test_steps_rows_and_tokens_are_those_of_the_run(planned: tuple[RunConfig, RunPlan], finished: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from medlora.config.phase import PhaseConfig
-from medlora.events import Event
+from medlora.events import Event, finished, planned
 from medlora.reporting.progress import Display, describe_times
 from medlora.reporting.results.story import describe_phases
 from medlora.runs.files import append_json
@@ -95,3 +95,31 @@ def test_a_terminal_shows_that_workers_start_until_the_first_step() -> None:
     assert (name, total) == ("01", 9) and figures.startswith("loss 5.000")
     display.show({"event": "finished", "phase": "01", "seconds": 16.0, "around_s": 2.0})
     assert read_bars() == []
+
+
+class Fixed:
+    """An outlook that always says the same."""
+
+    def take(self, event: Event) -> None:
+        self.seen = event["event"]
+
+    def describe(self) -> str:
+        return "whole run 3 min left"
+
+
+def test_the_end_of_the_whole_run_is_told_in_the_same_words_on_a_terminal_and_when_piped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    display = Display(Console(width=120, highlight=False), phases={"01": ""}, outlook=Fixed())
+    for event in (planned([], False, None), step(9, 5.0), finished("01", 16.0)):
+        display.show(event)
+    assert capsys.readouterr().out.splitlines() == [
+        "plan  whole run 3 min left, by what earlier runs measured",
+        "01  9/9  loss 5.000  9 tokens/s  1 MiB  0 s, whole run 3 min left",
+        "01  done in 16 s; whole run 3 min left",
+    ]
+    shown = io.StringIO()
+    display = Display(Console(file=shown, force_terminal=True, width=120), phases={"01": ""}, outlook=Fixed())
+    display.show(step(5, 5.0))
+    Console(file=shown, width=160).print(display.progress.get_renderable())
+    assert "0 s, whole run 3 min left" in shown.getvalue()

@@ -22,7 +22,7 @@ from medlora.errors import InputError
 from medlora.evaluation.ledger import plan_batches, read_ledger
 from medlora.evaluation.plan import check_evaluation
 from medlora.runs.files import read_json, read_json_lines
-from medlora.runs.folders import PhaseFolder, RunFolder
+from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
 from medlora.runs.manifests import check_files, hash_files, read_manifest
 from medlora.sweep.checks import check_sweep, find_start, refuse_other
 from medlora.sweep.ledger import Ledger
@@ -103,6 +103,20 @@ def test_the_phases_of_an_interrupted_run_are_those_of_its_config(before: Path) 
     (before / "data/mcq.jsonl").write_text("\n".join(rows[:-2]) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="made from something else:\n +data"):
         check_run(config, run, None)
+
+
+def test_a_finished_phase_stands_whatever_became_of_its_logs(before: Path) -> None:
+    folder = RunFolder(before / "runs/tiny").phase("00")
+    manifest = read_manifest(folder.root)
+    named = [path for path in folder.logs if manifest and path.name in manifest["files"]]
+    assert named  # that version vouched for them
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:7]), Path.unlink):
+        for path in named:
+            damage(path)
+        assert find_finished(folder) == (manifest, "")
+    folder.metrics.write_bytes(folder.metrics.read_bytes()[:7])
+    with pytest.raises(InputError, match=r"metrics.jsonl has changed since phase 00 was finished; .* --redo 00"):
+        find_finished(folder)
 
 
 def test_an_unfinished_phase_resumes_as_if_nothing_had_happened(before: Path) -> None:

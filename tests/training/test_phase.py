@@ -41,9 +41,8 @@ def test_the_folder_holds_what_the_manifest_says(finished: Path) -> None:
     manifest = read_manifest(folder.root)
     assert manifest is not None and check_files(folder.root, manifest) is None
     assert not folder.checkpoints.exists()
-    assert {"adapter/adapter_model.safetensors", "adapter/tokenizer.json", "metrics.jsonl", "phase.log"} <= set(
-        manifest["files"]
-    )
+    assert {"adapter/adapter_model.safetensors", "adapter/tokenizer.json", "metrics.jsonl"} <= set(manifest["files"])
+    assert all(path.is_file() and path.name not in manifest["files"] for path in folder.logs)
     assert manifest["chain"] == ["01"] and manifest["segments"][0]["steps"] == 6
     rows = read_json_lines(folder.metrics)
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
