@@ -71,6 +71,15 @@ def score(
     return scored
 
 
+def choose_stages(found: dict[str, tuple[Link, ...]], named: str | None) -> dict[str, tuple[Link, ...]]:
+    """The base and the named stages; raises InputError for one that is not there."""
+    if named is None:
+        return found
+    if missing := [name for name in named.split(",") if name not in found]:
+        raise InputError(f"--stages: there is no stage {missing[0]}; stages: {', '.join(found)}")
+    return {name: chain for name, chain in found.items() if name in ("base", *named.split(","))}
+
+
 def count_scored(rows: Sequence[Row]) -> numpy.ndarray:
     """How many tokens of each line have a likelihood: all but the first."""
     return numpy.array([len(row.input_ids) - 1 for row in rows])
@@ -95,6 +104,7 @@ def main() -> int:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--quantization", choices=("none", "int8", "nf4"))
     parser.add_argument("--limit", type=int, help="the first so many lines of each file")
+    parser.add_argument("--stages", help="these alone, and the base: 01,02; unset = all")
     arguments = parser.parse_args()
     try:
         run = RunFolder(arguments.run)
@@ -104,7 +114,7 @@ def main() -> int:
             base = base.model_copy(update={"quantization": arguments.quantization})
         tokenizer = load_tokenizer(base)
         files = {file: read_rows(file, tokenizer, arguments.limit) for file in arguments.files}
-        stages = find_trained(run, config)
+        stages = choose_stages(find_trained(run, config), arguments.stages)
         scored = score(base, stages, files, tokenizer)
     except InputError as error:
         print(error, file=sys.stderr)

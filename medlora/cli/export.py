@@ -4,6 +4,7 @@ medlora export runs/quickstart:02 out/                       one adapter for pla
 medlora export runs/quickstart:02 out/ --as merged           a Hugging Face model for any engine
 medlora export runs/quickstart:02 out/ --as peft-stack       the adapters of the chain, and how to load them
 medlora export runs/quickstart:02 out/ --as merged --push OWNER/NAME
+medlora export runs/quickstart:02 out/ --as merged --lm-eval tasks/   and the run's tests as tasks for the command lm_eval
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medlora.config.loading.files import load
+from medlora.config.model import BaseModelConfig
 from medlora.config.run import RunConfig
 from medlora.curriculum.chains import Link, find_chain
 from medlora.errors import InputError
+from medlora.evaluation.questions import Asked
 from medlora.evaluation.stages import find_run
 from medlora.runs import mirror
 from medlora.runs.folders import RunFolder
@@ -45,6 +48,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--plain-weights", action="store_true", help="merge an int8 or nf4 run into unquantized weights"
     )
     parser.add_argument("--force", action="store_true", help="join adapters that were made for different bases")
+    parser.add_argument(
+        "--lm-eval", type=Path, metavar="DIR", help="also write the run's tests as tasks of lm-evaluation-harness"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload to the Hugging Face hub, private unless --public")
     parser.add_argument("--public", action="store_true", help="make the pushed repository public")
     parser.add_argument(
@@ -55,10 +61,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--dtype: peft-stack copies the adapters as they are; remove it, or export with --as adapter")
     if arguments.plain_weights and arguments.kind != "merged":
         raise InputError("--plain-weights: only --as merged writes weights of the base; remove it")
+    if arguments.lm_eval and arguments.kind != "merged":
+        raise InputError("--lm-eval: lm_eval opens a whole model alone; add --as merged, or remove it")
     if (arguments.public or arguments.token_file) and not arguments.push:
         raise InputError("--public and --token-file go with --push OWNER/NAME; add it, or remove them")
-    if arguments.out.exists():
-        raise InputError(f"{arguments.out}: is there already; name a new folder")
+    for folder in filter(None, (arguments.out, arguments.lm_eval)):
+        if folder.exists():
+            raise InputError(f"{folder}: is there already; name a new folder")
     return arguments
 
 
@@ -103,6 +112,7 @@ def write(stage: Stage, arguments: argparse.Namespace) -> list[str]:
     """Write the export and its model card; returns what the user must know."""
     from medlora.curriculum.checks import find_stage_doubts
     from medlora.drivers.export import Export, making, write_export
+    from medlora.drivers.lm_eval_tasks import read_tests
     from medlora.model.base import locate_base
     from medlora.reporting.hub.card import CardFacts, build_card
     from medlora.runs.manifests import CARD
@@ -116,6 +126,7 @@ def write(stage: Stage, arguments: argparse.Namespace) -> list[str]:
         and (doubts := find_stage_doubts(base, config.seed, {stage.name: stage.chain}))
     ):
         raise InputError(f"--base {arguments.base}: {doubts[0]}; name the folder of the run's own base")
+    asked = read_tests(config) if arguments.lm_eval else None
     with making(arguments.out) as folder:
         located = locate_base(base, str(config.storage.cache_folder), config.seed)
         notes = write_export(
@@ -131,4 +142,21 @@ def write(stage: Stage, arguments: argparse.Namespace) -> list[str]:
         )
         facts = CardFacts(stage.run, config, stage.name, stage.chain, arguments.kind, tuple(notes), arguments.push)
         (folder / CARD).write_text(build_card(facts), encoding="utf-8")
+        if asked:
+            notes.append(write_lm_eval(stage, located, asked, arguments, folder))
     return notes
+
+
+def write_lm_eval(
+    stage: Stage, base: BaseModelConfig, asked: Asked, arguments: argparse.Namespace, folder: Path
+) -> str:
+    """Write the tests as tasks for the model in `folder`, which is not in its place yet; returns how to ask them."""
+    from medlora.drivers.export import making
+    from medlora.drivers.lm_eval_tasks import write_tasks
+    from medlora.model.tokenizer import load_stage_tokenizer
+
+    out, tokenizer = arguments.lm_eval, load_stage_tokenizer(base, stage.chain)
+    assert stage.config.evaluation is not None  # `read_tests` has refused what has none
+    with making(out) as place:
+        tasks = write_tasks(asked, stage.config.evaluation.style, tokenizer, folder, place, out)
+    return f"lm-eval: {tasks.questions:,} questions of {', '.join(tasks.names)}; ask them with\n  {tasks.write_command(arguments.out, out)}"

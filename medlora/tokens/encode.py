@@ -84,19 +84,30 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[li
     turns before it. Without a template they come before the prompt, each followed by a blank line.
     Raises InputError for a chat template that raises, or leaves out what is asked.
     """
-    chat = any(example.chat for example in examples)
-    convention = find_convention(tokenizer) if chat else None
+    convention = _find_convention_of(tokenizer, examples)
     bos = tokenizer.bos_token_id
-    if convention:
-        texts = _write_chats(tokenizer, convention, examples)
-    else:
-        texts = [write_plain(example) for example in examples]
+    texts = _write_prompts(tokenizer, convention, examples)
     start, made = find_start(tokenizer), []
     for example, ids in zip(examples, encode_texts(tokenizer, texts), strict=True):
         if not (example.chat and convention):
             ids = [*start, *(ids[1:] if bos in start and ids[:1] == [bos] else ids)]
         made.append(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
     return made
+
+
+def write_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:
+    """The text of each prompt that `encode_prompts` makes ids of, with what the chat template writes, for other programs."""
+    return _write_prompts(tokenizer, _find_convention_of(tokenizer, examples), examples)
+
+
+def _find_convention_of(tokenizer: Tokenizer, examples: Sequence[Example]) -> Convention | None:
+    return find_convention(tokenizer) if any(example.chat for example in examples) else None
+
+
+def _write_prompts(tokenizer: Tokenizer, convention: Convention | None, examples: Sequence[Example]) -> list[str]:
+    if convention:
+        return _write_chats(tokenizer, convention, examples)
+    return [write_plain(example) for example in examples]
 
 
 def _write_chats(tokenizer: Tokenizer, convention: Convention, examples: Sequence[Example]) -> list[str]:
