@@ -144,7 +144,9 @@ def test_a_config_comes_back_from_plain_values(tmp_path: Path) -> None:
     assert RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
 
 
-CURRICULA = sorted(p.name for p in (ROOT / "configs").glob("*.yaml") if not p.name.endswith(("evaluate.yaml", "sweep.yaml")))
+CURRICULA = sorted(
+    p.name for p in (ROOT / "configs").glob("*.yaml") if not p.name.endswith(("evaluate.yaml", "sweep.yaml"))
+)
 
 
 @pytest.mark.parametrize("path", CURRICULA)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -133,7 +135,7 @@ def test_a_new_user_trains_talks_and_takes_the_model_away(
         f"base.model={bases['gemma']}",
         "base.quantization=none",
         "data.overlap=allow",
-        "evaluation.max_tokens=8",
+        "evaluation.scoring=letter",
     ]
     settings += ["phase_defaults.max_steps=2", "placement.gpus_per_worker=0", "placement.cpus_per_worker=1"]
     settings += [f"phases.{phase}.validation=null" for phase in ("01", "02")]
@@ -144,9 +146,22 @@ def test_a_new_user_trains_talks_and_takes_the_model_away(
     typed = "/mcq\n인슐린 은 어디 에서 나온다?\nA. 췌장\nB. 해열\n\n"
     talked = run_installed(installed, tmp_path, "chat", "runs/mine:02", typed=typed)
     assert re.findall(r"^[* ] ([A-Z]) +[\d.]+%", talked, flags=re.M) == ["A", "B"]
-    run_installed(installed, tmp_path, "export", "runs/mine:02", "out", "--as", "merged")
+    out = ["out", "--as", "merged", "--dtype", "f32", "--lm-eval", "tasks"]
+    exported = run_installed(installed, tmp_path, "export", "runs/mine:02", *out)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     asked = AutoTokenizer.from_pretrained(tmp_path / "out")("text about aspirin", return_tensors="pt").input_ids
     assert model.generate(asked, max_new_tokens=2, do_sample=False).shape[1] > asked.shape[1]
+    if importlib.util.find_spec("lm_eval") is None:
+        return  # tests/drivers/test_lm_eval_tasks.py skips and says so
+    (line,) = [line.strip() for line in exported.splitlines() if line.strip().startswith("lm_eval run ")]
+    ask = [sys.executable, "-m", *shlex.split(line), "--device", "cpu"]
+    harness = subprocess.run(
+        ask, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+    assert harness.returncode == 0, harness.stderr
+    compare = ["compare", "runs/mine:02", "answers", "--out", "comparison", "--json"]
+    report = json.loads(run_installed(installed, tmp_path, *compare))
+    ours, theirs = (row for row in report["stages"] if row["test"] != "all")
+    assert (ours["n"], ours["accuracy"]) == (theirs["n"], theirs["accuracy"])
