@@ -1,6 +1,7 @@
 """One hundred real questions on real weights: the letters and texts of medlora beside those of lm-evaluation-harness.
 
 python -m benchmarks.parity models/smollm2-135m-instruct ../shared/data        a quarter of an hour on one core
+python -m benchmarks.parity models/smollm2-135m-instruct ../shared/data --row KorMedMCQA:5     that row again, the others kept
 
 Needs `pip install -e '.[eval-parity]'`. The prompts are those of the harness's task `kormedmcqa`, also for MMLU and MedMCQA,
 whose questions have four options. Where the two differ, plain transformers in float64, one question at a time, says who is
@@ -212,24 +213,36 @@ def describe(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['set']}:{row['shots']}"
+
+
 def main() -> int:
     """Ask, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the folder of the model")
     parser.add_argument("shared", type=Path, help="the folder of the real questions")
     parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--row", action="append", metavar="SET:SHOTS", help="this row alone; repeatable")
     parser.add_argument("--machine", default="an unnamed machine")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models = (load_ours(arguments.model), load_plainly(arguments.model, "float64"))
+    here = Path(__file__).with_suffix("")
+    known = (
+        {_name(row): row for row in json.loads(here.with_suffix(".json").read_text())["rows"]} if arguments.row else {}
+    )
     rows = []
     for shots in (0, SHOTS):
         for questions in choose_sets(arguments.shared, arguments.questions):
+            name = f"{questions.name}:{shots}"
+            if arguments.row and name not in arguments.row:
+                rows += [known[name]] if name in known else []
+                continue
             rows.append(compare(questions.name, questions, shots, models))
             print({key: value for key, value in rows[-1].items() if key != "differences"}, flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")}
     about = {"date": date.today().isoformat(), "machine": arguments.machine, "versions": versions}
-    here = Path(__file__).with_suffix("")
     here.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, ensure_ascii=False, indent=1) + "\n")
     here.with_suffix(".md").write_text(describe(rows, about), encoding="utf-8")
     return 0

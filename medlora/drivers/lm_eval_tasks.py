@@ -68,19 +68,17 @@ def write_tasks(asked: Asked, style: McqStyle, tokenizer: Tokenizer, model: Path
     Raises InputError where it gives others.
     """
     plain: Any = AutoTokenizer.from_pretrained(model)
-    adds_bos = True
+    prompts = {name: _Prompts(style, tokenizer, asked, records) for name, records in asked.tests.items()}
+    adds_bos = all(each.match(plain, add_special_tokens=True) for each in prompts.values())
+    if not adds_bos and not all(each.match(plain, add_special_tokens=False) for each in prompts.values()):
+        raise InputError(
+            "--lm-eval: the exported tokenizer makes other tokens of the prompts' text than medlora shows; "
+            "export without --lm-eval"
+        )
     for name, records in asked.tests.items():
-        prompts = _Prompts(style, tokenizer, asked, records)
-        if adds_bos and not prompts.match(plain, add_special_tokens=True):
-            adds_bos = False
-        if not adds_bos and not prompts.match(plain, add_special_tokens=False):
-            raise InputError(
-                f"--lm-eval: the tokenizer in {out.name} makes other tokens of the prompts' text than medlora shows; "
-                "export without --lm-eval"
-            )
-        lines = [_make_line(record, text) for record, text in zip(records, prompts.texts, strict=True)]
+        lines = [_make_line(record, text) for record, text in zip(records, prompts[name].texts, strict=True)]
         (making / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        task = _make_task(name, str((out / f"{name}.jsonl").absolute()), prompts.space)
+        task = _make_task(name, str((out / f"{name}.jsonl").absolute()), prompts[name].space)
         (making / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
     return Tasks(tuple(asked.tests), asked.count, adds_bos)
 
