@@ -38,31 +38,39 @@ from medlora.runs.folders import RunFolder
 from tests.support.tiny_run import configure
 
 
-def evaluate(data: Path, **changes: Any) -> StageEvaluationConfig:
-    tests = [{"name": "dev-questions", "source": str(data / "dev.jsonl")}]
+@pytest.fixture(scope="module")
+def tests(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions that no phase of the finished run reads."""
+    file = tmp_path_factory.mktemp("tests") / "test.jsonl"
+    shutil.copyfile(data / "dev.jsonl", file)
+    return file
+
+
+def evaluate(file: Path, **changes: Any) -> StageEvaluationConfig:
+    tests = [{"name": "dev-questions", "source": str(file)}]
     return StageEvaluationConfig.model_validate({"tests": tests, "style": "answer", **changes})
 
 
-def give_tests(config: RunConfig, data: Path, **changes: Any) -> RunConfig:
-    return config.model_copy(update={"evaluation": evaluate(data, **changes)})
+def give_tests(config: RunConfig, file: Path, **changes: Any) -> RunConfig:
+    return config.model_copy(update={"evaluation": evaluate(file, **changes)})
 
 
 @pytest.fixture
-def run(finished: Path, bases: dict[str, str], data: Path, tmp_path: Path) -> RunFolder:
+def run(finished: Path, bases: dict[str, str], data: Path, tests: Path, tmp_path: Path) -> RunFolder:
     """The finished run, with tests in its config."""
     shutil.copytree(finished, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
-    write_yaml(folder.config, give_tests(configure(bases["gemma"], data), data).model_dump(mode="json"))
+    write_yaml(folder.config, give_tests(configure(bases["gemma"], data), tests).model_dump(mode="json"))
     return folder
 
 
 @pytest.mark.parametrize("style", ["answer", "reasoning", "kormedmcqa"])
 @pytest.mark.parametrize("family", ["gemma", "llama"])
 def test_a_task_holds_the_prompt_as_plain_transformers_writes_it(
-    family: str, style: str, bases: dict[str, str], data: Path, tmp_path: Path
+    family: str, style: str, bases: dict[str, str], data: Path, tests: Path, tmp_path: Path
 ) -> None:
     base = Path(bases[family])
-    asked = read_tests(give_tests(configure(str(base), data), data, style=style))
+    asked = read_tests(give_tests(configure(str(base), data), tests, style=style))
     tokenizer, out = load_tokenizer(BaseModelConfig(model=str(base))), tmp_path / "later"
     written = write_tasks(asked, style, tokenizer, base, tmp_path, out)  # type: ignore[arg-type]
     assert (written.names, written.questions) == (("dev-questions",), 6)
@@ -83,7 +91,7 @@ def test_a_task_holds_the_prompt_as_plain_transformers_writes_it(
 
 
 def test_the_harness_s_own_command_gives_the_letters_of_the_stage(
-    run: RunFolder, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run: RunFolder, data: Path, tests: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, tasks = tmp_path / "out", tmp_path / "tasks"
     command = [f"{run.root}:02", str(out), "--as", "merged", "--dtype", "f32", "--lm-eval", str(tasks)]
@@ -98,9 +106,9 @@ def test_the_harness_s_own_command_gives_the_letters_of_the_stage(
     done = subprocess.run(asked, cwd=tmp_path, env=offline, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (log,) = read_inputs([parse_input(str(tmp_path / "answers"))], Reading("ABCDE", False))
-    questions = [each for each in read(SourceConfig(source=str(data / "dev.jsonl"))) if isinstance(each, McqRecord)]
-    evaluation = EvaluationConfig.model_validate(evaluate(data).model_dump(exclude={"beside_training"}))
-    base = configure(str(AutoTokenizer.from_pretrained(out).name_or_path), data).base
+    questions = [each for each in read(SourceConfig(source=str(tests))) if isinstance(each, McqRecord)]
+    evaluation = EvaluationConfig.model_validate(evaluate(tests).model_dump(exclude={"beside_training"}))
+    base = configure(str(out), data).base
     stage = StageModel(base.model_copy(update={"extra_tokens": ()}), {"02": []}, evaluation, letters="ABCDE")
     ours = stage.answer(["dev-questions"] * len(questions), questions)
     theirs = {prediction.id: prediction for prediction in log.predictions}
@@ -111,7 +119,7 @@ def test_the_harness_s_own_command_gives_the_letters_of_the_stage(
     assert len(find_chain(run, "02")) == 2
 
 
-def test_tests_that_the_harness_cannot_ask_are_refused(bases: dict[str, str], data: Path) -> None:
+def test_tests_that_the_harness_cannot_ask_are_refused(bases: dict[str, str], data: Path, tests: Path) -> None:
     config = configure(bases["gemma"], data)
     with pytest.raises(InputError, match="no `evaluation`"):
         read_tests(config)
@@ -120,7 +128,7 @@ def test_tests_that_the_harness_cannot_ask_are_refused(bases: dict[str, str], da
         ({"rotations": True}, "rotations: true"),
     ):
         with pytest.raises(InputError, match=named):
-            read_tests(give_tests(config, data, **changes))
+            read_tests(give_tests(config, tests, **changes))
 
 
 def test_only_a_whole_model_comes_with_tasks_and_only_into_a_new_folder(run: RunFolder, tmp_path: Path) -> None:
