@@ -153,10 +153,11 @@ def write_lm_eval(
     """Write the tests as tasks for the model in `folder`, which is not in its place yet; returns how to ask them."""
     from medlora.drivers.export import making
     from medlora.drivers.lm_eval_tasks import write_tasks
-    from medlora.model.tokenizer import load_stage_tokenizer
+    from medlora.model.tokenizer import load_base_tokenizer, load_stage_tokenizer
 
     out, tokenizer = arguments.lm_eval, load_stage_tokenizer(base, stage.chain)
     assert stage.config.evaluation is not None  # `read_tests` has refused what has none
     with making(out) as place:
-        tasks = write_tasks(asked, stage.config.evaluation.style, tokenizer, folder, place, out)
+        exported = load_base_tokenizer(base.model_copy(update={"model": str(folder), "revision": None}))
+        tasks = write_tasks(asked, stage.config.evaluation.style, tokenizer, exported, place, out)
     return f"lm-eval: {tasks.questions:,} questions of {', '.join(tasks.names)}; ask them with\n  {tasks.write_command(arguments.out, out)}"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
 
 from medlora.answering.answerer import find_letter_ids
 from medlora.config.base import McqStyle
@@ -61,16 +60,17 @@ def read_tests(config: RunConfig) -> Asked:
     return read_asked(evaluation, config.seed, config.data.max_bad_fraction)
 
 
-def write_tasks(asked: Asked, style: McqStyle, tokenizer: Tokenizer, model: Path, making: Path, out: Path) -> Tasks:
+def write_tasks(
+    asked: Asked, style: McqStyle, tokenizer: Tokenizer, exported: Tokenizer, making: Path, out: Path
+) -> Tasks:
     """Write a task for each test into the folder `making`, which will be `out`.
 
-    `tokenizer` is the stage's, `model` the exported folder, whose own tokenizer must give the same ids for the texts.
+    `tokenizer` is the stage's; `exported`, as it is loaded from the exported folder, must give the same ids for the texts.
     Raises InputError where it gives others.
     """
-    plain: Any = AutoTokenizer.from_pretrained(model)
     prompts = {name: _Prompts(style, tokenizer, asked, records) for name, records in asked.tests.items()}
-    adds_bos = all(each.match(plain, add_special_tokens=True) for each in prompts.values())
-    if not adds_bos and not all(each.match(plain, add_special_tokens=False) for each in prompts.values()):
+    adds_bos = all(each.match(exported, add_special_tokens=True) for each in prompts.values())
+    if not adds_bos and not all(each.match(exported, add_special_tokens=False) for each in prompts.values()):
         raise InputError(
             "--lm-eval: the exported tokenizer makes other tokens of the prompts' text than medlora shows; "
             "export without --lm-eval"
@@ -95,11 +95,11 @@ class _Prompts:
         self.ids = [[*prompt, *ids] for prompt in encode_prompts(tokenizer, examples)]
         self.letters = [find_letter_ids(tokenizer, style, record.letters) for record in records]
 
-    def match(self, plain: Any, add_special_tokens: bool) -> bool:
+    def match(self, exported: Any, add_special_tokens: bool) -> bool:
         """Whether a tokenizer gives these ids for the whole texts, each with its first and last letter behind it."""
         for text, ids, letters in zip(self.texts, self.ids, self.letters, strict=True):
             for number in (0, len(letters) - 1):
-                whole = plain(f"{text}{self.space}{LETTERS[number]}", add_special_tokens=add_special_tokens)
+                whole = exported(f"{text}{self.space}{LETTERS[number]}", add_special_tokens=add_special_tokens)
                 # A tokenizer may keep the space before a letter apart.
                 *before, last = whole.input_ids
                 if before[: len(ids)] != ids or len(before) - len(ids) > len(self.space) or last != letters[number]:

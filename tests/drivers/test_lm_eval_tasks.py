@@ -30,7 +30,7 @@ from medlora.data.sources import read
 from medlora.drivers.lm_eval_tasks import read_tests, write_tasks
 from medlora.errors import InputError
 from medlora.evaluation.logs.inputs import Reading, parse_input, read_inputs
-from medlora.model.tokenizer import load_tokenizer
+from medlora.model.tokenizer import load_base_tokenizer, load_tokenizer
 from medlora.prompts import render_mcq
 from medlora.records import McqRecord
 from medlora.runs.files import write_yaml
@@ -71,8 +71,8 @@ def test_a_task_holds_the_prompt_as_plain_transformers_writes_it(
 ) -> None:
     base = Path(bases[family])
     asked = read_tests(give_tests(configure(str(base), data), tests, style=style))
-    tokenizer, out = load_tokenizer(BaseModelConfig(model=str(base))), tmp_path / "later"
-    written = write_tasks(asked, style, tokenizer, base, tmp_path, out)  # type: ignore[arg-type]
+    config, out = BaseModelConfig(model=str(base)), tmp_path / "later"
+    written = write_tasks(asked, style, load_tokenizer(config), load_base_tokenizer(config), tmp_path, out)  # type: ignore[arg-type]
     assert (written.names, written.questions) == (("dev-questions",), 6)
     task = yaml.safe_load((tmp_path / "dev-questions.yaml").read_text(encoding="utf-8"))
     assert task["dataset_kwargs"]["data_files"]["test"] == str(out / "dev-questions.jsonl")
