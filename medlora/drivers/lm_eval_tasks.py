@@ -109,8 +109,8 @@ class _Prompts:
 
 def _make_line(record: McqRecord, prompt: str) -> str:
     """A question in columns that `medlora compare` reads again, with what the harness asks."""
-    row = {"id": record.id, "subject": record.subject, "question": record.question, "options": list(record.options)}
-    row |= {"answer": record.answer, "prompt": prompt}
+    row: dict[str, Any] = {"id": record.id, "subject": record.subject, "question": record.question}
+    row |= {"options": list(record.options), "answer": record.answer, "prompt": prompt}
     row |= {"letters": list(record.letters), "target": record.letters.index(record.answer)}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
