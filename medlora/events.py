@@ -394,7 +394,7 @@ def refused(text: str) -> Refused:
 
 
 def reserved(group: str) -> Reserved:
-    """See `Reserved`."""
+    """A phase has its workers, in a placement group."""
     return {"event": "reserved", "group": group}
 
 

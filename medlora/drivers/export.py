@@ -92,20 +92,32 @@ def _find_rows(export: Export) -> tuple[Any, BaseWeights, Vocabulary] | None:
 
 
 def _write_adapter(export: Export, folder: Path) -> list[str]:
-    found, rows = _find_rows(export), {}
+    found, rows, notes = _find_rows(export), {}, list[str]()
     if found is not None:
-        _, weights, vocabulary = found
-        if (more := vocabulary.size - weights.rows) > 0:
-            raise InputError(
-                f"{len(vocabulary.pieces)} added words need {more} more vocabulary rows than the base has ({weights.rows}), "
-                "and PEFT opens no adapter on rows that are not there; write the whole model with --as merged, or the "
-                "chain with --as peft-stack, whose LOADING.md resizes the base first"
-            )
+        tokenizer, weights, vocabulary = found
         rows = start_rows(weights, vocabulary)
+        if vocabulary.pieces:
+            notes = [f"the rows of {len(vocabulary.pieces)} added words are inside"]
+        if vocabulary.size > weights.rows:
+            notes += _explain_rows(vocabulary.size, weights.rows, len(tokenizer))
     export_chain(export.folders, folder, force=export.force, dtype=export.dtype or "float32", rows=rows)
-    words = len(found[2].pieces) if found is not None else 0
-    notes = [f"the rows of {words} added words are inside"] if words else []
     return notes + _describe_plain_base(export.base.quantization)
+
+
+def _explain_rows(needed: int, rows: int, tokens: int) -> list[str]:
+    """How PEFT opens an adapter whose words need more vocabulary rows than the base has.
+
+    Raises InputError where the tokenizer counts fewer tokens than rows are needed, since PEFT resizes to its count.
+    """
+    if tokens < needed:
+        raise InputError(
+            f"the added words need {needed} vocabulary rows, the base has {rows}, and the tokenizer counts {tokens} tokens, so "
+            "PEFT would add too few; write the whole model with --as merged, or the chain with --as peft-stack"
+        )
+    return [
+        f"the base has {rows} vocabulary rows and the added words need {needed}: AutoPeftModelForCausalLM.from_pretrained adds "
+        f"them by itself; before PeftModel.from_pretrained call model.resize_token_embeddings({tokens}) on the base"
+    ]
 
 
 def _describe_plain_base(quantization: str) -> list[str]:
