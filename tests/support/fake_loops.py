@@ -50,6 +50,7 @@ def raise_on_one_of_two(config: dict[str, Any]) -> None:
     def work(rank: int, attempt: int) -> None:
         import torch.distributed as dist
 
+        dist.barrier()  # both have begun
         if rank == 1:
             raise ValueError("a bug of rank 1")
         dist.barrier()
