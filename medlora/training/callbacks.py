@@ -214,6 +214,7 @@ class MCQValidationCallback(TrainerCallback):
         if self.phase.validation.keep_best and scores["score"] > best:
             row["best"] = True
             save_adapter(model, self.adapter, self.folder.best)
+            sync_files(self.folder.best)  # no checkpoint writes it again, so it must be on disk before the next
         append_json(self.folder.validation, row)
         self.report(events.validation(self.phase.name, row, round(time.monotonic() - began, 3)))
         validation_log.info(
@@ -238,8 +239,8 @@ class CheckpointCallback(TrainerCallback):
         if args.world_size > 1:
             _gather_random_states(checkpoint, args)
         if state.is_world_process_zero:
-            # Log lines and the best adapter up to a checkpoint's step are not written again, so they must be on disk before it.
-            sync_files(self.folder.metrics, self.folder.validation, self.folder.best)
+            # Log lines up to a checkpoint's step are not written again, so they must be on disk before it.
+            sync_files(self.folder.metrics, self.folder.validation)
             if self.folder.validation.is_file():  # which adapter is the best so far is read from it
                 write_bytes(checkpoint / self.folder.validation.name, self.folder.validation.read_bytes())
             commit(checkpoint, {"step": state.global_step})
