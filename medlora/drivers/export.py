@@ -115,8 +115,8 @@ def _explain_rows(needed: int, rows: int, tokens: int) -> list[str]:
             "PEFT would add too few; write the whole model with --as merged, or the chain with --as peft-stack"
         )
     return [
-        f"the base has {rows} vocabulary rows and the added words need {needed}: AutoPeftModelForCausalLM.from_pretrained adds "
-        f"them by itself; before PeftModel.from_pretrained call model.resize_token_embeddings({tokens}) on the base"
+        f"the base has {rows} vocabulary rows and the added words need {needed}: AutoPeftModelForCausalLM adds them by itself; "
+        f"for plain PEFT call model.resize_token_embeddings({tokens}) on the base first"
     ]
 
 

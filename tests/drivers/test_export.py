@@ -149,7 +149,10 @@ def test_one_adapter_opens_on_the_plain_base(
     assert (resized is None) == (plain.get_input_embeddings().weight.shape[0] >= len(trained.tokenizer))
     if resized:
         plain.resize_token_embeddings(int(resized[1]))
-    for model in (PeftModel.from_pretrained(plain, out), AutoPeftModelForCausalLM.from_pretrained(out, dtype="float32")):
+    for model in (
+        PeftModel.from_pretrained(plain, out),
+        AutoPeftModelForCausalLM.from_pretrained(out, dtype="float32"),
+    ):
         torch.testing.assert_close(compute_logits(model, tokenizer), expected, atol=2e-4, rtol=1e-4)
 
 
