@@ -243,9 +243,9 @@ def _read_manifest(run: RunFolder, phase: str) -> PhaseManifest:
 
 def _find_deaths(error: object) -> str:
     """Which workers died (were killed, lost their node), as text; empty where any of them raised an exception of ours."""
-    failures = getattr(error, "worker_failures", None)
     if isinstance(error, RayActorError):
         return "the process that led its workers died"
+    failures = getattr(error, "worker_failures", None)
     if failures is None:
         return "its workers could not be started" if is_death(getattr(error, "controller_failure", None)) else ""
     lost, own = split_failures(failures)

@@ -49,6 +49,8 @@ def find_evaluation_s(storage: Path, base_files: str, asked: int, wanted: Evalua
         alike = all(was.get(key) == getattr(wanted, key) for key in ("scoring", "samples", "rotations", "max_tokens"))
         if not alike or not questions or hashes.get("base_files") != base_files or not hashes.get("stages"):
             continue
+        if not isinstance(report.get("seconds"), (int, float)):
+            continue
         start_s = report.get("seconds_to_first_answer") or 0.0
         answers = questions * len(hashes["stages"])
         return float(start_s + (report["seconds"] - start_s) * asked / answers)

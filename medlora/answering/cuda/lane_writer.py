@@ -47,9 +47,8 @@ class LaneWriter:
                 pulse.beat()
                 fetch = fetch_later(decoder.token[: decoder.rows, 0])
                 if step + 1 < max_tokens:
-                    self._draw(
-                        slots, uniform
-                    )  # a row that turns out to be done draws once too often, from its own stream
+                    # A row that turns out to be done draws once too often, from its own stream.
+                    self._draw(slots, uniform)
                     decoder.step()
                 tokens = fetch()
                 alive = [(row, i) for row, i in enumerate(slots) if i is not None]
