@@ -142,3 +142,5 @@ def test_answers_take_what_they_took_in_an_evaluation_of_the_same_kind(tmp_path:
     assert find_evaluation_s(tmp_path, "other", 200, wanted) is None
     other = wanted.model_copy(update={"scoring": "generate"})
     assert find_evaluation_s(tmp_path, "base", 200, other) is None
+    (tmp_path / "run" / "evaluation" / "report.json").write_text(json.dumps({**report, "seconds": None}))
+    assert find_evaluation_s(tmp_path, "base", 200, wanted) is None
