@@ -12,7 +12,8 @@ One random model with one LoRA adapter (r 16, all-linear) is trained by all in t
 - scripts: rows padded to the longest, loss on every token, logits everywhere.
 
 The others have PEFT's own layers; freed memory is kept in the process for all of them alike. A step is forward, backward and AdamW
-over --rows rows. Writes training.json and training.md beside this file; with --phases, into what earlier runs of the same day left there.
+over --rows rows. Prints its tables, of which training.md is made by hand, and writes training.json beside this file; with --phases, into
+what earlier runs of the same day left there.
 """
 
 from __future__ import annotations
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the time of one step of each phase goes")
     parser.add_argument("--without", nargs="*", default=[], help="peers to leave out; all are measured without")
     parser.add_argument("--phases", nargs="*", default=[], help="those whose name begins so; all without")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of training.json")
     arguments = parser.parse_args()
     if arguments.cuda:
         import training_cuda
@@ -296,7 +298,7 @@ def main() -> None:
         "matrix rate": f"{rate / 1e9:.1f} billion multiply-adds/s",
         "versions": {**get_versions(), "trl": __import__("importlib.metadata").metadata.version("trl")},
     }
-    store = Path(__file__).resolve().parent / "training.json"
+    store = arguments.out / "training.json"
     known = json.loads(store.read_text()) if arguments.phases and store.is_file() else {}
     kept = known if known.get("about", {}).get("date") == about["date"] else {"results": [], "profiles": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -312,7 +314,7 @@ def main() -> None:
             # After every phase: what was measured is kept when the time runs out.
             kept["results"].sort(key=lambda row: row["phase"])
             store.write_text(json.dumps(kept, indent=1) + "\n")
-            store.with_suffix(".md").write_text(write_table(kept))
+        print(write_table(kept))
 
 
 def measure(phase: str, rows: list[list[Row]], steps: dict[str, Step], model: Any, rate: float) -> list[dict[str, Any]]:
