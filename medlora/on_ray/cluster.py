@@ -232,12 +232,6 @@ def find_addable(launched: Mapping[str, Any], there: Sequence[Node]) -> tuple[tu
     return tuple(addable)
 
 
-def enter_folder(cwd: str) -> None:
-    """Make a worker's process work where the driver does, since sources are named relative to there; nothing where that is not seen."""
-    if Path(cwd).is_dir():
-        os.chdir(cwd)
-
-
 def quiet_ray_data() -> None:
     """No bars and warnings of Ray Data's own: our display shows how far it is."""
     import ray.data

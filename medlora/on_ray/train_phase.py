@@ -21,7 +21,7 @@ from medlora.config.placement import Placement
 from medlora.curriculum.jobs import PhaseJob
 from medlora.errors import InputError, RunError
 from medlora.events import Event, Failed, OnEvent
-from medlora.on_ray.cluster import Cluster, enter_folder
+from medlora.on_ray.cluster import Cluster
 from medlora.on_ray.inbox import Inbox, listen
 from medlora.on_ray.placement import count_gpus, describe_worker, report_while_waiting
 from medlora.on_ray.tokenise import prepare_on_ray
@@ -35,6 +35,7 @@ from medlora.on_ray.workers.failures import (
     split_failures,
 )
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
+from medlora.on_ray.workers.starting import enter_folder, importing
 from medlora.on_ray.workers.trainer import PhaseTrainer, TellGroup, free_group, set_up_workers
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
@@ -282,9 +283,10 @@ def _train_loop(config: _Loop) -> None:
 
     alone = ray.train.get_context().get_world_size() == 1
     enter_folder(config["cwd"])
-    from medlora.on_ray.workers.leaving import explain_leaving, is_leaving, watch_inbox
-    from medlora.training.callbacks import Leaving
-    from medlora.training.phase import run_phase
+    with importing():
+        from medlora.on_ray.workers.leaving import explain_leaving, is_leaving, watch_inbox
+        from medlora.training.callbacks import Leaving
+        from medlora.training.phase import run_phase
 
     inbox = config["inbox"]
     watch_inbox(inbox)

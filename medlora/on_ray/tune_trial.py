@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import time
@@ -18,9 +17,9 @@ from medlora.curriculum.jobs import PhaseJob, find_obstacle, make_job
 from medlora.data.card import DataCard
 from medlora.errors import InputError
 from medlora.events import Event, OnEvent
-from medlora.on_ray.cluster import enter_folder
 from medlora.on_ray.inbox import Inbox
 from medlora.on_ray.workers.stalls import beating
+from medlora.on_ray.workers.starting import enter_folder, importing
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explain, explaining
 from medlora.runs.environment import get_versions
@@ -88,10 +87,11 @@ def run_trial(trial: TrialSpec, common: Common) -> None:
     enter_folder(common["cwd"])
     # Tune gives a function 2 s to end before the actor may serve the next trial; a Trainer's way out may take longer.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_UNWIND_S)
-    from medlora.data.sources import remember
-    from medlora.on_ray.workers.leaving import watch_inbox
-    from medlora.training.callbacks import Leaving
-    from medlora.training.phase import run_phase
+    with importing():
+        from medlora.data.sources import remember
+        from medlora.on_ray.workers.leaving import watch_inbox
+        from medlora.training.callbacks import Leaving
+        from medlora.training.phase import run_phase
 
     clock.turn_to("load")
     for packed in common["scans"]:
@@ -181,9 +181,6 @@ def _get_reused_parts() -> ReusedParts:
     """The parts that the trials of this process share."""
     from medlora.training.reuse import ReusedParts
 
-    # The garbage collector would look through all modules, twice a trial and a third of a second each, to free nothing.
-    gc.collect()
-    gc.freeze()
     return ReusedParts()
 
 

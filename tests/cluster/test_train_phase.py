@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +16,6 @@ from tests.support import ROOT
 from tests.support.curriculum import (
     finish,
     last_step,
-    recover,
     start,
     two_phases,
     wait_for_step,
@@ -31,17 +28,16 @@ from tests.support.tiny_run import configure, run_all, weights
 BIN = Path(sys.executable).parent
 
 
-def test_a_killed_worker_and_a_killed_driver_leave_the_same_bytes(
+def test_a_killed_driver_leaves_the_same_bytes(
     cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
+    """A killed worker is the canary's (tests/test_canary.py)."""
     config, run = write_config(two_phases(bases, data), tmp_path / "c.yaml"), tmp_path / "run"
     driver = start(config, run, cluster)
-    recover(run, driver, "01", 25, lambda: os.kill(worker_pid(run, "01"), signal.SIGKILL), "training worker killed")
     wait_for_step(run, "01", 45, driver)
     worker = worker_pid(run, "01")
     driver.kill()
-    out, _ = driver.communicate()
-    assert "worker 0 died; attempt 1 of 2" in out
+    driver.communicate()
     lost = last_step(run, "01")
     driver = start(config, run, cluster)
     wait_to_recover(run, "01", worker, lost, driver, "driver killed")
