@@ -111,7 +111,9 @@ def undisturbed(bases: dict[str, str], data: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a process that may use a real `ray start --head` cluster of two CPUs, to which nodes may be added."""
-    with start_head(tmp_path_factory.mktemp("token") / "auth_token", {}) as env:
+    # Without Ray Train's process that watches, in every phase, for nodes that are taken away: test_nodes.py has it.
+    unwatched = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    with start_head(tmp_path_factory.mktemp("token") / "auth_token", unwatched) as env:
         yield env
 
 

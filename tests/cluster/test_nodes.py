@@ -42,7 +42,8 @@ def test_a_phase_lands_where_its_config_says_and_outlives_a_notice_and_the_loss_
             command = [RAY, "drain-node", "--address", cluster["RAY_ADDRESS"], "--node-id", node_id[1], *notice]
             subprocess.run([*command, "--deadline-remaining-seconds", "120"], env=cluster, check=True)
 
-        driver = start(write_config(config, tmp_path / "c.yaml"), run, cluster, "--set", selected)
+        watched = {**cluster, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
+        driver = start(write_config(config, tmp_path / "c.yaml"), run, watched, "--set", selected)
         wait_for_step(run, "00", 1, driver)
         first = find_node()
         recover(run, driver, "00", 40, drain, "node drained")
