@@ -21,6 +21,7 @@ from medlora.runs.files import read_json, read_json_lines
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
 from tests.support import ROOT
+from tests.support.cluster import FRUGAL
 from tests.support.hosts import Host, Network, find_obstacle, make_hosts
 from tests.support.store_server import BUCKET, HostStore
 from tests.support.tiny_run import configure, run_all, weights
@@ -100,7 +101,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str]) -> Iter
         health = "RAY_health_check_timeout_ms=2000 RAY_health_check_period_ms=1000 RAY_health_check_failure_threshold=3"
         health += "".join(f" {name}={value}" for name, value in store.env.items())
         for key, cpus in (("head_start_ray_commands", 0), ("worker_start_ray_commands", 1)):
-            config[key] = [line.replace("ray start ", f"{health} ray start --num-cpus={cpus} ") for line in config[key]]
+            config[key] = [
+                line.replace("ray start ", f"{health} ray start {FRUGAL} --num-cpus={cpus} ") for line in config[key]
+            ]
         (checkout / "deploy" / "on-prem.yaml").write_text(yaml.safe_dump(config))
         (laptop.home / ".ssh").mkdir()
         shutil.copy(network.key, laptop.home / ".ssh" / "id_ed25519")

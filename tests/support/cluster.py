@@ -37,10 +37,13 @@ CANARIES = {name: f"canary-{secrets.token_hex(8)}" for name in ("HF_TOKEN", "AWS
 PORTS = "--port=0 --dashboard-port=0 --dashboard-agent-listen-port=0"
 """For `ray start --head`: whichever are free."""
 
+FRUGAL = "--include-log-monitor=false"
+"""For `ray start`: without the process that reads all logs for drivers that want them, as medlora's do not."""
+
 
 @contextmanager
 def start_head(
-    token: Path, more: dict[str, str], start: str = f"ray start --head --block --num-cpus=2 {PORTS}"
+    token: Path, more: dict[str, str], start: str = f"ray start --head --block --num-cpus=2 {PORTS} {FRUGAL}"
 ) -> Iterator[dict[str, str]]:
     """A head with a token of its own, by a line of bash that ends with `ray start`, and `more` in its environment, which it
     gives."""
@@ -49,7 +52,7 @@ def start_head(
     token.chmod(0o600)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"HF_HUB_OFFLINE": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    env |= CANARIES | more
+    env |= CANARIES | {"REPORTER_UPDATE_INTERVAL_MS": "60000"} | more  # its agent measures all processes so often
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
     log_path = folder / "head.log"
@@ -116,7 +119,15 @@ class AddedNode:
         self.env, self.name = env, name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         labels = f"pool={pool},name={name}"
-        command = [RAY, "start", f"--address={env['RAY_ADDRESS']}", "--block", "--num-cpus=1", f"--labels={labels}"]
+        command = [
+            RAY,
+            "start",
+            f"--address={env['RAY_ADDRESS']}",
+            "--block",
+            "--num-cpus=1",
+            f"--labels={labels}",
+            FRUGAL,
+        ]
         self.process = subprocess.Popen(
             [*command, *more], env=env, stdout=self.log, stderr=self.log, start_new_session=True
         )
