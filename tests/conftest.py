@@ -35,6 +35,9 @@ ON_THE_SECOND_CLUSTER = {
 }
 """Files whose tests share another cluster; test_safety.py looks for secrets in the logs that the sweeps left there."""
 
+UNWATCHED = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Without Ray Train's process that watches, in every phase, for nodes that are taken away: test_nodes.py has it."""
+
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
@@ -111,16 +114,14 @@ def undisturbed(bases: dict[str, str], data: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a process that may use a real `ray start --head` cluster of two CPUs, to which nodes may be added."""
-    # Without Ray Train's process that watches, in every phase, for nodes that are taken away: test_nodes.py has it.
-    unwatched = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-    with start_head(tmp_path_factory.mktemp("token") / "auth_token", unwatched) as env:
+    with start_head(tmp_path_factory.mktemp("token") / "auth_token", UNWATCHED) as env:
         yield env
 
 
 @pytest.fixture(scope="module")
 def ray_cluster(cluster: dict[str, str]) -> Any:
     """This process connected to the session's cluster; workers find what stands beside the tests by PYTHONPATH."""
-    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    keys = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", *UNWATCHED)
     before = {key: os.environ.get(key) for key in keys}
     os.environ.update({key: cluster[key] for key in keys})
     ray = import_ray()

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +34,7 @@ from medlora.events import Event, Failed, Failure, OnEvent
 from medlora.on_ray.cluster import Cluster, quiet_ray_data
 from medlora.on_ray.inbox import Inbox, beside_driver, listen
 from medlora.on_ray.placement import count_gpus, report_while_waiting
+from medlora.on_ray.workers.attempts import Attempts
 from medlora.on_ray.workers.failures import describe_exception, report_failure
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.on_ray.workers.starting import enter_folder, importing
@@ -210,36 +210,6 @@ def _map_batches(
         max_restarts=-1,
         max_task_retries=-1,
     )
-
-
-class Attempts:
-    """Counts how often each batch or question has killed an actor, outside of the actors so that it survives them.
-
-    Failed loads of the model are limited to `actors + retries`. A successful load does not count against that limit, so
-    a growing pool or a restarted actor can always load again.
-    """
-
-    def __init__(self, actors: int, retries: int) -> None:
-        self.unended: Counter[str] = Counter()
-        self.loads_left = actors + retries
-
-    def begin(self, key: str) -> int:
-        """How many actors have died at `key` so far."""
-        self.unended[key] += 1
-        return self.unended[key] - 1
-
-    def end(self, key: str) -> None:
-        """What was begun has ended, well or with an exception."""
-        self.unended[key] -= 1
-
-    def begin_load(self) -> bool:
-        """Whether one more actor may load the model."""
-        self.loads_left -= 1
-        return self.loads_left >= 0
-
-    def end_load(self) -> None:
-        """The model is loaded."""
-        self.loads_left += 1
 
 
 class BatchAnswerer:

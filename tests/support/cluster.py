@@ -37,6 +37,9 @@ CANARIES = {name: f"canary-{secrets.token_hex(8)}" for name in ("HF_TOKEN", "AWS
 PORTS = "--port=0 --dashboard-port=0 --dashboard-agent-listen-port=0"
 """For `ray start --head`: whichever are free."""
 
+UNMEASURED = {"RAY_enable_metrics_collection": "0", "REPORTER_UPDATE_INTERVAL_MS": "60000"}
+"""For a head: without measuring its processes for a dashboard that nobody looks at."""
+
 FRUGAL = "--include-log-monitor=false"
 """For `ray start`: without the process that reads all logs for drivers that want them, as medlora's do not."""
 
@@ -52,7 +55,7 @@ def start_head(
     token.chmod(0o600)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env |= {"HF_HUB_OFFLINE": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    env |= CANARIES | {"REPORTER_UPDATE_INTERVAL_MS": "60000"} | more  # its agent measures all processes so often
+    env |= CANARIES | UNMEASURED | more
     # Sockets have paths of at most 107 bytes; a short folder of its own keeps other clusters of the machine apart.
     folder = Path(tempfile.mkdtemp(prefix="ml"))
     log_path = folder / "head.log"
