@@ -31,6 +31,7 @@ from medlora.miniature.settings import CHAT_TEMPLATE
 from medlora.on_ray.answer_questions import Actors, Build, answer_on_ray, make_builder
 from medlora.on_ray.cluster import connect
 from medlora.on_ray.placement import check_placement, count_gpus
+from medlora.reporting.progress import measure_rate
 from medlora.reporting.report import build_report
 from medlora.reporting.results.files import write_results
 from medlora.runs import mirror
@@ -86,8 +87,6 @@ def score_stages(
     answers = ask_stages(task, folder, build, actors, known)
     ordered = sort_predictions(answers.predictions, list(task.stages), task.asked.tests)
     seconds, first_s = answers.seconds, answers.first_s
-    running_s = seconds - (first_s or 0)
-    measured = answers.batches > 1 and running_s > 0
     fingerprint = task.fingerprint
     report = build_report(
         ordered,
@@ -98,7 +97,7 @@ def score_stages(
             "seconds_to_first_answer": round(first_s, 2) if first_s is not None else None,
             "questions_asked": answers.questions,
             "stage_seconds": sum_seconds(ordered),
-            "questions_per_s": round(answers.questions / running_s, 2) if measured else None,
+            "questions_per_s": answers.questions_per_s,
             "versions": get_versions(),
             "prompts": prompts.version(),
             "prompt_shown": shown,
@@ -142,10 +141,11 @@ class Answers:
 
     predictions: list[Prediction]
     questions: int
-    batches: int
     seconds: float
     first_s: float | None
     """Until the first answer came; None where nothing was asked."""
+    questions_per_s: float | None
+    """Once running; None where no actor said how long a batch took."""
     weights: str = ""
     """What actors computed with, where that is not what the config names."""
 
@@ -169,11 +169,14 @@ def ask_stages(
     actors.on_event(events.evaluating(task.asked.count, task.asked.count - left))
     started = time.monotonic()
     first_s: float | None = None
+    told: list[tuple[float, int, float]] = []
     pusher = mirror.Pusher(folder)
 
     def listen(event: Event) -> None:
         if event["event"] == "note" and event["kind"] == "weights":
             weights.add(event["text"])
+        if event["event"] == "evaluation":
+            told.append((time.monotonic(), event["questions"], event["seconds"]))
         actors.on_event(event)
 
     for answered in answer_on_ray(batches, build, replace(actors, on_event=listen)):
@@ -188,7 +191,8 @@ def ask_stages(
             answers[name_answer(prediction)] = prediction
         pusher.push()
     seconds = time.monotonic() - started
-    return Answers(list(answers.values()), left, len(batches), seconds, first_s, "; ".join(sorted(weights)))
+    rate = round(measure_rate(told), 2) if told else None
+    return Answers(list(answers.values()), left, seconds, first_s, rate, "; ".join(sorted(weights)))
 
 
 def run_evaluation(config: EvaluateConfig, plan: EvaluationPlan, out: RunFolder, on_event: OnEvent) -> Report:

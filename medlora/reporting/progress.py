@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -48,6 +48,16 @@ def describe_seconds(seconds: float) -> str:
         if seconds < 7200
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def measure_rate(batches: Sequence[tuple[float, int, float]]) -> float:
+    """Questions/s from batches by the second in which they were told, their questions and their own seconds.
+
+    The first batch's own seconds stand for what was before it, so that loading a model is no part of the rate.
+    """
+    first_end, _, first_s = batches[0]
+    elapsed_s = batches[-1][0] - first_end + first_s
+    return sum(questions for _, questions, _ in batches) / max(elapsed_s, 1e-9)
 
 
 class _CountColumn(ProgressColumn):
@@ -154,7 +164,7 @@ class Display:
         elif event["event"] == "evaluation":
             self.answered += event["questions"]
             self.rates.append((time.monotonic(), event["questions"], event["seconds"]))
-            self._advance("evaluation", self.answered, self.total, f"{self._measure_rate():.1f} questions/s")
+            self._advance("evaluation", self.answered, self.total, f"{measure_rate(self.rates):.1f} questions/s")
         elif event["event"] == "validation":
             self._say(f"{phase}  dev at step {event['step']}: {self._describe_dev(phase, event)}")
         elif event["event"] == "phase":
@@ -212,12 +222,6 @@ class Display:
             text = f"{best:.3f}" if event["score"] < 0 else f"{100 * best:.1f} %"
             shown.append("best so far" if event["score"] > before else f"best so far {text}")
         return "  ".join(shown)
-
-    def _measure_rate(self) -> float:
-        """Questions/s over the last batches; the first one's own time stands for what was before it."""
-        first_end, first_questions, first_s = self.rates[0]
-        elapsed_s = self.rates[-1][0] - first_end + first_s
-        return sum(questions for _, questions, _ in self.rates) / max(elapsed_s, 1e-9)
 
     def _begin(self, label: str) -> None:
         if self.task is not None:

@@ -31,6 +31,7 @@ def score(folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str, most: int
             actors.on_event(events.note("evaluation", weights, kind="weights"))
         for batch in batches[:most]:
             questions = batch.questions
+            actors.on_event(events.answered(len(questions), 2.0))
             yield model.answer([test for test, _ in questions], [record for _, record in questions], batch.stages)
         if most < len(batches):
             raise KeyboardInterrupt
@@ -38,7 +39,9 @@ def score(folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str, most: int
     monkeypatch.setattr(evaluation, "answer_on_ray", answer)
     placement = ActorPlacement(gpus_per_worker=0)
     actors = Actors(placement, cast(Any, None), lambda event: None, folder / "run.log")
-    evaluation.score_stages(make_task(ask(9), 2), folder, cast(Any, None), actors, {})
+    report = evaluation.score_stages(make_task(ask(9), 2), folder, cast(Any, None), actors, {})
+    # The first batch took an actor 2 s, and the others were handed over at once.
+    assert report["questions_per_s"] == pytest.approx(report["questions_asked"] / 2, rel=0.1)
 
 
 def read_metadata(folder: Path) -> dict[bytes, bytes]:
