@@ -50,6 +50,17 @@ def test_prompts_and_ends_are_what_the_template_writes(name: str) -> None:
     assert tokenizer.convert_ids_to_tokens(plain)[: len(family.start)] == list(family.start)
 
 
+def test_a_cap_of_scores_is_kept_where_transformers_would_drop_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.17 says that Gemma 2 has sdpa, which knows no cap."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    base = BaseModelConfig(model=build_family(FAMILIES["Gemma 2"], tmp_path / "base"))
+    assert load_base(base, load_tokenizer(base)).config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
