@@ -122,15 +122,8 @@ class AddedNode:
         self.env, self.name = env, name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         labels = f"pool={pool},name={name}"
-        command = [
-            RAY,
-            "start",
-            f"--address={env['RAY_ADDRESS']}",
-            "--block",
-            "--num-cpus=1",
-            f"--labels={labels}",
-            FRUGAL,
-        ]
+        command = [RAY, "start", f"--address={env['RAY_ADDRESS']}", "--block", FRUGAL]
+        command += ["--num-cpus=1", f"--labels={labels}"]
         self.process = subprocess.Popen(
             [*command, *more], env=env, stdout=self.log, stderr=self.log, start_new_session=True
         )

@@ -23,9 +23,8 @@ def importing() -> Iterator[None]:
     Imports make many objects that stay, and the collector goes through them again and again: 1.0 of the 5.6 CPU seconds of
     `import medlora.training.phase` were its own. Each later collection would take another third of a second.
     """
-    if (
-        "transformers" in sys.modules
-    ):  # a process that trains one trial after another; what they left must still be collected
+    # A process that trains one trial after another has imported all: what a trial has left must still be collected.
+    if "transformers" in sys.modules:
         yield
         return
     gc.disable()
