@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -60,13 +59,8 @@ def real_model() -> str:
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
     """Tiny random base models, a folder per family of tests/support/tiny.py; made once for all workers of pytest-xdist."""
-    gc.disable()
     import torch
 
-    import medlora.training.phase  # noqa: F401
-
-    gc.freeze()  # else every phase of a test, which clears memory, looks through all of these modules' objects
-    gc.enable()
     from tests.support.tiny import build_bases
 
     torch.set_num_threads(1)

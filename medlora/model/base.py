@@ -154,20 +154,30 @@ def _dequantize(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Linear:
     return plain.train(layer.training)
 
 
-def _load_weights(folder: str, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Iterable[str]]]:
+_Loaded = tuple[PreTrainedModel, Mapping[str, Iterable[str]]]
+"""A model, and what of it its files lack or hold besides."""
+
+
+def _load_weights(folder: str, **options: Any) -> _Loaded:
     """The model with sdpa, which flat batches need, else with the attention that its family supports."""
+
+    def load(attention: str) -> _Loaded:
+        # With `output_loading_info` it returns a pair, which its annotation leaves out.
+        return cast(_Loaded, AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, **options))
+
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
-        if getattr(loaded[0].config.get_text_config(), "attn_logit_softcapping", None) is None:
-            return loaded  # type: ignore[no-any-return]
-        # transformers 5.17 gives Gemma 2 sdpa and leaves out the cap of its scores in silence; 5.23 raises.
+        model, info = load("sdpa")
     except ValueError as error:
         # Gemma 2 caps its scores, gpt-oss has sinks, Bloom has biases: transformers computes them without sdpa alone.
         if "scaled_dot_product_attention" not in str(error):
             raise
-    log.info("%s: its family has no sdpa attention, eager is used; training batches are padded", folder)
-    # With `output_loading_info` it returns a pair, which its annotation leaves out.
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)  # type: ignore[return-value]
+        model, info = load("eager")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # transformers 5.17 gives Gemma 2 sdpa and leaves out the cap in silence; 5.23 raises.
+        model.set_attn_implementation("eager")
+    if model.config._attn_implementation == "eager":
+        log.info("%s: its family has no sdpa attention, eager is used; training batches are padded", folder)
+    return model, info
 
 
 def _get_weight(embeddings: torch.nn.Module) -> torch.Tensor:
