@@ -8,7 +8,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy
 
@@ -266,9 +267,15 @@ def _hash_shingles(text: str) -> numpy.ndarray:
     return hashed
 
 
-def _sketch(shingles: numpy.ndarray) -> object:
+@cache
+def _make_empty_sketch() -> Any:
+    """What every sketch starts as: to draw its permutations takes longer than to sketch a question with them."""
     from datasketch import MinHash
 
-    sketch = MinHash(num_perm=PERMUTATIONS, hashfunc=int, seed=1)
+    return MinHash(num_perm=PERMUTATIONS, hashfunc=int, seed=1)
+
+
+def _sketch(shingles: numpy.ndarray) -> object:
+    sketch = _make_empty_sketch().copy()
     sketch.update_batch(shingles.tolist())
     return sketch
