@@ -176,13 +176,6 @@ class Refused(TypedDict):
     text: str
 
 
-class Reserved(TypedDict):
-    """Ray has room for the phase's workers: `group` is the id of their placement group, in hex."""
-
-    event: Literal["reserved"]
-    group: str
-
-
 class Leaving(TypedDict):
     """A worker saved a checkpoint and leaves; `why` is empty where its driver asked for it."""
 
@@ -297,7 +290,6 @@ Event = (
     | Loading
     | Ready
     | Refused
-    | Reserved
     | Leaving
     | Failed
     | Beat
@@ -391,11 +383,6 @@ def ready(host: str, weights: str = "") -> Ready:
 def refused(text: str) -> Refused:
     """The work cannot continue until the user fixes something."""
     return {"event": "refused", "text": text}
-
-
-def reserved(group: str) -> Reserved:
-    """A phase has its workers, in a placement group."""
-    return {"event": "reserved", "group": group}
 
 
 def leaving(why: str, rank: int) -> Leaving:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from medlora.evaluation.ledger import LEDGER, PREDICTIONS
@@ -20,7 +19,8 @@ from tests.support.tiny_run import run_all, weights
 def test_a_run_on_ray_survives_its_worker_and_gives_the_bytes_of_one_without_ray(
     cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
-    """Connects with a token, retries a killed worker from its checkpoint, asks every question once, seals what is done."""
+    """Connects with a token, leads its workers itself, retries a killed one from its checkpoint, asks every question once,
+    seals what is done."""
     config = two_phases(bases, data, max_steps=24, checkpoint_every_steps=4)
     config = config.model_copy(update={"phases": config.phases[1:]}).model_dump(mode="json")
     config["phases"][0] |= {"chain": "new", "replay": [], "train_extra_tokens": True}
@@ -29,7 +29,10 @@ def test_a_run_on_ray_survives_its_worker_and_gives_the_bytes_of_one_without_ray
     run = tmp_path / "run"
     driver = start(write_config(config, tmp_path / "c.yaml"), run, cluster)
     wait_for_step(run, "01", 6, driver)
-    os.kill(worker_pid(run, "01"), signal.SIGKILL)
+    worker = psutil.Process(worker_pid(run, "01"))
+    beside = {" ".join(process.cmdline()) for process in worker.parent().children()}  # type: ignore[union-attr]
+    assert any("RayTrainWorker" in name for name in beside) and not any("TrainController" in name for name in beside)
+    worker.kill()
     out, _ = finish(driver)
     assert "attempt 1 of 2" in out
     run_all(config, tmp_path / "undisturbed", ("01",))

@@ -1,3 +1,3 @@
 """The base model and its adapters."""
 
-import medlora.kernels  # noqa: F401  # first: it quietens bitsandbytes, which PEFT imports
+import medlora.kernels  # noqa: F401  # first: it spares what the libraries would import and nobody calls

@@ -11,6 +11,8 @@ _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # Sources are named relative to where the driver runs, not to Ray Train's own folder.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Its controller runs in the driver, whose logging stays as it is.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     # A dead worker is noticed, and a node's notice read, within a second.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict, cast
 
-from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
@@ -36,7 +35,7 @@ from medlora.on_ray.workers.failures import (
 )
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.on_ray.workers.starting import enter_folder, importing
-from medlora.on_ray.workers.trainer import PhaseTrainer, TellGroup, free_group, set_up_workers
+from medlora.on_ray.workers.trainer import PhaseTrainer, set_up_workers
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
 from medlora.runs.files import remove
@@ -120,7 +119,6 @@ class _Training:
         self.reasons: list[str] = []
         self.failed: list[Failed] = []
         self.failure: Exception | None = None
-        self.group: str | None = None
         count = f"{placement.workers} worker{'s' * (placement.workers != 1)}"
         self.note(f"starting {count} with {describe_worker(placement, self.gpus)} each")
         self.nonce = mirror.leave_nonce(run.root)
@@ -130,10 +128,7 @@ class _Training:
         self.on_event(events.note(self.phase, text))
 
     def receive(self, event: Event) -> None:
-        """Take an event of a worker, or of its controller."""
-        if event["event"] == "reserved":
-            self.group = event["group"]
-            return
+        """Take an event of a worker."""
         if self.watcher is not None and not self.begun.is_set():
             self.watcher.phase_has()
         self.begun.set()
@@ -174,11 +169,9 @@ class _Training:
             except PreemptionError:
                 endings.check()
                 self.note("its node was taken away before a step had ended: resumes from the last checkpoint")
-            except (WorkerGroupError, ControllerError, RayActorError) as error:
+            except (WorkerGroupError, ControllerError) as error:
                 endings.check()
                 died = _find_deaths(error)
-                if isinstance(error, RayActorError) and self.group is not None:
-                    free_group(self.group)
                 if not died or self.refusals or deaths == self.placement.retries:
                     self.failure = error
                     return
@@ -225,7 +218,6 @@ class _Training:
                 storage_path=str(self.run.ray),
                 # Retries are ours: Ray's would take a worker that has left for one that has finished.
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-                callbacks=[TellGroup(inbox)],
             ),
         )
 
@@ -244,8 +236,6 @@ def _read_manifest(run: RunFolder, phase: str) -> PhaseManifest:
 
 def _find_deaths(error: object) -> str:
     """Which workers died (were killed, lost their node), as text; empty where any of them raised an exception of ours."""
-    if isinstance(error, RayActorError):
-        return "the process that led its workers died"
     failures = getattr(error, "worker_failures", None)
     if failures is None:
         return "its workers could not be started" if is_death(getattr(error, "controller_failure", None)) else ""

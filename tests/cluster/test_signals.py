@@ -54,17 +54,25 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
     config = one_phase(bases, data, 300, every=300)  # so every checkpoint before the end is a signal's
     written, run = write_config(config, tmp_path / "c.yaml"), tmp_path / "run"
 
-    driver = start(written, run, cluster)
-    wait_for_step(run, "00", 10, driver)
+    job = ("ray", "job", "submit", "--address", cluster["DASHBOARD"], "--submission-id", "stopped", "--")
+    asked = subprocess.Popen(
+        [*job, "env", "-C", str(ROOT), *JOB, "--config", str(written), "--run-dir", str(run)],
+        env=cluster, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_step(run, "00", 10, asked)
     pid = worker_pid(run, "00")
     os.kill(pid, signal.SIGTERM)
     time.sleep(0.2)
-    wait_to_recover(run, "00", pid, last_step(run, "00"), driver, "SIGTERM to a worker")
+    wait_to_recover(run, "00", pid, last_step(run, "00"), asked, "SIGTERM to a worker")
     (first,) = find_checkpoints(run)
-    wait_for_step(run, "00", first + 10, driver)
-    err = end(driver, signal.SIGTERM, 25)
+    wait_for_step(run, "00", first + 10, asked)
+    stop = ["ray", "job", "stop", "--address", cluster["DASHBOARD"], "stopped"]
+    subprocess.run(stop, env=cluster, cwd=ROOT, check=True, capture_output=True)
+    out, _ = asked.communicate(timeout=60)
     _, second = find_checkpoints(run)
-    assert second > first and f"no phase is finished; the same command resumes phase 00 from step {second}" in err
+    said = f"medlora: ended by SIGTERM; no phase is finished; the same command resumes phase 00 from step {second}"
+    assert second > first and said in out
+    assert "Traceback" not in out and "*** SIGTERM" not in out and "@     0x" not in out
     said = (run / "run.log").read_text()
     assert "its process got SIGTERM: resumes from the checkpoint just made" in said and "died" not in said
 
@@ -73,28 +81,8 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
     assert f"from step {second}" in end(driver, signal.SIGINT, 5)
     assert find_checkpoints(run) == [first, second]
 
-    job = ("ray", "job", "submit", "--address", cluster["DASHBOARD"], "--submission-id", "stopped", "--")
-    asked = subprocess.Popen(
-        [*job, "env", "-C", str(ROOT), *JOB, "--config", str(written), "--run-dir", str(run)],
-        env=cluster, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    while (run / "run.log").read_text().count(f"resumes from step {second}") < 2:  # else the old steps are counted
-        assert asked.poll() is None, asked.communicate()
-        time.sleep(0.1)
-    wait_for_step(run, "00", second + 20, asked)
-    stop = ["ray", "job", "stop", "--address", cluster["DASHBOARD"], "stopped"]
-    subprocess.run(stop, env=cluster, cwd=ROOT, check=True, capture_output=True)
-    out, _ = asked.communicate(timeout=60)
-    third = find_checkpoints(run)[-1]
-    assert (
-        third > second
-        and f"medlora: ended by SIGTERM; no phase is finished; the same command resumes phase 00 from step {third}"
-        in out
-    )
-    assert "Traceback" not in out and "*** SIGTERM" not in out and "@     0x" not in out
-
     out, err = finish(start(written, run, cluster))
-    assert [int(step) for step in re.findall(r"resumes from step (\d+) of 300", out)] == [third] and err == ""
+    assert [int(step) for step in re.findall(r"resumes from step (\d+) of 300", out)] == [second] and err == ""
     steps = [row["step"] for row in read_json_lines(RunFolder(run).phase("00").metrics)]
     assert steps == list(range(1, 301))
     run_all(config, tmp_path / "undisturbed", ("00",))
@@ -104,8 +92,10 @@ def test_signals_to_worker_and_driver_make_checkpoints_that_resume_to_the_same_b
 def test_a_sweep_s_trials_make_checkpoints_and_resume(
     cluster: dict[str, str], bases: dict[str, str], data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    steps = {"max_steps": 300, "checkpoint_every_steps": 300, "log_every_steps": 1}
-    more = {"search": "grid", "trials": 2, "start": str(finished), "dev": {"every_steps": 300}, "best": 1}
+    """One trial after another in one process; SIGTERM goes to the driver itself."""
+    steps = {"max_steps": 150, "checkpoint_every_steps": 150, "log_every_steps": 1}
+    more = {"search": "grid", "trials": 2, "start": str(finished), "dev": {"every_steps": 150}, "best": 1}
+    more |= {"concurrency": 1}
     config = write_sweep(tmp_path, bases, data, {"lora.r": [2, 4]}, steps, **more)
     out = tmp_path / "sweep"
     trial = RunFolder(out / "trials" / "000").phase("02")
@@ -115,7 +105,7 @@ def test_a_sweep_s_trials_make_checkpoints_and_resume(
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.1)
     err = end(driver, signal.SIGTERM, 25)
-    assert re.search(r"; 0 of [12] trials are over; the same command resumes the others", err)
+    assert "; 0 of 1 trials are over; the same command resumes the others" in err
     assert list(trial.checkpoints.glob("normal/checkpoint-*/manifest.json"))
 
     said, err = finish(start_sweep(config, out, cluster))
@@ -128,7 +118,7 @@ def test_an_evaluation_keeps_its_answers(
     cluster: dict[str, str], bases: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
     evaluation = {"tests": [{"name": "mcq", "source": str(data / "mcq.jsonl")}], "scoring": "generate", "batch_size": 1}
-    evaluation |= {"max_tokens": 200}
+    evaluation |= {"max_tokens": 50}
     config = {"name": "e", "base": {"model": bases["gemma"]}, "stages": [{"name": "base"}], "evaluation": evaluation}
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     out = tmp_path / "out"

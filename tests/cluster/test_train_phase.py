@@ -28,13 +28,22 @@ from tests.support.tiny_run import configure, run_all, weights
 BIN = Path(sys.executable).parent
 
 
-def test_a_killed_driver_leaves_the_same_bytes(
+def test_runs_side_by_side_and_a_killed_driver_leave_the_same_bytes(
     cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """A killed worker is the canary's (tests/test_canary.py)."""
-    config, run = write_config(two_phases(bases, data), tmp_path / "c.yaml"), tmp_path / "run"
-    driver = start(config, run, cluster)
+    whole = two_phases(bases, data)
+    config, run = write_config(whole, tmp_path / "c.yaml"), tmp_path / "run"
+    short = write_config(whole.model_copy(update={"phases": whole.phases[:1]}), tmp_path / "short.yaml")
+    driver, beside = start(config, run, cluster), start(short, tmp_path / "beside", cluster)
+    while not (run / "run.log").exists():
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.1)
+    _, err = finish(start(config, run, cluster), code=2)
+    assert f"is in use by process {driver.pid} on " in err
     wait_for_step(run, "01", 45, driver)
+    finish(beside)
+    assert weights(tmp_path / "beside", "00") == weights(undisturbed, "00")
     worker = worker_pid(run, "01")
     driver.kill()
     driver.communicate()
@@ -96,23 +105,6 @@ def test_two_workers_learn_what_one_learns(
     assert len(curves[0]) == 8
     for one, two in zip(*curves, strict=True):
         assert two == pytest.approx(one, abs=1e-4)
-
-
-def test_runs_side_by_side_do_not_touch_each_other_and_one_run_has_one_driver(
-    cluster: dict[str, str], bases: dict[str, str], data: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    first = two_phases(bases, data)
-    config = write_config(first.model_copy(update={"phases": first.phases[:1]}), tmp_path / "c.yaml")
-    drivers = [start(config, tmp_path / name, cluster) for name in ("a", "b")]
-    while not (tmp_path / "a" / "run.log").exists():  # its phase has yet to start, so the run is held for a while
-        assert drivers[0].poll() is None, drivers[0].communicate()
-        time.sleep(0.1)
-    _, err = finish(start(config, tmp_path / "a", cluster), code=2)
-    assert f"is in use by process {drivers[0].pid} on " in err
-    for driver in drivers:
-        finish(driver)
-    for name in ("a", "b"):
-        assert weights(tmp_path / name, "00") == weights(undisturbed, "00")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medlora.config.loading.files import load
 from medlora.config.run import RunConfig
-from medlora.model.miniature_base.build import ensure
 from medlora.runs.files import read_json, read_json_lines
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import read_manifest
@@ -30,7 +28,7 @@ OBSTACLE = find_obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
 CHECKOUT = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "medlora", "jobs", "configs", "deploy")
 CONFIG = "configs/medgemma-4b.yaml"
-"""What the README trains; here it is two phases of the quickstart's, on the miniature."""
+"""What the README trains; here it is two phases on a tiny base."""
 
 
 def read_commands() -> list[str]:
@@ -66,7 +64,7 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str]) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str], data: Path) -> Iterator[Lab]:
     """Hosts that have what setup would install, a laptop with a checkout in which deploy/on-prem.yaml names them, and the
     README's commands up to the first job.
 
@@ -77,8 +75,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str]) -> Iter
     seen = [tmp_path_factory.getbasetemp(), Path(bases["gemma"]).parent, ROOT]
     private = tmp_path_factory.mktemp("lab")
     shared = private / "shared"
-    base = ensure(Path("~/.cache/medlora").expanduser(), 0)
-    shutil.copytree(base, shared / "cache" / base.name)
+    shared.mkdir()
     with make_hosts(["laptop", "head", "worker1", "worker2"], private, seen, shared) as network:
         laptop, head, *workers = network.hosts
         for host in (head, *workers):
@@ -94,7 +91,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str]) -> Iter
                 shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, checkout / name)
-        write_config(make_config("/shared/cache"), checkout / CONFIG)
+        write_config(make_config(bases, data), checkout / CONFIG)
         config = yaml.safe_load((ROOT / "deploy" / "on-prem.yaml").read_text())
         config["provider"] |= {"head_ip": head.ip, "worker_ips": [host.ip for host in workers]}
         config["auth"]["ssh_user"] = "root"
@@ -119,13 +116,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, str]) -> Iter
         yield lab
 
 
-def make_config(cache: str) -> RunConfig:
-    """The quickstart's first two phases, cut short, the second on two workers."""
-    config = load(ROOT / "configs" / "quickstart.yaml")
-    first, second = (phase.model_dump(mode="json") for phase in config.phases[:2])
-    second |= {"max_steps": 10, "batch_size": 8, "validation": None, "placement": {"workers": 2}}
-    changed = {"phases": [{**first, "max_steps": 60}, second], "evaluation": None, "storage": {"cache": cache}}
-    return RunConfig.model_validate(config.model_dump(mode="json") | changed)
+def make_config(bases: dict[str, str], data: Path) -> RunConfig:
+    """Two phases, the second on two workers."""
+    config = configure(bases["gemma"], data, p01={"placement": {"workers": 2}})
+    return config.model_copy(update={"phases": config.phases[:2]})
 
 
 def _wait_for_workers(network: Network, head: Host, workers: int) -> None:
@@ -148,34 +142,29 @@ def write_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
 
 
-def test_the_readme_s_job_and_an_evaluation_work_on_more_than_one_host(lab: Lab, tmp_path: Path) -> None:
+def test_the_readme_s_job_and_an_evaluation_work_on_more_than_one_host(
+    lab: Lab, bases: dict[str, str], data: Path, tmp_path: Path
+) -> None:
     assert CONFIG in SUBMIT
     said = finish(lab.start(SUBMIT))
     assert "connected to the running Ray cluster: 3 nodes, 2 CPUs, 0 GPUs" in said
     run = lab.shared / "runs" / "first"
     hosts = {name: (read_manifest(run / "phases" / name) or {})["hosts"] for name in ("00", "01")}
     assert hosts["00"] in (["worker1"], ["worker2"]) and hosts["01"] == ["worker1", "worker2"]
-    run_all(make_config(str(lab.shared / "cache")), tmp_path / "alone", ("00",))
+    run_all(make_config(bases, data), tmp_path / "alone", ("00",))
     assert weights(run, "00") == weights(tmp_path / "alone", "00")
 
     # In more batches than one actor answers before the other has loaded its model.
-    quickstart = load(ROOT / "configs" / "quickstart.yaml").model_dump(mode="json")
-    tests = [{**test, "limit": 80} for test in quickstart["evaluation"]["tests"]]
-    evaluation = {"tests": tests, "scoring": "letter", "batch_size": 1}
-    about = {
-        "name": "e",
-        "base": {"model": "miniature"},
-        "stages": ["/shared/runs/first:base,01"],
-        "evaluation": evaluation,
-    }
-    about |= {"placement": {"workers": 2}, "storage": {"cache": "/shared/cache"}}
+    tests = [{"name": "mcq", "source": str(data / "mcq.jsonl")}]
+    evaluation = {"tests": tests, "scoring": "generate", "max_tokens": 40, "batch_size": 1}
+    stages = ["/shared/runs/first:base,01"]
+    about = {"name": "e", "base": {"model": bases["gemma"]}, "stages": stages, "evaluation": evaluation}
+    about |= {"placement": {"workers": 2}}
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(about), encoding="utf-8")
     said = finish(lab.submit("jobs/evaluate_mcq.py", "--config", str(tmp_path / "e.yaml"), "--out", "/shared/e"))
     assert all(f"an actor is ready on {name}" in said for name in ("worker1", "worker2"))
     rows = read_json(lab.shared / "e" / "report.json")["stages"]
-    assert {(row["stage"], row["test"], row["n"]) for row in rows} == {
-        (stage, test, 80) for stage in ("base", "01") for test in ("asked", "text-only")
-    }
+    assert {(row["stage"], row["test"], row["n"]) for row in rows} == {(stage, "mcq", 24) for stage in ("base", "01")}
 
 
 def test_a_host_that_loses_its_power_costs_at_most_the_steps_since_the_last_checkpoint(

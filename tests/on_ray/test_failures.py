@@ -324,20 +324,6 @@ def test_a_worker_that_dies_each_time_is_given_up_in_one_line(
     assert tries == {0: 2} and any("worker 0 died; attempt 1 of 1" in note for note in notes)
 
 
-def test_a_phase_whose_controller_dies_frees_what_it_had_and_resumes(
-    ray_cluster: Any, bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ray.util import placement_group_table
-
-    said, notes, tries = run_phase_of(
-        fake_loops.lose_the_controller, ray_cluster, bases, data, tmp_path / "run", monkeypatch, cpus_per_worker=2
-    )
-    assert "the second attempt has its worker" in said and tries == {0: 2}
-    assert any("the process that led its workers died; attempt 1 of 2" in note for note in notes)
-    states = [group["state"] for group in placement_group_table().values()]
-    assert states and set(states) == {"REMOVED"}
-
-
 def test_a_stopped_worker_and_a_deadlock_are_reported_with_a_stack_and_retried(
     ray_cluster: Any, bases: dict[str, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

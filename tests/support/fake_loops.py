@@ -70,22 +70,6 @@ def die_always(config: dict[str, Any]) -> None:
     _run(config, work)
 
 
-def lose_the_controller(config: dict[str, Any]) -> None:
-    """The process that Ray Train steers the phase from dies at the first attempt; the second ends by an exception."""
-
-    def work(rank: int, attempt: int) -> None:
-        import psutil
-
-        if attempt > 1:
-            raise ValueError("the second attempt has its worker")
-        for process in psutil.Process().parent().children():
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::TrainController"):
-                process.kill()
-        threading.Event().wait()
-
-    _run(config, work)
-
-
 def _lock_up() -> None:
     lock = threading.Lock()
     lock.acquire()

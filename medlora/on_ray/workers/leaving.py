@@ -77,7 +77,7 @@ class _AloneBackend(Backend):  # type: ignore[misc]
 
 
 class AloneConfig(BackendConfig):  # type: ignore[misc]
-    """Ray Train's set-up of a single worker: it has nobody to talk to, so neither driver nor controller imports torch."""
+    """Ray Train's set-up of a single worker: it has nobody to talk to, so the driver does not import torch."""
 
     @property
     def backend_cls(self) -> object:
