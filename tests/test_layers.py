@@ -135,15 +135,21 @@ def test_the_plain_layers_bring_neither_torch_nor_ray_along() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_worker_does_not_load_torch_s_compiler_for_what_it_never_compiles() -> None:
+@pytest.mark.parametrize("package", [name for name in TABLE["torch"] if name != "kernels"])
+def test_kernels_are_imported_before_the_libraries_that_they_spare_a_worker(package: str) -> None:
+    assert next(list_imports(PACKAGE / package / "__init__.py")) == "medlora.kernels"
+
+
+def test_a_worker_does_not_load_what_it_never_uses() -> None:
     """bitsandbytes asks for compiled functions at import: they are compiled at their first call, as they would have been."""
     code = """
 import sys, torch
 asked = []
 def compile(function, **options): asked.append(options); return function
 torch.compile = compile
-import medlora.kernels, peft
-assert asked == [] and torch.compile is compile and "torch._inductor.compile_fx" not in sys.modules
+import medlora.answering.answerer, transformers.utils
+assert asked == [] and torch.compile is compile and not {"torch._inductor.compile_fx", "scipy.optimize"} & set(sys.modules)
+assert transformers.utils.is_scipy_available()
 from bitsandbytes.backends.default.ops import _dequantize_blockwise_compute as scale
 for _ in range(2):
     said = scale(torch.arange(4, dtype=torch.uint8), torch.tensor([2.0, 3.0]), torch.arange(4.0), 2, torch.float32).tolist()

@@ -35,12 +35,13 @@ def _import_losses() -> None:
     """Import transformers' losses without scipy: those for objects in pictures want its optimiser, 0.4 s of every worker."""
     from transformers import utils
 
-    is_scipy_available = utils.is_scipy_available
-    utils.is_scipy_available = lambda: False
+    names = vars(utils)
+    is_scipy_available = names["is_scipy_available"]
+    names["is_scipy_available"] = lambda: False
     try:
         import transformers.loss.loss_utils  # noqa: F401
     finally:
-        utils.is_scipy_available = is_scipy_available
+        names["is_scipy_available"] = is_scipy_available
 
 
 _import_bitsandbytes()
