@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import ray
 import ray.data
@@ -32,7 +32,7 @@ from medlora.evaluation.predictions import Prediction
 from medlora.evaluation.questions import Question
 from medlora.events import Event, Failed, Failure, OnEvent
 from medlora.on_ray.cluster import Cluster, quiet_ray_data
-from medlora.on_ray.inbox import Inbox, beside_driver, listen
+from medlora.on_ray.inbox import Inbox, listen
 from medlora.on_ray.placement import count_gpus, report_while_waiting
 from medlora.on_ray.workers.attempts import Attempts
 from medlora.on_ray.workers.failures import describe_exception, report_failure
@@ -40,9 +40,6 @@ from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
 from medlora.on_ray.workers.starting import enter_folder, importing
 from medlora.records import McqRecord
 from medlora.runs.disk_errors import explaining
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 log = logging.getLogger("medlora.run")
 
@@ -153,14 +150,20 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
         else:
             on_event(event)
 
-    attempts = ray.remote(**beside_driver())(Attempts).remote(most, placement.retries)
+    attempts = Attempts(most, placement.retries)
     failure: Exception | None = None
     waiting = report_while_waiting(placement, gpus, 1, "evaluation", begun.is_set, on_event)
     stalls = StallWatch(placement, "evaluation", on_event, log)
-    with listen(receive) as inbox, waiting, stalls.watching(), _stderr_to(actors.log_file), warnings.catch_warnings():
+    with (
+        listen(receive, attempts) as inbox,
+        waiting,
+        stalls.watching(),
+        _stderr_to(actors.log_file),
+        warnings.catch_warnings(),
+    ):
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        constructor = {"build": build, "attempts": attempts, "retries": placement.retries, "inbox": inbox}
+        constructor = {"build": build, "retries": placement.retries, "inbox": inbox}
         constructor["beat_s"] = find_beat_s(placement)
         answered = _map_batches(batches, placement, gpus, constructor)
         try:
@@ -168,8 +171,6 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
                 yield [unpack_prediction(prediction) for prediction in json.loads(row["predictions"])]
         except (ray.exceptions.RayError, RuntimeError) as error:
             failure = error
-        finally:
-            ray.kill(attempts)
     if refusals:
         raise InputError(refusals[0])
     if failure is not None:
@@ -218,19 +219,18 @@ class BatchAnswerer:
     def __init__(
         self,
         build: Callable[[], AnswersQuestions],
-        attempts: ActorHandle,
         retries: int,
         inbox: Inbox,
         beat_s: float = 5.0,
     ) -> None:
-        self.attempts, self.retries, self.inbox = attempts, retries, inbox
+        self.retries, self.inbox = retries, inbox
         inbox.put(events.loading())
         # For as long as the process lives: an actor of Ray Data is never notified that it is no longer needed.
         self.beating = beating(inbox, "the actor", beat_s)
         self.beating.__enter__()
         pulse.begin("loads the model", slow=True)
         try:
-            if not ray.get(attempts.begin_load.remote()):
+            if not inbox.call("begin_load"):
                 raise RuntimeError("the processes that load the model keep dying; see Ray's logs (out of memory?)")
             with explaining(Path.cwd()):
                 self.model = build()
@@ -240,7 +240,7 @@ class BatchAnswerer:
         except Exception as error:
             report_failure(inbox, error)
             raise
-        ray.get(attempts.end_load.remote())
+        inbox.call("end_load")
         pulse.begin("")
         inbox.put(events.ready(socket.gethostname(), getattr(self.model, "weights", "")))
 
@@ -262,7 +262,7 @@ class BatchAnswerer:
     def _answer_whole(self, batch: list[Question], stages: list[str]) -> list[Prediction] | None:
         """The batch's predictions, or None when it has to be taken apart."""
         key = name_batch(batch)
-        deaths = ray.get(self.attempts.begin.remote(key))
+        deaths = self.inbox.call("begin", key)
         try:
             if deaths >= _WHOLE_TRIES:
                 return None
@@ -274,20 +274,20 @@ class BatchAnswerer:
             self._note(f"a batch is asked one by one after {error!r}")
             return None
         finally:
-            ray.get(self.attempts.end.remote(key))
+            self.inbox.call("end", key)
 
     def _answer_one(self, question: Question, stages: list[str]) -> list[Prediction]:
         test, record = question
         pulse.begin(f"answers question {record.id} of {test}")
         key, reason = f"{test}/{record.id}", "its process died"
-        deaths = ray.get(self.attempts.begin.remote(key))
+        deaths = self.inbox.call("begin", key)
         try:
             if deaths < max(1, self.retries):
                 return self.model.answer([test], [record], stages)
         except Exception as error:  # it would come again
             reason = repr(error)
         finally:
-            ray.get(self.attempts.end.remote(key))
+            self.inbox.call("end", key)
         self._note(f"question {record.id} of {test} is reported as failed: {reason}")
         options = len(record.options)
         return [

@@ -233,7 +233,6 @@ def test_a_sweep_survives_its_trials_and_its_driver(
     space = {"phases.02.learning_rate": [1e-3, 5e-3, 1e30], "lora.r": [2, 8]}
     steps = {"max_steps": 40, "checkpoint_every_steps": 5, "log_every_steps": 1}
     more = {"search": "grid", "trials": 6, "start": str(finished), "dev": {"every_steps": 10}, "best": 2}
-    more |= {"concurrency": 1}
     config, out = write_sweep(tmp_path, bases, data, space, steps, **more), tmp_path / "sweep"
     ledger = out / "trials.jsonl"
 

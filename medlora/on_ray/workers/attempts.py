@@ -1,4 +1,4 @@
-"""What a question has cost; a module of its own, since its process needs nothing else."""
+"""What a question has cost; a module of its own, since the driver's mailbox, which keeps it, needs nothing else."""
 
 from __future__ import annotations
 

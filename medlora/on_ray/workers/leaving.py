@@ -51,16 +51,15 @@ def explain_leaving() -> str:
 
 def watch_inbox(inbox: Inbox) -> threading.Event:
     """The event that is set when the driver asks its workers to leave."""
-    name = inbox.actor._actor_id.hex()
-    if name in _WATCHED:
+    if inbox.name in _WATCHED:
         return _ASKED
 
     def wait() -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # the driver ended without asking
-            ray.get(inbox.actor.wait_to_leave.remote())
-            _ASKED.set()
+            if inbox.wait_to_leave():
+                _ASKED.set()
 
-    _WATCHED.add(name)
+    _WATCHED.add(inbox.name)
     threading.Thread(target=wait, name="medlora-leaving", daemon=True).start()
     return _ASKED
 
