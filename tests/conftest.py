@@ -31,6 +31,7 @@ ON_THE_SECOND_CLUSTER = {
     "test_safety.py",
     "test_early_scoring.py",
     "test_failures.py",
+    "test_answer_questions.py",
 }
 """Files whose tests share another cluster; test_safety.py looks for secrets in the logs that the sweeps left there."""
 
