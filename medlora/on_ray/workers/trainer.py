@@ -28,8 +28,8 @@ class PhaseTrainer(DataParallelTrainer):  # type: ignore[misc]
     """Ray Train without what a phase has no use for; each of its helpers is a process that imports Ray for 1.4 s or more.
 
     - The workers are led from the driver instead of an actor beside it. So nothing is left of a phase when its driver
-      dies, and no phase is lost by the death of a process that only leads.
-    - SIGINT is left to `endings`: Ray Train's handler prints nothing and always exits with 1.
+      dies, and no phase is lost by the death of a process that only leads. SIGINT stays with `endings`: Ray Train's own
+      handler, for an actor, prints nothing and always exits with 1.
     - No actor for datasets: none is given to it.
     - No cleaner of placement groups: Ray frees the group when the job ends. The cleaner asks to exit in a thread, so that
       a driver that dies leaves it behind for good (2.60).
