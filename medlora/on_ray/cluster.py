@@ -154,13 +154,14 @@ def _disconnect(started_here: bool) -> None:
     """Leave Ray; one that was started here ends with all its processes.
 
     They block SIGTERM, as this process does (`endings`), and Ray would wait a second for each: they are killed once this
-    process has left. Where a signal ends the job, it leaves without goodbye, and `endings` kills them.
+    process has left them. Killed before, they would take no last events of its tasks, for which Ray waits 5 s. Where a
+    signal ends the job, it leaves without goodbye, and `endings` kills them.
     """
     if endings.is_ending():
         return
 
     def kill() -> None:
-        while ray.is_initialized():
+        while hasattr(ray._private.worker.global_worker, "core_worker"):
             time.sleep(0.02)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
