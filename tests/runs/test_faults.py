@@ -59,15 +59,27 @@ def test_a_driver_may_fail_at_every_file_event_of_its_start(fault: str | int, co
         first, text = run_in_fork(lambda: _start(config, folder, Injector(folder, at, fault)), log)  # noqa: B023
         right = first == 137 if isinstance(fault, str) else is_one_message(first, text)
         assert right, (at, first, text)
-        again, text = run_in_fork(lambda: _start(config, folder), log)  # noqa: B023
-        assert again == 0, (at, text)
+        _start(config, folder)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs fail as they are finished; holds one that did not."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def events(config: Any, scratch: Path) -> list[tuple[str, str]]:
+    """The file events at the end of a phase."""
+    return list_events(config, "commit", scratch)
 
 
 @pytest.mark.parametrize("fault", [POWER, pytest.param("ENOSPC", marks=pytest.mark.slow)])
-def test_a_phase_may_fail_as_it_is_finished(fault: str, config: Any, tmp_path: Path) -> None:
-    events = list_events(config, "commit", tmp_path)
+def test_a_phase_may_fail_as_it_is_finished(
+    fault: str, config: Any, scratch: Path, events: list[tuple[str, str]]
+) -> None:
     assert ("fsync", "adapter_model.safetensors") in events
-    row = try_every_event(config, "commit", fault, tmp_path, every=len(events) // 4, events=events)
+    row = try_every_event(config, "commit", fault, scratch, every=len(events) // 4, events=events)
     assert row.wrong == [] and row.tried >= 4
 
 
