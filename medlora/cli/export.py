@@ -111,11 +111,14 @@ def main(argv: list[str] | None = None) -> int:
 def write(stage: Stage, arguments: argparse.Namespace) -> list[str]:
     """Write the export and its model card; returns what the user must know."""
     from medlora.curriculum.checks import find_stage_doubts
-    from medlora.drivers.export import Export, making, write_export
-    from medlora.drivers.lm_eval_tasks import read_tests
-    from medlora.model.base import locate_base
+    from medlora.on_ray.workers.starting import importing
     from medlora.reporting.hub.card import CardFacts, build_card
     from medlora.runs.manifests import CARD
+
+    with importing():
+        from medlora.drivers.export import Export, making, write_export
+        from medlora.drivers.lm_eval_tasks import read_tests
+        from medlora.model.base import locate_base
 
     config, base = stage.config, stage.config.base
     if arguments.base:

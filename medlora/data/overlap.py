@@ -112,15 +112,16 @@ class TestIndex:
         number = len(self.questions)
         shingles = _hash_shingles(_join_question(record))
         squeezed = _squeeze(record.question)
-        counted = Counter(_split_words(record.question))
+        stem = _split_words(record.question)
         options = frozenset(map(_squeeze, record.options))
-        self.questions.append(_Question(test, record.id, frozenset(shingles.tolist()), squeezed, counted, options))
+        self.questions.append(
+            _Question(test, record.id, frozenset(shingles.tolist()), squeezed, Counter(stem), options)
+        )
         self._stems.setdefault(squeezed, []).append(number)
         for key in self._name_exactly(record):
             self._exact.setdefault(key, []).append(number)
         self._options.setdefault(_hash_options(record), []).append(number)
         words = _split_words(f"{record.question} {' '.join(record.options)}")
-        stem = _split_words(record.question)
         for n in GRAMS:
             # A stem that is long enough identifies its question: a text may hold it without its options.
             grams = set(_list_grams(stem if len(stem) >= 2 * n else words, n))

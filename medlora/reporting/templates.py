@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,9 @@ def load_script(name: str) -> Script:
     return Script(Markup(text), f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}")
 
 
+@cache
 def make_environment() -> Any:
-    """The templates of the pages, everything escaped, with the filters that write numbers."""
+    """The templates of the pages, everything escaped, with the filters that write numbers; made and compiled once."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

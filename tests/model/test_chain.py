@@ -221,8 +221,10 @@ def test_a_saved_adapter_holds_its_own_tensors_alone(built: Built) -> None:
 
 
 SUBPROCESS = """
-import medlora.model  # first, as in a job: it quietens bitsandbytes, which PEFT imports
-import sys, torch
+import sys
+import medlora.answering.stage_model  # first, as in an actor: bitsandbytes, which PEFT imports, is quiet and compiles nothing
+assert not {"torch._inductor.compile_fx", "scipy.optimize"} & set(sys.modules)
+import torch
 from pathlib import Path
 from safetensors.torch import save_file
 from tests.model.test_chain import logits, load_chain, load_base, load_tokenizer, save_adapter, BaseModelConfig

@@ -122,9 +122,12 @@ def test_a_new_user_installs_and_plans(installed: Path, tmp_path: Path) -> None:
 def test_a_new_user_trains_talks_and_takes_the_model_away(
     installed: Path, bases: dict[str, str], data: Path, tmp_path: Path, local_ray: dict[str, str]
 ) -> None:
-    """init, plan, train, chat, export, and plain transformers: each command is the one that the step before it named."""
+    """init, plan, train, chat, export, and plain transformers: each command is the one that the step before it named.
+
+    With questions alone, `init` leaves one phase.
+    """
     (tmp_path / "data").mkdir()
-    for name in ("text", "pairs", "mcq", "dev"):
+    for name in ("mcq", "dev"):
         shutil.copyfile(data / f"{name}.jsonl", tmp_path / "data" / f"{name}.jsonl")
     rows = [json.loads(line) for line in (data / "dev.jsonl").read_text(encoding="utf-8").splitlines()]
     test = [json.dumps({**row, "id": f"t{row['id']}"}, ensure_ascii=False) for row in rows]
@@ -138,11 +141,11 @@ def test_a_new_user_trains_talks_and_takes_the_model_away(
         "evaluation.scoring=letter",
     ]
     settings += ["phase_defaults.max_steps=2", "placement.gpus_per_worker=0", "placement.cpus_per_worker=1"]
-    settings += [f"phases.{phase}.validation=null" for phase in ("01", "02")]
+    settings += ["phases.02.validation=null"]
     chosen = ["--config", "mine.yaml", *(part for setting in settings for part in ("--set", setting))]
     assert "02" in run_installed(installed, tmp_path, "plan", *chosen)
     trained = run_installed(installed, tmp_path, "train", *chosen, "--run-dir", "runs/mine", env=local_ray)
-    assert "phase 3 of 3" in trained and "next: medlora export runs/mine:02 out" in trained
+    assert "phase 1 of 1" in trained and "next: medlora export runs/mine:02 out" in trained
     typed = "/mcq\n인슐린 은 어디 에서 나온다?\nA. 췌장\nB. 해열\n\n"
     talked = run_installed(installed, tmp_path, "chat", "runs/mine:02", typed=typed)
     assert re.findall(r"^[* ] ([A-Z]) +[\d.]+%", talked, flags=re.M) == ["A", "B"]

@@ -86,7 +86,10 @@ def test_the_policy_allows_its_own_script_alone(tmp_path: Path) -> None:
     assert not re.search(r"https?://|url\(|@import| on\w+=", html)
 
 
-def make_large(text: str) -> tuple[list[Prediction], list[McqRecord]]:
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of 3,009 questions and four stages whose answers are too long to be shown whole."""
+    text = "<근거> 발열이 있다. & " * 200
     question = "65세 남자가 3일 전부터 시작된 발열과 기침으로 병원에 왔다. 혈압은 정상이었다. " * 8
     records = [McqRecord(f"q{i}", question, (question[:60],) * 5, "A", f"과목 {i % 20}") for i in range(3009)]
     predictions = [
@@ -94,14 +97,12 @@ def make_large(text: str) -> tuple[list[Prediction], list[McqRecord]]:
         for n, stage in enumerate(("base", "00", "01", "02"))
         for i, r in enumerate(records)
     ]
-    return predictions, records
+    return write(tmp_path_factory.mktemp("exam"), predictions, {"t": records})
 
 
-def test_a_whole_exam_of_four_stages_stays_below_15_megabytes(tmp_path: Path) -> None:
-    predictions, records = make_large("<근거> 발열이 있다. & " * 200)
-    html = write(tmp_path, predictions, {"t": records})
-    assert 3_000_000 < len(html.encode()) < 15_000_000
-    assert len(get_cards(html)) == 3009 and re.search(r"Raw answers are cut after \d+ characters", html)
+def test_a_whole_exam_of_four_stages_stays_below_15_megabytes(exam: str) -> None:
+    assert 3_000_000 < len(exam.encode()) < 15_000_000
+    assert len(get_cards(exam)) == 3009 and re.search(r"Raw answers are cut after \d+ characters", exam)
 
 
 def test_what_cannot_fit_is_left_out_from_the_end_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,11 +156,9 @@ def test_a_browser_runs_the_filters_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-def test_a_whole_exam_opens_quickly(tmp_path: Path) -> None:
-    predictions, records = make_large("근거: 발열이 있다. " * 20)
-    html = write(tmp_path, predictions, {"t": records})
+def test_a_whole_exam_opens_quickly(exam: str, tmp_path: Path) -> None:
     measure = "<script>document.body.dataset.ms = Math.round(performance.now())</script></body>"
-    html = re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", measure)
+    html = re.sub(r"<meta http-equiv[^>]*>", "", exam).replace("</body>", measure)
     (tmp_path / "timed.html").write_text(html, encoding="utf-8")
     began = time.monotonic()
     dom, _ = open_in_browser(tmp_path / "timed.html", tmp_path / "profile")

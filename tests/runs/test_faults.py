@@ -42,7 +42,7 @@ def _start(config: Any, folder: Path, injector: Injector | None = None) -> None:
         begin(config, run, None, lambda event: None)
     if injector:
         injector.on = False
-        print("EVENTS", len(injector.events))
+        print("EVENTS", *(kind for kind, _ in injector.events))
 
 
 @pytest.mark.parametrize(
@@ -52,22 +52,35 @@ def test_a_driver_may_fail_at_every_file_event_of_its_start(fault: str | int, co
     log = tmp_path / "log"
     _start(config, tmp_path / "warm")
     status, text = run_in_fork(lambda: _start(config, tmp_path / "dry", Injector(tmp_path / "dry", None)), log)
-    events = int(text.rpartition("EVENTS ")[2])
-    assert status == 0 and events > 20
-    for at in range(1, events + 1):
+    kinds = text.rpartition("EVENTS ")[2].split()
+    assert status == 0 and len(kinds) > 20 and "write" in kinds
+    # Where nothing is written, a torn write is the death that is tried first.
+    for at in [at for at, kind in enumerate(kinds, 1) if fault != TEAR or kind == "write"]:
         folder = tmp_path / str(at)
         first, text = run_in_fork(lambda: _start(config, folder, Injector(folder, at, fault)), log)  # noqa: B023
         right = first == 137 if isinstance(fault, str) else is_one_message(first, text)
         assert right, (at, first, text)
-        again, text = run_in_fork(lambda: _start(config, folder), log)  # noqa: B023
-        assert again == 0, (at, text)
+        _start(config, folder)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs fail as they are finished; holds one that did not."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def events(config: Any, scratch: Path) -> list[tuple[str, str]]:
+    """The file events at the end of a phase."""
+    return list_events(config, "commit", scratch)
 
 
 @pytest.mark.parametrize("fault", [POWER, pytest.param("ENOSPC", marks=pytest.mark.slow)])
-def test_a_phase_may_fail_as_it_is_finished(fault: str, config: Any, tmp_path: Path) -> None:
-    events = list_events(config, "commit", tmp_path)
+def test_a_phase_may_fail_as_it_is_finished(
+    fault: str, config: Any, scratch: Path, events: list[tuple[str, str]]
+) -> None:
     assert ("fsync", "adapter_model.safetensors") in events
-    row = try_every_event(config, "commit", fault, tmp_path, every=len(events) // 4, events=events)
+    row = try_every_event(config, "commit", fault, scratch, every=len(events) // 4, events=events)
     assert row.wrong == [] and row.tried >= 4
 
 

@@ -28,7 +28,6 @@ from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import check_files, commit, read_manifest
 from medlora.runs.object_store import Objects
 from tests.support import ROOT
-from tests.support.curriculum import two_phases
 from tests.support.store_server import BUCKET, GoogleStore, Rule, Store, run_env
 
 
@@ -410,15 +409,16 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     store: Store,
     bases: dict[str, str],
     data: Path,
-    undisturbed: Path,
+    finished: Path,
     tmp_path: Path,
     local_ray: dict[str, str],
     uri: str,
 ) -> None:
     """Its first stages are scored while later phases train; the predictions are those of one pass over all stages."""
-    from tests.support.tiny_run import weights
+    from tests.support.tiny_run import configure, weights
 
-    config = two_phases(bases, data, checkpoint_every_steps=50).model_dump(mode="json")
+    two = configure(bases["gemma"], data)
+    config = two.model_copy(update={"phases": two.phases[:2]}).model_dump(mode="json")
     shutil.copy(data / "mcq.jsonl", tmp_path / "test.jsonl")
     config["evaluation"] = {"tests": [{"name": "mcq", "source": str(tmp_path / "test.jsonl")}], "batch_size": 8}
     config["evaluation"]["beside_training"] = True
@@ -427,7 +427,15 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     arguments = ("--config", str(tmp_path / "c.yaml"))
     home, other = tmp_path / "home", tmp_path / "other"
     env = run_env(store, home) | local_ray
-    store.rule = fail("503", "optimizer.pt", 2)
+    stumble = fail("503", "optimizer.pt", 2)
+
+    def dawdle(method: str, path: str, count: int) -> str | None:
+        """Phase 01 is a few steps, and scoring must have time beside it."""
+        if method == "PUT" and "phases/01/checkpoints" in path and "optimizer.pt" in path:
+            time.sleep(2)
+        return stumble(method, path, count)
+
+    store.rule = dawdle
     said = run_job("curriculum", env, *arguments)
     assert f"run: {uri}/tiny\n" in said
     early, there = (
@@ -438,10 +446,10 @@ def test_a_curriculum_and_an_evaluation_live_in_the_store(
     evaluation = RunConfig.model_validate(config).evaluation
     assert evaluation
     predictions = store.read(key(uri, "tiny/evaluation/predictions.parquet"))
-    assert predictions == answer_in_one_pass(bases["gemma"], undisturbed, evaluation, tmp_path)
+    assert predictions == answer_in_one_pass(bases["gemma"], finished, evaluation, tmp_path)
     for phase in ("00", "01"):
         name = f"tiny/phases/{phase}/adapter/adapter_model.safetensors"
-        assert store.read(key(uri, name)) == weights(undisturbed, phase)
+        assert store.read(key(uri, name)) == weights(finished, phase)
     kept = store.list(key(uri, "tiny/"))
     assert {key(uri, f"tiny/{name}") for name in ("run.json", "run.log", "data.json", "config.yaml")} <= set(kept)
     assert key(uri, "tiny/evaluation/report.html") in kept and key(uri, "tiny/evaluation/manifest.json") in kept

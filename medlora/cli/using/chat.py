@@ -42,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quantization:
         base = base.model_copy(update={"quantization": arguments.quantization})
     from medlora.curriculum.checks import check_adapters
+    from medlora.on_ray.workers.starting import importing
 
     check_adapters(base, stages)
     print("loading the base ...", file=sys.stderr)
-    from medlora.answering.chat import Chat
-    from medlora.model.base import locate_base
-
+    with importing():
+        from medlora.answering.chat import Chat
+        from medlora.model.base import locate_base
     chat = Chat(locate_base(base, cache, seed), stages, arguments.max_tokens)
     chat.switch(stage)
     print(f"stage {stage} of {', '.join(stages)}. {_HELP}", file=sys.stderr)

@@ -224,7 +224,7 @@ def _read_choice(cell: str, letters: str) -> str | None:
         return None
     behind = found["text"] or ""
     marked = bool(re.search(r"[번)\]}>.:]\s*\Z", text[: found.start("text")])) if behind else True
-    if not marked or parse(f"정답: {text}", letters) is None and behind:
+    if not marked or behind and parse(f"정답: {text}", letters) is None:
         return None
     place = (
         int(found["number"]) - 1
