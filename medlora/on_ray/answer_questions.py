@@ -163,8 +163,7 @@ def answer_on_ray(batches: Sequence[Batch], build: Build, actors: Actors) -> Ite
     ):
         # Ray 2.60 deprecates free remote arguments and has no other way to let an actor come back.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        constructor = {"build": build, "retries": placement.retries, "inbox": inbox}
-        constructor["beat_s"] = find_beat_s(placement)
+        constructor = {"build": build, "retries": placement.retries, "inbox": inbox, "beat_s": find_beat_s(placement)}
         answered = _map_batches(batches, placement, gpus, constructor)
         try:
             for row in answered.iter_rows():
