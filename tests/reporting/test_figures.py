@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
 from medlora.evaluation.predictions import Prediction
 from medlora.reporting.report import build_report
+from medlora.reporting.results import files
 from medlora.reporting.results.drawings import Drawings
 from medlora.reporting.results.figures import write_figures
 from medlora.reporting.results.files import write_results
@@ -80,3 +85,21 @@ def test_the_page_links_to_the_figures_beside_it(tmp_path: Path) -> None:
     )
     write_results(tmp_path, report, TWO_TESTS, {})
     assert {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == first
+
+
+def test_runs_side_by_side_are_drawn_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib's settings are the process's: what one thread sets, the other would draw with."""
+    drawing: list[Path] = []
+
+    def linger(folder: Path, report: Any) -> None:
+        drawing.append(folder)
+        time.sleep(0.05)
+        assert drawing == [folder]
+        drawing.remove(folder)
+
+    monkeypatch.setattr(files, "write_tables", linger)
+    report = build_report(TWO_TESTS, {}, seed=0)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: write_results(tmp_path / name, report, TWO_TESTS, {}), ("a", "b")))
+    pages = [(tmp_path / name / "report.html").read_bytes() for name in ("a", "b")]
+    assert pages[0] == pages[1]
