@@ -156,7 +156,7 @@ def test_the_readme_s_job_and_an_evaluation_work_on_more_than_one_host(
 
     # In more batches than one actor answers before the other has loaded its model.
     tests = [{"name": "mcq", "source": str(data / "mcq.jsonl")}]
-    evaluation = {"tests": tests, "scoring": "generate", "max_tokens": 40, "batch_size": 1}
+    evaluation = {"tests": tests, "scoring": "generate", "max_tokens": 60, "batch_size": 1}
     stages = ["/shared/runs/first:base,01"]
     about = {"name": "e", "base": {"model": bases["gemma"]}, "stages": stages, "evaluation": evaluation}
     about |= {"placement": {"workers": 2}}

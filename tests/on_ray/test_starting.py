@@ -20,7 +20,6 @@ def test_the_collector_waits_for_the_imports_and_leaves_what_they_made_alone(mon
 
 def test_what_a_process_has_made_since_its_imports_is_still_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", sys)
-    before = gc.get_freeze_count()
+    monkeypatch.setattr(gc, "freeze", lambda: pytest.fail("what a trial has left would stay"))
     with importing():
         assert gc.isenabled()
-    assert gc.get_freeze_count() <= before  # fewer, where what a test has imported is gone

@@ -36,7 +36,7 @@ class PhaseTrainer(DataParallelTrainer):  # type: ignore[misc]
     """
 
     def _initialize_and_run_controller(self, **given: object) -> Result:
-        # What it logs as an error it also raises, and the run's log has it then; the terminal is the driver's.
+        # What it logs as an error it also raises; the terminal is the driver's.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         controller = _Controller(**given)
         asyncio.run(controller.run())
