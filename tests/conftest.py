@@ -36,6 +36,9 @@ ON_THE_SECOND_CLUSTER = {
 }
 """Files whose tests share another cluster; test_safety.py looks for secrets in the logs that the sweeps left there."""
 
+WAITING = {"test_mirror.py", "test_store_deaths.py", "test_endings.py"}
+"""Files whose tests mostly wait: together and early, while those on a cluster have work for both cores."""
+
 UNWATCHED = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """Without Ray Train's process that watches, in every phase, for nodes that are taken away: test_nodes.py has it."""
 
@@ -169,6 +172,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(group)
         elif "local_ray" in needs:
             item.add_marker(pytest.mark.cluster)
+        if item.path.name in WAITING:
+            item.add_marker(pytest.mark.xdist_group("waiting"))
         if "gpu" in needs:
             item.add_marker(pytest.mark.gpu)
         if "gpu" in item.keywords and not config.getoption("--run-gpu"):

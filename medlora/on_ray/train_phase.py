@@ -113,7 +113,8 @@ class _Training:
         self.job, self.run, self.placement, self.cluster = job, run, placement, cluster
         self.on_event, self.watcher = on_event, watcher
         self.phase, self.gpus = job.phase.name, count_gpus(placement, cluster)
-        self.stalls = StallWatch(placement, self.phase, on_event, logging.getLogger(f"medlora.run.{run.name}"))
+        self.log = logging.getLogger(f"medlora.run.{run.name}")
+        self.stalls = StallWatch(placement, self.phase, on_event, self.log)
         self.saved, self.begun, self.leaving = threading.Event(), threading.Event(), threading.Event()
         self.refusals: list[str] = []
         self.reasons: list[str] = []
@@ -176,6 +177,7 @@ class _Training:
                     self.failure = error
                     return
                 deaths += 1
+                self.log.warning("phase %s: %s", self.phase, error)
                 self.failed.clear()  # of a worker that lost another one; the next attempt reports for itself
                 self.note(f"{died}; attempt {deaths} of {self.placement.retries} to resume from the last checkpoint")
             finally:

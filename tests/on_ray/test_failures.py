@@ -322,6 +322,8 @@ def test_a_worker_that_dies_each_time_is_given_up_in_one_line(
     )
     assert said.startswith("phase 00: worker 0 died, after 1 retries (placement.retries)") and "\n" not in said
     assert tries == {0: 2} and any("worker 0 died; attempt 1 of 1" in note for note in notes)
+    # What Ray knows about each death, also of those that are retried.
+    assert (tmp_path / "run" / "run.log").read_text().count("phase 00: Training failed due to worker errors:") == 2
 
 
 def test_a_stopped_worker_and_a_deadlock_are_reported_with_a_stack_and_retried(
