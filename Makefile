@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Python compiles what it imports when it first does; pip would compile all 21,000 files, of which a run needs a fifth.
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Where the environment forbids Python to keep what it compiles, each process of a run would do it again, for 7 s.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile,--no-compile)
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check $(COMPILE) -c constraints.txt
 # Where the real model is, or goes to; tests on real weights run where the environment names it.
 MEDLORA_REAL_MODEL ?= models/smollm2-135m-instruct
 # Two workers on a laptop's two cores; tests that share a cluster or hosts stay together on one of them.
