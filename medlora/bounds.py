@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import UnionType
+from typing import IO, TypeVar
 
 from medlora.errors import InputError
+
+_Part = TypeVar("_Part")
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line; a document of MAX_TEXT_CHARS in Korean fits."""
@@ -47,7 +50,7 @@ def clean(text: str, chars: int = _SHOWN_CHARS) -> str:
     return shown + (f"... and {len(text) - chars:,} characters more" if len(text) > chars else "")
 
 
-def list_names(names: Any) -> str:
+def list_names(names: Iterable[object]) -> str:
     """Names of columns, the first of them, for a message."""
     names = list(names)
     shown = ", ".join(clean(str(name), 60) for name in names[:_SHOWN_NAMES])
@@ -73,7 +76,7 @@ def bound_row(row: object, chars: int = _ROW_CHARS) -> object:
             room[0] -= len(value)
         return value
 
-    def take(parts: Any) -> Iterator[Any]:
+    def take(parts: Iterable[_Part]) -> Iterator[_Part]:
         for part in parts:
             if room[1] <= 0:
                 return
@@ -107,6 +110,10 @@ def check_growth(name: str, packed: int, unpacked: int) -> None:
 
 def name_type(value: object) -> str:
     """What a message calls the kind of a value."""
-    kinds: list[tuple[Any, str]] = [(type(None), "nothing"), (bool, "true or false"), (int | float, "a number")]
+    kinds: list[tuple[type | UnionType, str]] = [
+        (type(None), "nothing"),
+        (bool, "true or false"),
+        (int | float, "a number"),
+    ]
     kinds += [(str, "a text"), (Mapping, "a mapping"), (list | tuple, "a list")]
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)

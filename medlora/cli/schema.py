@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from medlora.config.evaluation import EvaluateConfig
 from medlora.config.loading.files import schema
 from medlora.config.sweep import SweepConfig
 
 
-def make_schema(config: str) -> dict[str, Any]:
+def make_schema(config: str) -> dict[str, object]:
     """The schema of a `train`, `evaluate` or `sweep` config."""
     if config == "train":
         return schema()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -44,9 +44,9 @@ class BaseModelConfig(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, object]:
         # Dumps are in the fingerprints of finished runs, which knew no other threshold and dequantized nothing.
-        dumped: dict[str, Any] = serialise(self)
+        dumped: dict[str, object] = serialise(self)
         for name, usual in (("int8_threshold", LLM_INT8_THRESHOLD), ("dequantize", False)):
             if dumped.get(name) == usual:
                 del dumped[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -117,7 +117,7 @@ class PhaseConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_numbers(cls, given: Any) -> Any:
+    def _fill_numbers(cls, given: object) -> object:
         # Either number alone means what it meant before there was `global_batch`.
         if not isinstance(given, dict) or given.get("global_batch") is not None:
             return given
@@ -139,9 +139,9 @@ class PhaseConfig(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, object]:
         # Dumps stand in the records of finished runs: a key that came later must not make them look changed.
-        dumped: dict[str, Any] = serialise(self)
+        dumped: dict[str, object] = serialise(self)
         optional = ("description", "global_batch", "accumulation")
         return {key: value for key, value in dumped.items() if key not in optional or value}
 
@@ -170,7 +170,7 @@ class SettledPhase(PhaseConfig):
     """Whether a dry run may raise `batch_size`, the global batch staying what it is."""
 
 
-def name_as_before(phase: dict[str, Any]) -> None:
+def name_as_before(phase: dict[str, object]) -> None:
     """Write the default of `batch_size` into a dumped phase as fingerprints have it: 2 and 16, the same global batch."""
     if phase.get("batch_size") == "auto" and phase.get("global_batch") in (None, GLOBAL_BATCH):
         phase.pop("global_batch", None)

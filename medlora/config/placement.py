@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -42,10 +42,10 @@ class Placement(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, object]:
         # As for sources: sweeps that are finished hold a dump of their phases' placements in their fingerprints.
         later = {"stall_s": 600, "stall_kill_s": None, "grace_s": 20.0}
-        dumped: dict[str, Any] = serialise(self)
+        dumped: dict[str, object] = serialise(self)
         return {key: value for key, value in dumped.items() if key not in later or value != later[key]}
 
     @property

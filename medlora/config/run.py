@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -32,9 +32,9 @@ class RunConfig(Section):
     """Also show losses there; servers and keys come from the environment. Without a key W&B writes files for `wandb sync`."""
 
     @model_serializer(mode="wrap")
-    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, object]:
         # As for sources: dumps are in the fingerprints of sweeps that are finished.
-        dumped: dict[str, Any] = serialise(self)
+        dumped: dict[str, object] = serialise(self)
         if not dumped.get("report_to"):
             dumped.pop("report_to", None)
         return dumped

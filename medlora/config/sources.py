@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -78,11 +78,11 @@ class SourceConfig(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, object]:
         # Dumps are part of the fingerprints of finished runs: a key that came later must not make them look changed.
         later = {"adaptor": None, "columns": None, "unicode": "keep", "licence": None, "sample": None}
         later |= {"encoding": "auto", "separator": "auto"}
-        dumped: dict[str, Any] = serialise(self)
+        dumped: dict[str, object] = serialise(self)
         return {key: value for key, value in dumped.items() if key not in later or value != later[key]}
 
 

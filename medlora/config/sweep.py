@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -62,7 +62,7 @@ class SweepConfig(Section):
     """The phases that every trial trains, in a row; unset = the last one. A trial is scored in the last of them."""
     start: str | None = None
     """A run whose finished earlier phases every trial starts from; unset = they are trained once, in the sweep's folder."""
-    space: dict[str, str | list[Any]]
+    space: dict[str, str | list[object]]
     """Keys of the run config and what they may be: `choice [8, 16]`, `uniform 0 0.1`, `loguniform 5e-5 5e-4`, `int 1 8`."""
     search: Literal["tpe", "random", "grid"] = "tpe"
     """`tpe`: Optuna's tree-structured Parzen estimator."""
@@ -82,7 +82,7 @@ class SweepConfig(Section):
 
     @field_validator("space", mode="before")
     @classmethod
-    def _check_space(cls, space: Any) -> Any:
+    def _check_space(cls, space: object) -> object:
         for key, text in space.items() if isinstance(space, dict) else ():
             if not isinstance(text, str | list):
                 raise ValueError(f"{key} is {json.dumps(text, default=str)}, which is no domain; write {KINDS}")

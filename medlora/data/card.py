@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from medlora.config.run import RunConfig
 from medlora.config.sources import DataConfig, SourceConfig
@@ -291,7 +291,7 @@ def _list_texts(record: Record) -> Iterator[str]:
         yield from (record.english, record.korean)
 
 
-def _describe_pairs(survey: _Survey) -> list[dict[str, Any]]:
+def _describe_pairs(survey: _Survey) -> list[dict[str, object]]:
     return [
         {**asdict(hit), "where": where, "training_text": training, "question_text": question}
         for hit, (where, training, question) in zip(survey.overlaps, survey.excerpts, strict=False)

@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy
 
 from medlora.records import McqRecord, Record, TextRecord
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 Kind = Literal["exact", "ngram", "near"]
 
@@ -269,7 +272,7 @@ def _hash_shingles(text: str) -> numpy.ndarray:
 
 
 @cache
-def _make_empty_sketch() -> Any:
+def _make_empty_sketch() -> MinHash:
     """What every sketch starts as: to draw its permutations takes longer than to sketch a question with them."""
     from datasketch import MinHash
 

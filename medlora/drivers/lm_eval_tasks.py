@@ -109,13 +109,13 @@ class _Prompts:
 
 def _make_line(record: McqRecord, prompt: str) -> str:
     """A question in columns that `medlora compare` reads again, with what the harness asks."""
-    row: dict[str, Any] = {"id": record.id, "subject": record.subject, "question": record.question}
+    row: dict[str, object] = {"id": record.id, "subject": record.subject, "question": record.question}
     row |= {"options": list(record.options), "answer": record.answer, "prompt": prompt}
     row |= {"letters": list(record.letters), "target": record.letters.index(record.answer)}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _make_task(name: str, file: str, space: str) -> dict[str, Any]:
+def _make_task(name: str, file: str, space: str) -> dict[str, object]:
     return {
         "task": name,
         "tag": TAG,

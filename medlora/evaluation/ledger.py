@@ -69,7 +69,7 @@ def name_answer(prediction: Prediction) -> Answered:
     return (prediction.stage, prediction.test, prediction.id)
 
 
-def pack_prediction(prediction: Prediction) -> dict[str, Any]:
+def pack_prediction(prediction: Prediction) -> dict[str, object]:
     """A prediction as plain values for JSON."""
     return asdict(prediction)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -110,7 +110,7 @@ def _find_questions(folder: Path) -> dict[tuple[str, str], McqRecord]:
     return found
 
 
-def _describe_phase(path: Path) -> dict[str, Any] | None:
+def _describe_phase(path: Path) -> dict[str, object] | None:
     """A phase's row; None where it is not finished."""
     manifest = read_mapping(path / MANIFEST)
     if manifest is None:
@@ -126,6 +126,6 @@ def _describe_phase(path: Path) -> dict[str, Any] | None:
     }
 
 
-def _read_lines(phases: list[Path], name: str) -> Iterator[dict[str, Any]]:
+def _read_lines(phases: list[Path], name: str) -> Iterator[dict[str, object]]:
     for path in phases:
         yield from ({"phase": path.name, **row} for row in read_json_lines(path / name))

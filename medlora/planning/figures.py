@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from medlora.planning.lengths import SourceLengths
 
@@ -88,6 +87,6 @@ class RunPlan:
         known = [phase.seconds for phase in self.phases if phase.is_left]
         return None if None in known else sum(seconds or 0 for seconds in known)
 
-    def as_plain(self) -> dict[str, Any]:
+    def as_plain(self) -> dict[str, object]:
         """The plan as plain values for JSON."""
         return {**asdict(self), "disk_bytes": self.disk_bytes, "seconds": self.seconds}

@@ -124,12 +124,12 @@ class Ledger:
         ended = sum(trial.ended for trial in self.trials.values())
         return f"{ended} of {len(self.trials)} trials are over; the same command resumes the others"
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, object]) -> None:
         line["time"] = round(time.time(), 3)
         append_json(self.path, line)
         self._take(line)
 
-    def _accept(self, line: Mapping[str, Any]) -> bool:
+    def _accept(self, line: Mapping[str, object]) -> bool:
         """Take a line that makes sense after those before it; a damaged one of an older file, without checksum, may not."""
         known = line.get("trial") in self.trials
         number = isinstance(line.get("time"), int | float)

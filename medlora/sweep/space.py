@@ -32,13 +32,13 @@ _DIGITS = 4
 class Choice:
     """One of several values."""
 
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
 
-    def list_probes(self) -> dict[str, Any]:
+    def list_probes(self) -> dict[str, object]:
         """Values that represent all, and what they are called in a message: here all of them."""
         return {json.dumps(value, ensure_ascii=False): value for value in self.values}
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         """Whether the value is in the domain."""
         return value in self.values
 
@@ -52,11 +52,11 @@ class Range:
     log: bool = False
     whole: bool = False
 
-    def list_probes(self) -> dict[str, Any]:
+    def list_probes(self) -> dict[str, object]:
         """The two ends."""
         return {f"{self.low:g}, the lower end,": self.low, f"{self.high:g}, the upper end,": self.high}
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         """Whether the value is in the domain."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
@@ -74,7 +74,7 @@ Params = Mapping[str, Any]
 """A value for every key of a space."""
 
 
-def parse_domain(key: str, text: Any) -> Domain:
+def parse_domain(key: str, text: object) -> Domain:
     """`choice [8, 16]`, `uniform 0 0.1`, `loguniform 5e-5 5e-4`, `int 1 8`, `logint 1 64` or a list; raises InputError."""
     at = f"space.{key}"
     if isinstance(text, list):
@@ -101,7 +101,7 @@ def parse_domain(key: str, text: Any) -> Domain:
     return Range(low, high, log, whole)
 
 
-def _make_choice(at: str, values: Any) -> Choice:
+def _make_choice(at: str, values: object) -> Choice:
     if not isinstance(values, list) or not values:
         raise InputError(f"{at}: a choice needs a list of values, as in `choice [8, 16, 32]`; found {values!r}")
     if len({json.dumps(value) for value in values}) < len(values):
@@ -187,7 +187,7 @@ def _find_phase(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def _set_batch(phase: dict[str, Any], key: str, total: Any) -> None:
+def _set_batch(phase: dict[str, Any], key: str, total: object) -> None:
     """Forward passes stay at most as large as they were, and as few as can be."""
     if not isinstance(total, int) or total < 1:
         raise InputError(f"{key}: a global batch is a whole number of sequences, found {total!r}")
@@ -199,7 +199,7 @@ def _set_batch(phase: dict[str, Any], key: str, total: Any) -> None:
     phase["batch_size"], phase["accumulation"] = size, total // size
 
 
-def _set_share(raw: dict[str, Any], parents: Sequence[str], key: str, share: Any) -> None:
+def _set_share(raw: dict[str, Any], parents: Sequence[str], key: str, share: object) -> None:
     """The source's weight for this share of the phase's sources; the ratios of the others do not change."""
     source, sources = find_node(raw, parents), find_node(raw, parents[:-1])
     if any(each.get("weight") is None for each in sources) or len(sources) < 2:
@@ -259,7 +259,7 @@ def validate(raw: Mapping[str, object]) -> RunConfig:
         raise InputError("; ".join(explain(error, RunConfig))) from None
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """A value as tables show it: short numbers, lists without quotes."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return re.sub(r"[\"']", "", json.dumps(value, ensure_ascii=False))

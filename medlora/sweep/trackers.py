@@ -112,7 +112,7 @@ class _EventFile:
     def __init__(self, events: Any, failures: list[OSError]) -> None:
         self.events, self.failures = events, failures
 
-    def write_event(self, event: Any) -> None:
+    def write_event(self, event: object) -> None:
         """Write one event, unless an earlier one could not be written."""
         self._try(lambda: self.events.write_event(event))
 
@@ -120,7 +120,7 @@ class _EventFile:
         """Write what is pending."""
         self._try(self.events.flush)
 
-    def _try(self, act: Callable[[], Any]) -> None:
+    def _try(self, act: Callable[[], object]) -> None:
         if not self.failures:
             try:
                 act()
@@ -173,7 +173,7 @@ class _Mlflow:
 
         self._try(trial, act)
 
-    def _try(self, trial: Trial, act: Any) -> None:
+    def _try(self, trial: Trial, act: Callable[[str], object]) -> None:
         if self.lost:
             return
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
@@ -27,7 +26,7 @@ class ConfigText:
         """Whether the text has that key, or a list item of that name."""
         return self._find(path) is not None
 
-    def put(self, path: Sequence[str], value: Any) -> None:
+    def put(self, path: Sequence[str], value: object) -> None:
         """Give a key another value; a list of mappings gets a line an item. A comment behind a single value stays.
 
         A key that is not there is added as the last one of its parent. Raises InputError where there is no such parent.
@@ -105,14 +104,14 @@ def _name(item: yaml.Node) -> str | None:
     return next((str(value.value) for key, value in pairs if key.value == "name"), None)
 
 
-def _write(key: str, value: Any, column: int) -> list[str]:
+def _write(key: str, value: object, column: int) -> list[str]:
     indent = " " * column
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return [f"{indent}{key}:", *(f"{indent}  - {_flow(item)}" for item in value)]
     return [f"{indent}{key}: {_flow(value)}"]
 
 
-def _flow(value: Any) -> str:
+def _flow(value: object) -> str:
     """A value on one line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]

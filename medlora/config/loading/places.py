@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import yaml
 
@@ -61,7 +60,9 @@ def find_lines(root: yaml.Node | None) -> dict[KeyPath, int]:
         if depth > 20:
             return
         if isinstance(node, yaml.SequenceNode):
-            pairs: Iterable[tuple[int | str, Any, object]] = ((i, part, part) for i, part in enumerate(node.value))
+            pairs: Iterable[tuple[int | str, yaml.Node, yaml.Node]] = (
+                (i, part, part) for i, part in enumerate(node.value)
+            )
         elif isinstance(node, yaml.MappingNode):
             pairs = ((key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
         else:
@@ -77,7 +78,9 @@ def find_lines(root: yaml.Node | None) -> dict[KeyPath, int]:
 class Places:
     """Where the keys of a config are: in its file, in `phase_defaults`, or on the command line."""
 
-    def __init__(self, text: str, raw: Mapping[str, object], overrides: Iterable[str], loader: Any) -> None:
+    def __init__(
+        self, text: str, raw: Mapping[str, object], overrides: Iterable[str], loader: type[yaml.SafeLoader]
+    ) -> None:
         self._raw = raw
         self._set = {override.partition("=")[0].strip() for override in overrides}
         try:

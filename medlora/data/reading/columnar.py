@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from medlora.bounds import MAX_COLUMNS, MAX_LINE_BYTES, check_growth, clean
 from medlora.data.reading.formats import FileRow
 from medlora.errors import InputError
 from medlora.runs.object_store import is_store, open_store
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow import parquet
 
 _ROWS = 1024
 
@@ -48,7 +52,7 @@ def read_parquet(name: str) -> Iterator[FileRow]:
         raise InputError(f"{name}: is no readable parquet file: {reason}") from None
 
 
-def _measure(metadata: Any) -> tuple[int, list[str]]:
+def _measure(metadata: parquet.FileMetaData) -> tuple[int, list[str]]:
     """The most bytes that one row can have, and the columns of which each value may be that long: texts at the top level."""
     worst, texts = 0, dict[str, None]()
     for i in range(metadata.num_row_groups):
@@ -61,7 +65,7 @@ def _measure(metadata: Any) -> tuple[int, list[str]]:
     return worst, list(texts)
 
 
-def _find_packed(file: Any, number: int) -> int:
+def _find_packed(file: parquet.ParquetFile, number: int) -> int:
     """Bytes in the file of the row groups up to the one that holds row `number`, from 0."""
     packed = rows = 0
     for i in range(file.metadata.num_row_groups):
@@ -73,13 +77,13 @@ def _find_packed(file: Any, number: int) -> int:
     return packed
 
 
-def _mean(file: Any) -> int:
+def _mean(file: parquet.ParquetFile) -> int:
     """Bytes of a row on average, in the row group where rows are largest."""
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     return max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
 
 
-def _count_bytes(batch: Any) -> int:
+def _count_bytes(batch: pyarrow.RecordBatch) -> int:
     """How large the rows of a batch are once every word of a dictionary is written out."""
     import pyarrow
     from pyarrow import compute
@@ -94,7 +98,7 @@ def _count_bytes(batch: Any) -> int:
     return whole
 
 
-def _take_rows(batch: Any) -> Iterator[object]:
+def _take_rows(batch: pyarrow.RecordBatch) -> Iterator[object]:
     """The rows of a batch as plain values, so many at a time as surely fit."""
     step = max(1, min(len(batch), len(batch) * _BATCH_BYTES // max(1, _count_bytes(batch)) // 4))
     for start in range(0, len(batch), step):

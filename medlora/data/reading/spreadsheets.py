@@ -5,18 +5,21 @@ from __future__ import annotations
 import datetime
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, TYPE_CHECKING
 
 from medlora.bounds import MAX_RATIO, clean
 from medlora.data.reading.formats import Broken, FileRow
 from medlora.data.reading.tables import check_header, take_cells
 from medlora.errors import InputError
 
+if TYPE_CHECKING:
+    from openpyxl.worksheet._read_only import ReadOnlyWorksheet
+
 _MAX_BYTES = 2**30
 """Most bytes of a workbook, unpacked."""
 
 
-def read_workbook(name: str, file: object) -> Iterator[FileRow]:
+def read_workbook(name: str, file: IO[bytes]) -> Iterator[FileRow]:
     """The rows of the one sheet that holds any, by its header; every cell as the text that a CSV would hold.
 
     Raises InputError without openpyxl, for what is no workbook or grows too much, and where several sheets hold rows.
@@ -42,7 +45,7 @@ def read_workbook(name: str, file: object) -> Iterator[FileRow]:
         raise InputError(f"{name}: is no readable Excel workbook: {reason}") from None
 
 
-def _check_size(name: str, file: Any) -> None:
+def _check_size(name: str, file: IO[bytes]) -> None:
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
     packed, whole = sum(part.compress_size for part in parts), sum(part.file_size for part in parts)
@@ -53,11 +56,11 @@ def _check_size(name: str, file: Any) -> None:
     file.seek(0)
 
 
-def _holds_rows(sheet: Any) -> bool:
+def _holds_rows(sheet: ReadOnlyWorksheet) -> bool:
     return any(cell not in (None, "") for row in sheet.iter_rows(max_row=100, values_only=True) for cell in row)
 
 
-def _read_sheet(name: str, sheet: Any) -> Iterator[FileRow]:
+def _read_sheet(name: str, sheet: ReadOnlyWorksheet) -> Iterator[FileRow]:
     header: list[str] | None = None
     for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
         where = f"{name}:{number}"

@@ -96,7 +96,7 @@ def find_samples(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"samples_*_{match['date']}.jsonl")) if match else []
 
 
-def _find_metric(figures: Any) -> tuple[str, float] | None:
+def _find_metric(figures: object) -> tuple[str, float] | None:
     if not isinstance(figures, Mapping):
         return None
     for metric in _METRICS[:3]:
@@ -106,7 +106,7 @@ def _find_metric(figures: Any) -> tuple[str, float] | None:
     return None
 
 
-def _find_count(content: Mapping[str, Any], task: str) -> int:
+def _find_count(content: Mapping[str, object], task: str) -> int:
     counted = content.get("n-samples")
     counts = counted.get(task) if isinstance(counted, Mapping) else None
     if not isinstance(counts, Mapping):
@@ -176,7 +176,7 @@ def _get_continuations(row: Mapping[str, Any]) -> list[str]:
     return [str(pair[1]) for pair in pairs if isinstance(pair, list) and len(pair) > 1]
 
 
-def _place_of(target: Any, texts: Sequence[str], by_index: bool) -> int | None:
+def _place_of(target: object, texts: Sequence[str], by_index: bool) -> int | None:
     """The place of the right option: `target` as its number, or as its text."""
     text = str(target).strip()
     if by_index and re.fullmatch(r"\d{1,2}", text):
@@ -253,7 +253,7 @@ class _Reader:
         return replace(base, choice=choice, text=raw or filtered)
 
 
-def _make_record(doc: Mapping[str, Any], identity: str) -> McqRecord | None:
+def _make_record(doc: Mapping[str, object], identity: str) -> McqRecord | None:
     """The question of a document, where its columns are ones that medlora knows."""
     schema = find_schema([doc], "mcq")
     if schema is None:
@@ -273,7 +273,7 @@ def _unpack(text: str) -> str:
     return str(values[0]) if values else text
 
 
-def _first_text(found: Any) -> str:
+def _first_text(found: object) -> str:
     while isinstance(found, list):
         found = found[0] if found else ""
     return "" if found is None else str(found)

@@ -264,7 +264,7 @@ def _describe_origin(facts: CardFacts) -> Iterator[str]:
     yield "\n".join(lines)
 
 
-def _join(versions: Any) -> str:
+def _join(versions: object) -> str:
     if not isinstance(versions, Mapping):
         return "unknown versions"
     return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -42,7 +42,7 @@ def describe_phases(
     return rows
 
 
-def sum_counts(counts: Any, name: str) -> int | None:
+def sum_counts(counts: object, name: str) -> int | None:
     """A count over the sources of a phase: of each as much as the segment that has most of it; None where it is not known."""
     most: dict[str, int] = {}
     for sources in counts.values() if isinstance(counts, Mapping) else ():
