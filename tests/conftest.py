@@ -83,7 +83,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str,
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny data of tests/tiny_run.py."""
+    """A folder with the tiny data of tests/support/tiny_run.py."""
     from tests.support.tiny_run import write_data
 
     return write_data(tmp_path_factory.mktemp("data"))

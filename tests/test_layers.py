@@ -169,6 +169,24 @@ print(said, asked)
     assert done.stdout.strip() == "[0.0, 2.0, 6.0, 9.0] [{'dynamic': False}]", done.stderr
 
 
+@pytest.mark.parametrize("readme", sorted(PACKAGE.rglob("README.md")), ids=lambda path: path.parent.name)
+def test_a_package_s_readme_names_every_module(readme: Path) -> None:
+    named = set(re.findall(r"(\w+)\.py`", readme.read_text(encoding="utf-8")))
+    assert named >= {path.stem for path in readme.parent.rglob("*.py")} - {"__init__"}
+
+
+def test_contributing_lists_where_an_upgrade_of_ray_must_look() -> None:
+    trap = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .partition("**Ray's private API.**")[2]
+        .partition("\n5.")[0]
+    )
+    private = re.compile(r"\b_(?:private|raylet|internal)\b|ray\.train\.v2|ray\.tune\.execution")
+    users = {path for path in (PACKAGE / "on_ray").rglob("*.py") if private.search(path.read_text(encoding="utf-8"))}
+    assert set(re.findall(r"`([\w/]+)`", trap)) == {str(path.relative_to(PACKAGE).with_suffix("")) for path in users}
+
+
 def test_importing_medlora_changes_nothing() -> None:
     code = "import os, logging\nbefore = dict(os.environ), set(logging.root.manager.loggerDict)\nimport medlora\n"
     code += "print((dict(os.environ), set(logging.root.manager.loggerDict)) == before)"
@@ -183,5 +201,7 @@ def test_the_docs_show_the_table() -> None:
     packages = [name for name in LAYERS if (PACKAGE / name).is_dir()]
     shown = re.findall(r"^\s*(\w+)/ ", text, flags=re.M)
     assert [name for name in shown if name in packages] == packages
+    inner = {path.name for path in PACKAGE.glob("*/*/") if (path / "__init__.py").is_file()}
+    assert inner <= set(re.findall(r"(\w+)/", text))
     mypy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
     assert "medlora" in mypy["files"]

@@ -16,7 +16,7 @@ from tests.support import ROOT
 def write_sweep(
     folder: Path, bases: dict[str, str], data: Path, space: dict[str, Any], p02: dict[str, Any], **more: Any
 ) -> Path:
-    """A sweep of tests/tiny_run.py's run, whose test is of questions that it does not train on."""
+    """A sweep of tests/support/tiny_run.py's run, whose test is of questions that it does not train on."""
     from tests.support.tiny_run import configure, question
 
     folder.mkdir(exist_ok=True)
