@@ -65,7 +65,7 @@ class _Job:
             self._wait_for_checkpoints(limit_s - _STOP_MARGIN_S)
         self._silence()
         signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
-        self.report(f"ended by {_NAMES[signal.Signals(signum)]}; {self._describe()}")
+        self.print_line(f"ended by {_NAMES[signal.Signals(signum)]}; {self._describe()}")
         self.reported.set()
         left_s = min(UNWIND_S, max(0.2, limit_s - (time.monotonic() - began) - 0.5))
         signal.sigtimedwait(self.signals, left_s)  # asked once more, it ends at once
@@ -96,7 +96,7 @@ class _Job:
         except Exception as error:  # a message with less in it is better than none
             return f"the same command resumes ({error!r})"
 
-    def report(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print one line on the terminal, even where stderr was redirected."""
         os.write(self.terminal, f"medlora: {text}\n".encode())
 
@@ -188,7 +188,7 @@ def check() -> None:
 def fail(text: str) -> None:
     """End the job with a message and code 2 from any thread, even if the main one hangs; outside a job do nothing."""
     if _JOB and not _JOB.signum:
-        _JOB.report(text)
+        _JOB.print_line(text)
         end_process(2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medlora.evaluation.answers.letter import parse
+from medlora.evaluation.answers.letter import extract_answer_letter
 from medlora.prompts import MCQ_STYLES, render_mcq
 from medlora.records import McqRecord
 
@@ -52,7 +52,7 @@ def test_shots_behind_a_worked_example_do_not_repeat_it() -> None:
 @pytest.mark.parametrize("style", MCQ_STYLES)
 def test_template_and_parser_agree(style: str) -> None:
     for record in (QUESTION, SHOT):
-        assert parse(render_mcq(record, style, WORKED).completion, record.letters) == record.answer
+        assert extract_answer_letter(render_mcq(record, style, WORKED).completion, record.letters) == record.answer
 
 
 def test_unknown_styles_are_refused() -> None:

@@ -72,8 +72,8 @@ def write_trials(path: Path) -> None:
     for i in range(4):
         trial = ledger.begin({"lr": 0.1 * i})
         ledger.run(trial.id)
-        ledger.report(trial.id, 4, 0.5, False)
-        ledger.report(trial.id, 8, 0.6, i == 1)
+        ledger.add_score(trial.id, 4, 0.5, False)
+        ledger.add_score(trial.id, 8, 0.6, i == 1)
         if i != 1:
             ledger.end(trial.id, "finished")
 

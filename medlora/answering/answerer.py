@@ -22,7 +22,7 @@ from medlora.answering.token_budget import Batcher
 from medlora.config.base import McqStyle, Scoring
 from medlora.config.evaluation import Normalisation
 from medlora.errors import InputError
-from medlora.evaluation.answers.letter import parse
+from medlora.evaluation.answers.letter import extract_answer_letter
 from medlora.kernels.modes import in_eval_mode
 from medlora.model.tokenizer import letter_token_ids
 from medlora.prompts import ANSWER_FIELD, KORMEDMCQA_FIELD, KORMEDMCQA_STOPS, render_mcq
@@ -293,7 +293,7 @@ def _choose(letters: str, scores: Sequence[float], log_likelihoods: Sequence[flo
 
 def _vote(made: Sequence[Generated], letters: str) -> Answer:
     """The letter read from most of the samples, with the text of the first that gave it; unreadable ones do not vote."""
-    read = [parse(sample.text, letters) for sample in made]
+    read = [extract_answer_letter(sample.text, letters) for sample in made]
     votes = Counter(letter for letter in read if letter)
     choice = max(votes, key=votes.__getitem__) if votes else None
     return Answer(

@@ -146,11 +146,11 @@ def read_card(path: Path) -> DataCard | None:
 
 
 def check_data(
-    config: RunConfig, known: DataCard | None = None, report: Callable[[str], None] = lambda text: None
+    config: RunConfig, known: DataCard | None = None, on_begin: Callable[[str], None] = lambda text: None
 ) -> DataCard:
     """The run's data card, as plain JSON values; `known`, the card of an earlier start, is reused if valid.
 
-    `report` receives what is looked through: about 2,500 records are in a second.
+    `on_begin` receives what is looked through: about 2,500 records are in a second.
     Raises InputError when training data holds test questions and `data.overlap` is `stop`, or when it holds more places
     that look like personal data than `data.max_personal`.
     """
@@ -161,7 +161,7 @@ def check_data(
     if known and known.get("made_from") == made_from:
         return known.copy()
     counts = [sum(part["records"] for part in parts.values()) for parts in (sources, tests)]
-    report(f"looking through {counts[0]:,} training records for {counts[1]:,} test and dev questions")
+    on_begin(f"looking through {counts[0]:,} training records for {counts[1]:,} test and dev questions")
     survey = _survey(config.model_dump_json())
     _stop_at_overlaps(config.data, survey)
     _stop_at_personal(config.data, survey)

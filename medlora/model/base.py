@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from medlora.model.miniature_base.pretraining import OnProgress
 
 
-def locate_base(base: BaseModelConfig, cache: str, seed: int, report: OnProgress | None = None) -> BaseModelConfig:
+def locate_base(base: BaseModelConfig, cache: str, seed: int, on_progress: OnProgress | None = None) -> BaseModelConfig:
     """The base with `miniature` replaced by the folder it is built in, building it where it is not there yet.
 
     The miniature computes in float32 on every device, unless the config names another type.
@@ -37,7 +37,7 @@ def locate_base(base: BaseModelConfig, cache: str, seed: int, report: OnProgress
 
     # So small a base is no faster in bfloat16, and a rounding of 2^-9 is more to it than to a large one.
     dtype = "float32" if base.compute_dtype == "auto" else base.compute_dtype
-    return base.model_copy(update={"model": str(ensure(Path(cache), seed, report)), "compute_dtype": dtype})
+    return base.model_copy(update={"model": str(ensure(Path(cache), seed, on_progress)), "compute_dtype": dtype})
 
 
 log = logging.getLogger(__name__)

@@ -283,8 +283,8 @@ class _StopRule(_Silent, FIFOScheduler):  # type: ignore[misc]
         else:
             step, score = int(result["step"]), float(result["score"])
             stop = bool(search.halving and search.halving.should_stop(id, step, score)) and not result["last"]
-            if search.ledger.report(id, step, score, stop):
-                search.suggester.report(id, step, score)
+            if search.ledger.add_score(id, step, score, stop):
+                search.suggester.add_score(id, step, score)
         if known.ended:
             search.suggester.end(known)
         search.on_event(events.trial_changed(id))

@@ -62,7 +62,7 @@ class Common(TypedDict):
     gpu: bool
 
 
-Report = Callable[[Mapping[str, object]], None]
+ReportToTune = Callable[[Mapping[str, object]], None]
 """Tune's own `report`."""
 
 
@@ -70,7 +70,7 @@ class RunPhase(Protocol):
     """`training.phase.run_phase`, bound to what asks its workers to leave."""
 
     def __call__(
-        self, job: PhaseJob, folder: PhaseFolder, report: OnEvent, device: str, *, reuse: ReusedParts | None = None
+        self, job: PhaseJob, folder: PhaseFolder, on_event: OnEvent, device: str, *, reuse: ReusedParts | None = None
     ) -> object:
         """Train a phase."""
 
@@ -146,7 +146,7 @@ def _train(
     trial: TrialSpec,
     folder: Path,
     common: Common,
-    report: Report,
+    report_to_tune: ReportToTune,
     run_phase: RunPhase,
     clock: _Clock,
 ) -> None:
@@ -161,7 +161,7 @@ def _train(
             if find_obstacle(job, there):
                 set_aside(there.root)
             scored = phase.name == trial["train"][-1]
-            hook = _Hook(trial, there, report if scored else None, common["inbox"], clock)
+            hook = _Hook(trial, there, report_to_tune if scored else None, common["inbox"], clock)
             try:
                 finished = find_finished(there)[0] is not None
             except InputError as error:  # torn, without a checkpoint to resume from: trained again, nothing is lost
@@ -210,12 +210,12 @@ class _Hook:
         self,
         trial: TrialSpec,
         folder: PhaseFolder,
-        report: Report | None,
+        report_to_tune: ReportToTune | None,
         inbox: Inbox,
         clock: _Clock,
     ) -> None:
         self.id, self.offset, self.known = trial["id"], trial["offset"], trial["known"]
-        self.folder, self.report, self.inbox, self.clock = folder, report, inbox, clock
+        self.folder, self.report_to_tune, self.inbox, self.clock = folder, report_to_tune, inbox, clock
         self.steps = 0
 
     def __call__(self, event: Event) -> None:
@@ -247,5 +247,5 @@ class _Hook:
             if each["segment"] == "full"
         ]
         step += self.offset + (max(before, default=0) if segment == "normal" else 0)
-        if self.report and step > self.known:
-            self.report({"step": step, "score": float(accuracy), "last": last})
+        if self.report_to_tune and step > self.known:
+            self.report_to_tune({"step": step, "score": float(accuracy), "last": last})

@@ -70,7 +70,7 @@ def draw_points(points: Sequence[Point], scale: Scale, reference: float | None) 
     """Dots with their intervals, one under the other, and a dashed line at `reference`; fits a table's row."""
     pitch = 24 if len(points) == 1 else 10
     height = pitch * len(points) + (0 if len(points) == 1 else 8)
-    figure, axes = start(scale.width, height)
+    figure, axes = start_figure(scale.width, height)
     _lay_scale(axes, scale, height)
     for tick in scale.ticks:
         axes.axvline(tick, color=role("faint"), linewidth=0.75)
@@ -86,7 +86,7 @@ def draw_points(points: Sequence[Point], scale: Scale, reference: float | None) 
 
 def draw_scale(scale: Scale, signed: bool = False) -> str:
     """The numbers of a scale, for below a column of `draw_points`."""
-    figure, axes = start(scale.width, 20)
+    figure, axes = start_figure(scale.width, 20)
     _lay_scale(axes, scale, 20)
     for tick in scale.ticks:
         text = f"{tick:+g}" if signed and tick else f"{tick:g}"
@@ -98,7 +98,7 @@ def draw_scale(scale: Scale, signed: bool = False) -> str:
 def draw_letters(gold: Mapping[str, float], chosen: Sequence[tuple[int, Mapping[str, float]]]) -> str:
     """Shares by letter: a bar where the gold share lies, a stem from it to each stage's share of choices."""
     width, height = 340, 190
-    figure, axes = start(width, height, left=34, bottom=24, right=4, top=8)
+    figure, axes = start_figure(width, height, left=34, bottom=24, right=4, top=8)
     highest = max([*gold.values(), *(share for _, shares in chosen for share in shares.values())])
     ticks = make_scale([0, 100 * highest]).ticks
     axes.set_xlim(-0.5, len(gold) - 0.5)
@@ -117,7 +117,7 @@ def draw_letters(gold: Mapping[str, float], chosen: Sequence[tuple[int, Mapping[
 
 def draw_reliability(bins: Sequence[Bin], place: int) -> str:
     """Accuracy against confidence by bin, in %: Wilson intervals, dots whose area grows with the bin's count."""
-    figure, axes = start(162, 156, left=32, bottom=22, right=6, top=8)
+    figure, axes = start_figure(162, 156, left=32, bottom=22, right=6, top=8)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
     label_ticks(axes, "y", (0, 50, 100))
@@ -138,14 +138,16 @@ def draw_reliability(bins: Sequence[Bin], place: int) -> str:
 @cache
 def draw_marker(place: int) -> str:
     """A stage's marker alone, for legends and tables."""
-    figure, axes = start(12, 12)
+    figure, axes = start_figure(12, 12)
     axes.set_xlim(0, 12)
     axes.set_ylim(0, 12)
     _mark(axes, 6, 6, place, 5)
     return finish(figure)
 
 
-def start(width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0) -> tuple[Figure, Axes]:
+def start_figure(
+    width: int, height: int, left: int = 0, bottom: int = 0, right: int = 0, top: int = 0
+) -> tuple[Figure, Axes]:
     """A drawing of that many pixels, with margins, without ticks."""
     from matplotlib.figure import Figure
 

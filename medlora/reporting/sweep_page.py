@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medlora.reporting.svg import TEXT, finish, label_ticks, make_scale, name_hover, role, start
+from medlora.reporting.svg import TEXT, finish, label_ticks, make_scale, name_hover, role, start_figure
 from medlora.reporting.templates import clean, make_environment
 from medlora.sweep.ledger import BEST, START
 from medlora.sweep.results import describe_pair
@@ -112,7 +112,7 @@ class Line:
 def draw_parallel(lines: Sequence[Line], domains: Mapping[str, Domain]) -> str:
     """A vertical axis for each key and one for the last dev score; the page names them below."""
     keys = list(domains)
-    figure, axes = start(_WIDTH, 250, left=MARGIN, bottom=10, right=MARGIN, top=12)
+    figure, axes = start_figure(_WIDTH, 250, left=MARGIN, bottom=10, right=MARGIN, top=12)
     axes.set_xlim(0, len(keys))
     axes.set_ylim(0, 1)
     scores = [line.curve[-1][1] for line in lines if line.curve]
@@ -179,7 +179,7 @@ def _inside(share: float) -> float:
 
 def draw_curves(lines: Sequence[Line]) -> str:
     """Dev score in % by step; a cross where the scheduler stopped a trial, a dot where one was done."""
-    figure, axes = start(_WIDTH, 300, left=40, bottom=26, right=12, top=10)
+    figure, axes = start_figure(_WIDTH, 300, left=40, bottom=26, right=12, top=10)
     points = [point for line in lines for point in line.curve]
     steps, scores = [step for step, _ in points] or [0, 1], [score for _, score in points] or [0, 1]
     across, up = make_scale([0, max(steps)]).ticks, make_scale([min(scores), max(scores)]).ticks

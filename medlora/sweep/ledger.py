@@ -92,7 +92,7 @@ class Ledger:
         """The trial's process has begun to work at it."""
         self._write({"event": "running", "trial": id})
 
-    def report(self, id: str, step: int, score: float, stop: bool) -> bool:
+    def add_score(self, id: str, step: int, score: float, stop: bool) -> bool:
         """A score, and whether it ends the trial: both in one line, so that a kill cannot part them.
 
         False where the score is not new: a trial that resumes from a checkpoint scores steps again, and the first score

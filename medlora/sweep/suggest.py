@@ -62,7 +62,7 @@ class Suggester:
         if asked is not None:
             self.running[id] = asked
 
-    def report(self, id: str, step: int, score: float) -> None:
+    def add_score(self, id: str, step: int, score: float) -> None:
         """A score of a running trial."""
         if id in self.running:
             self.running[id].report(score, step)

@@ -174,7 +174,7 @@ def hash_tokenizer(tokenizer: Tokenizer) -> str:
 def prepare(
     plan: Preparation,
     tokenizer: Tokenizer,
-    report: Progress = lambda done, total: None,
+    on_progress: Progress = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> TokenStore:
     """The tokens of a source, made record by record unless they exist; `note` is given the reason why they are made."""
@@ -184,7 +184,7 @@ def prepare(
         note(f"tokens of {plan.source.source} are made {why}")
         with new_folder(plan) as folder:
             write_part(
-                folder / "part-00000.arrow", stream(plan.source), plan.style, tokenizer, lambda n: report(n, total)
+                folder / "part-00000.arrow", stream(plan.source), plan.style, tokenizer, lambda n: on_progress(n, total)
             )
             finish(plan, folder)
         log.info("tokens of %s were made in %.1f s, %s", plan.source.source, time.monotonic() - started, why)
@@ -212,7 +212,7 @@ def write_part(
     records: Iterator[Record],
     style: str,
     tokenizer: Tokenizer,
-    report: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Tokenise records into one Arrow file, a few hundred at a time; returns how many there were."""
     done = 0
@@ -231,7 +231,7 @@ def write_part(
             }
             writer.write_batch(pyarrow.record_batch(columns, schema=_SCHEMA))
             done += len(chunk)
-            report(done)
+            on_progress(done)
     return done
 
 

@@ -103,7 +103,7 @@ def choose_worked_example(job: PhaseJob, seed: int) -> McqRecord:
 
 
 def prepare_rows(
-    job: PhaseJob, tokenizer: Tokenizer, seed: int, report: OnEvent, worked: McqRecord | None = None
+    job: PhaseJob, tokenizer: Tokenizer, seed: int, on_event: OnEvent, worked: McqRecord | None = None
 ) -> dict[str, PreparedPart]:
     """The rows of every source of the phase, and of what it replays; with `worked`, questions as full prompts."""
     phase = job.phase
@@ -116,11 +116,11 @@ def prepare_rows(
         if worked is not None and scan(source).kind == "mcq":
             prepared[key] = _prepare_full(job, tokenizer, key, source, share, seed, worked)
         else:
-            prepared[key] = _prepare_part(job, tokenizer, key, source, share, seed, report)
+            prepared[key] = _prepare_part(job, tokenizer, key, source, share, seed, on_event)
     for replay in phase.replay:
         sources = job.replayed[replay.phase]
         parts = [
-            _prepare_part(job, tokenizer, f"{replay.phase}.{i}:{source.source}", source, None, seed, report)
+            _prepare_part(job, tokenizer, f"{replay.phase}.{i}:{source.source}", source, None, seed, on_event)
             for i, source in enumerate(sources)
         ]
         sizes = [source.weight or part.records for source, part in zip(sources, parts, strict=True)]
@@ -142,18 +142,18 @@ def _prepare_part(
     source: TrainSource,
     share: float | None,
     seed: int,
-    report: OnEvent,
+    on_event: OnEvent,
 ) -> PreparedPart:
     phase, began = job.phase, time.monotonic()
 
     def report_progress(done: int, total: int) -> None:
         pulse.beat()
         if time.monotonic() - began > 1:
-            report(events.preparing(f"{phase.name} tokens", done, total))
+            on_event(events.preparing(f"{phase.name} tokens", done, total))
 
     def note(text: str) -> None:
         if not text.endswith(FIRST):
-            report(events.note(phase.name, text))
+            on_event(events.note(phase.name, text))
 
     plan = plan_preparation(source, source.style, tokenizer, Path(job.cache))
     store = prepare(plan, tokenizer, report_progress, note)
@@ -189,7 +189,9 @@ def _prepare_full(
     return PreparedPart(rows, Part(len(rows), share), len(chosen), names.__getitem__)
 
 
-def report_lengths(counts: dict[str, dict[str, dict[str, int]]], phase: str, max_tokens: int, report: OnEvent) -> None:
+def report_lengths(
+    counts: dict[str, dict[str, dict[str, int]]], phase: str, max_tokens: int, on_event: OnEvent
+) -> None:
     """Report for every source how long its examples are, and how many are left out or split."""
     for segment, parts in counts.items():
         for key, lengths in parts.items():
@@ -200,7 +202,7 @@ def report_lengths(counts: dict[str, dict[str, dict[str, int]]], phase: str, max
                 f"{key.partition(':')[2]}: {lengths['examples']:,} examples in {lengths['rows']:,} rows; tokens of an example: "
                 f"median {lengths['p50']}, 90 % {lengths['p90']}, 99 % {lengths['p99']}, longest {lengths['longest']}{left}"
             )
-            report(events.note(phase, text))
+            on_event(events.note(phase, text))
 
 
 def draw_rows(prepared: dict[str, PreparedPart], total: int, by_tokens: bool, seed: int) -> Drawn:

@@ -36,8 +36,8 @@ validation_log = logging.getLogger("medlora.validation")
 class LossLoggingCallback(TrainerCallback):
     """Writes loss, learning rate, gradient norm, tokens/s and peak memory every few steps; stops the run on a NaN."""
 
-    def __init__(self, watch: StepWatch, report: OnEvent) -> None:
-        self.watch, self.report = watch, report
+    def __init__(self, watch: StepWatch, on_event: OnEvent) -> None:
+        self.watch, self.on_event = watch, on_event
         self.folder, self.segment, self.phase, self.batch = watch.folder, watch.segment, watch.phase.name, watch.batch
         self.since = time.monotonic()
         self.last_step = 0
@@ -48,7 +48,7 @@ class LossLoggingCallback(TrainerCallback):
         """Start the clock when training starts or resumes."""
         self.since, self.last_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
-            self.report(events.training(self.phase, self.segment.name))
+            self.on_event(events.training(self.phase, self.segment.name))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: object
@@ -76,7 +76,7 @@ class LossLoggingCallback(TrainerCallback):
         }
         self.since, self.last_step = time.monotonic(), state.global_step
         append_json(self.folder.metrics, row)
-        self.report(events.step(self.phase, row))
+        self.on_event(events.step(self.phase, row))
         log.info(
             "%(segment)s step %(step)d/%(steps)d  loss %(loss).4f  lr %(learning_rate).2e  grad %(norm).3f  "
             "%(tokens_per_s).0f tokens/s  peak %(peak_memory_mib).0f MiB",
@@ -87,8 +87,8 @@ class LossLoggingCallback(TrainerCallback):
 class TrackerGuard:
     """A tracker of transformers that cannot end a phase: once it fails, that is reported and it is left alone."""
 
-    def __init__(self, tracker: TrainerCallback, phase: str, report: OnEvent) -> None:
-        self.tracker, self.phase, self.report, self.failed = tracker, phase, report, False
+    def __init__(self, tracker: TrainerCallback, phase: str, on_event: OnEvent) -> None:
+        self.tracker, self.phase, self.on_event, self.failed = tracker, phase, on_event, False
 
     def __getattr__(self, event: str) -> Any:
         if not event.startswith("on_"):
@@ -105,7 +105,7 @@ class TrackerGuard:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             text = f"{type(self.tracker).__name__.removesuffix('Callback')} fails and is not reported to any more: {reason}"
             log.warning(text)
-            self.report(events.note(self.phase, text))
+            self.on_event(events.note(self.phase, text))
 
 
 class PulseCallback(TrainerCallback):
@@ -155,9 +155,9 @@ class MCQValidationCallback(TrainerCallback):
         phase: PhaseConfig,
         adapter: str,
         logging_callback: LossLoggingCallback,
-        report: OnEvent,
+        on_event: OnEvent,
     ) -> None:
-        self.folder, self.segment, self.phase, self.adapter, self.report = folder, segment, phase, adapter, report
+        self.folder, self.segment, self.phase, self.adapter, self.on_event = folder, segment, phase, adapter, on_event
         self.logging_callback = logging_callback
         self.stopped_early = False
         self.seconds = 0.0
@@ -216,7 +216,7 @@ class MCQValidationCallback(TrainerCallback):
             save_adapter(model, self.adapter, self.folder.best)
             sync_files(self.folder.best)  # no checkpoint writes it again, so it must be on disk before the next
         append_json(self.folder.validation, row)
-        self.report(events.validation(self.phase.name, row, round(time.monotonic() - began, 3)))
+        self.on_event(events.validation(self.phase.name, row, round(time.monotonic() - began, 3)))
         validation_log.info(
             "%s step %d  %s",
             self.segment.name,

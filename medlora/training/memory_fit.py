@@ -51,7 +51,7 @@ def train_in_memory(
 
     def note(text: str, level: int = logging.WARNING, kind: NoteKind = "run") -> None:
         log.log(level, text)
-        worker.report(events.note(phase.name, text, kind))
+        worker.on_event(events.note(phase.name, text, kind))
 
     alone = not dist.is_initialized()
     if segment.longest and (alone or _may_raise(model, phase)):

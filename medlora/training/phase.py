@@ -57,7 +57,7 @@ log = logging.getLogger("medlora.phase")
 def run_phase(
     job: PhaseJob,
     folder: PhaseFolder,
-    report: OnEvent,
+    on_event: OnEvent,
     device: str = "cpu",
     is_leaving: Callable[[], bool] | None = None,
     reuse: ReusedParts | None = None,
@@ -70,7 +70,7 @@ def run_phase(
     """
     check_trackers(job.report_to)
     tracking = Tracking(job.report_to, job.run, folder.root.parent.parent / "tracking")
-    worker = replace(Worker.here(device, report, is_leaving), tracking=tracking)
+    worker = replace(Worker.here(device, on_event, is_leaving), tracking=tracking)
     sinks = (
         (logging.getLogger("medlora"), folder.log),
         (logging.getLogger("medlora.validation"), folder.validation_log),
@@ -182,16 +182,16 @@ class _PhaseRun:
 
     def note(self, text: str) -> None:
         """Report a line about the phase."""
-        self.worker.report(events.note(self.phase.name, text))
+        self.worker.on_event(events.note(self.phase.name, text))
 
     def report_building(self, progress: Progress) -> None:
         """Report progress of building the miniature base."""
-        self.worker.report(events.building(self.phase.name, progress))
+        self.worker.on_event(events.building(self.phase.name, progress))
 
     def announce(self) -> list[str]:
         """Report and log that the phase starts; returns the hosts of its workers."""
         phase, device = self.phase, describe_device(self.worker.device)
-        self.worker.report(events.phase_started(phase.name, str(device)))
+        self.worker.on_event(events.phase_started(phase.name, str(device)))
         pulse.begin("prepares its data", slow=True)
         log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, device, socket.gethostname())
         hosts = self.worker.gather_hosts()
@@ -212,12 +212,12 @@ class _PhaseRun:
         segments = [SegmentRows("normal", "reasoning", rows)]
         if phase.full_prompt:
             segments.insert(0, SegmentRows("full", "reasoning_full", self.prepare(job, tokenizer, worked)))
-        report_lengths(count_rows(segments), phase.name, phase.max_tokens, self.worker.report)
+        report_lengths(count_rows(segments), phase.name, phase.max_tokens, self.worker.on_event)
         return _Data(tokenizer, digest, worked, segments)
 
     def prepare(self, job: PhaseJob, tokenizer: Tokenizer, worked: McqRecord | None = None) -> dict[str, PreparedPart]:
         """The rows of the phase's sources; with `worked`, questions show it as a solved example."""
-        return prepare_rows(job, tokenizer, self.seed, self.worker.report, worked)
+        return prepare_rows(job, tokenizer, self.seed, self.worker.on_event, worked)
 
     def load_model(self, base: BaseModelConfig, data: _Data) -> PreTrainedModel:
         """The base model, frozen; a reused one if it was made from the same."""

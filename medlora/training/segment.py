@@ -135,21 +135,21 @@ def make_segment(
 class Worker:
     """One of the processes that train a phase together: its device, its rank, and its way to report to the driver.
 
-    `report` takes events; only the first worker reports. `is_leaving` is whether the node is about to be taken away.
+    `on_event` takes events; only the first worker reports. `is_leaving` is whether the node is about to be taken away.
     """
 
     device: str
-    report: OnEvent
+    on_event: OnEvent
     is_leaving: Callable[[], bool] | None = None
     rank: int = 0
     world: int = 1
     tracking: Tracking = Tracking()
 
     @classmethod
-    def here(cls, device: str, report: OnEvent, is_leaving: Callable[[], bool] | None = None) -> Worker:
+    def here(cls, device: str, on_event: OnEvent, is_leaving: Callable[[], bool] | None = None) -> Worker:
         """This process, with the rank that torch.distributed gave it; alone where it gave none."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return cls(device, report if rank == 0 else lambda event: None, is_leaving, rank, world)
+        return cls(device, on_event if rank == 0 else lambda event: None, is_leaving, rank, world)
 
     @property
     def is_first(self) -> bool:

@@ -160,10 +160,10 @@ def train(
     optimizer = choose_optimizer(model, phase, resume.checkpoint)
     arguments = _make_arguments(model, segment, phase, folder, worker, optimizer)
     watch = StepWatch(phase, segment, folder, phase.count_batch(worker.world), model.dtype)
-    losses = LossLoggingCallback(watch, worker.report)
+    losses = LossLoggingCallback(watch, worker.on_event)
     validation = None
     if segment.validate is not None and phase.validation is not None:
-        validation = MCQValidationCallback(folder, segment, phase, phase.name, losses, worker.report)
+        validation = MCQValidationCallback(folder, segment, phase, phase.name, losses, worker.on_event)
     started = time.monotonic()
     with worker.tracking.open(worker.tracking.name_run(phase.name, segment.name)):
         trainer = _AdapterTrainer(
@@ -197,7 +197,7 @@ def _tidy_callbacks(trainer: Trainer, phase: str, worker: Worker) -> None:
     """Take off the default printer, since our callback logs the same in a better form, and keep trackers from ending a phase."""
     kept = [each for each in trainer.callback_handler.callbacks if type(each).__name__ != "PrinterCallback"]
     trainer.callback_handler.callbacks = [
-        TrackerGuard(each, phase, worker.report) if type(each).__module__.endswith("integration_utils") else each
+        TrackerGuard(each, phase, worker.on_event) if type(each).__module__.endswith("integration_utils") else each
         for each in kept
     ]
 
@@ -207,7 +207,7 @@ def _find_resume(segment: Segment, phase: SettledPhase, folder: PhaseFolder, wor
 
     def warn(text: str) -> None:
         log.warning(text)
-        worker.report(events.note(phase.name, text))
+        worker.on_event(events.note(phase.name, text))
 
     output = folder.checkpoints / segment.name
     diverged = read_divergence(folder, segment.name)
@@ -224,7 +224,7 @@ def _find_resume(segment: Segment, phase: SettledPhase, folder: PhaseFolder, wor
         _forget_after(folder, segment.name, output, step)
         forget_divergence(folder)
     if checkpoint:
-        worker.report(events.note(phase.name, f"resumes from step {step} of {segment.steps}", kind="training"))
+        worker.on_event(events.note(phase.name, f"resumes from step {step} of {segment.steps}", kind="training"))
         log.info("%s resumes from step %d of %d", segment.name, step, segment.steps)
     return _Resume(checkpoint, step, ended_early)
 

@@ -119,7 +119,7 @@ def test_two_steps_of_a_shape_are_the_same_work_on_the_same_memory(
         activate(model, stage)
         prompts = [[7, 8, 9], [10, 11], [12] * 9]
         with decoder.adapters.find().installed(), torch.no_grad():
-            logits = decoder.start(prompts, get_pad_id(tokenizer), None, 20, 0.0)
+            logits = decoder.prefill(prompts, get_pad_id(tokenizer), None, 20, 0.0)
             decoder.token[:3] = decoder.choose(logits)
             records = []
             for _ in range(3):
@@ -233,7 +233,7 @@ def test_out_of_memory_frees_the_lanes_and_halves_the_batch(
     expected = write(model, tokenizer, None)
     fast = FastPaths(model, Frozen())
     assert fast.decoder
-    start, sizes = fast.decoder.start, []
+    prefill, sizes = fast.decoder.prefill, []
 
     def limited(prompts: Any, *arguments: Any) -> Any:
         sizes.append(len(prompts))
@@ -242,9 +242,9 @@ def test_out_of_memory_frees_the_lanes_and_halves_the_batch(
             fast.decoder._reserve(len(prompts), 16)
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert fast.decoder and (fast.decoder.lanes is None or fast.decoder.lanes.places.most_rows <= 2)
-        return start(prompts, *arguments)
+        return prefill(prompts, *arguments)
 
-    monkeypatch.setattr(fast.decoder, "start", limited)
+    monkeypatch.setattr(fast.decoder, "prefill", limited)
     assert write(model, tokenizer, fast, batcher=Batcher(10_000, most_rows=8)) == expected
     assert sizes[:3] == [5, 2, 2] and max(sizes[1:]) == 2
     assert len([r for r in caplog.records if "out of memory" in r.message]) == 1

@@ -16,7 +16,7 @@ from medlora.answering.answerer import AnswerSettings, McqAnswerer
 from medlora.config.model import BaseModelConfig
 from medlora.config.sources import SourceConfig
 from medlora.data.sources import read
-from medlora.evaluation.answers.letter import parse
+from medlora.evaluation.answers.letter import extract_answer_letter
 from medlora.model.base import load_base
 from medlora.model.tokenizer import load_tokenizer
 from medlora.prompts import KORMEDMCQA_STOPS, render_mcq
@@ -105,7 +105,7 @@ def test_the_generated_text_is_the_harness_s(harness: Any, loaded: Any, k: int) 
 
 @pytest.mark.parametrize("text", [" B", " B.", "B", "정답: C", "정답은 D입니다", " C\n", "A. 편두통", " E ", "정답:A"])
 def test_plain_answers_are_extracted_alike(text: str) -> None:
-    assert parse(text) == load_extraction()(text)
+    assert extract_answer_letter(text) == load_extraction()(text)
 
 
 @pytest.mark.parametrize(
@@ -126,5 +126,5 @@ def test_plain_answers_are_extracted_alike(text: str) -> None:
     ],
 )
 def test_where_extraction_differs_ours_reads_what_was_meant(text: str, meant: str, theirs: str, why: str) -> None:
-    assert parse(text) == meant, why
+    assert extract_answer_letter(text) == meant, why
     assert load_extraction()(text) == theirs, why

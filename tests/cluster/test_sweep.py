@@ -196,9 +196,9 @@ def test_a_search_goes_on_from_its_ledger_alone(ray_cluster: Any, tmp_path: Path
         ledger.begin({"x": x})
     for id in ("000", "001"):
         for step in range(1, 10):
-            ledger.report(id, step, ledger.trials[id].params["x"], stop=False)
+            ledger.add_score(id, step, ledger.trials[id].params["x"], stop=False)
         ledger.end(id, "finished")
-    ledger.report("002", 1, 0.05, stop=False)  # the driver was killed here
+    ledger.add_score("002", 1, 0.05, stop=False)  # the driver was killed here
     ledger = search(folder, ray_cluster, 6, {})
     assert list(ledger.trials) == [f"{i:03}" for i in range(6)]
     assert set(count_tries(folder)) == {"002", "003", "004", "005"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medlora.evaluation.answers.denials import DENIALS
-from medlora.evaluation.answers.letter import extract_answer_letter, find_verdicts, parse, score_format, score_total
+from medlora.evaluation.answers.letter import extract_answer_letter, find_verdicts, score_format, score_total
 from medlora.evaluation.answers.rules import RULES
 from medlora.evaluation.answers.text import mark_options, normalise
 from medlora.prompts import MCQ_STYLES, render_mcq
@@ -45,7 +45,11 @@ MORE_OPTIONS: dict[str | None, list[str]] = {
 
 @pytest.mark.parametrize("family", CASES)
 def test_takes_what_a_careful_reader_takes(family: str) -> None:
-    wrong = [(output, expected, found) for expected, output in CASES[family] if (found := parse(output)) != expected]
+    wrong = [
+        (output, expected, found)
+        for expected, output in CASES[family]
+        if (found := extract_answer_letter(output)) != expected
+    ]
     assert not wrong
 
 
@@ -77,7 +81,9 @@ _BACK = {block + i: chr(65 + i) for block in (0xE000, 0xE100, 0xE200, 0xE300) fo
 @pytest.mark.skipif(not CASES_FROM_THE_FIELD.is_file(), reason="../shared/cases is not here")
 def test_outputs_from_the_field() -> None:
     cases = [json.loads(line) for line in CASES_FROM_THE_FIELD.read_text(encoding="utf-8").splitlines()]
-    assert [(c["output"], parse(c["output"])) for c in cases] == [(c["output"], c["expected"]) for c in cases]
+    assert [(c["output"], extract_answer_letter(c["output"])) for c in cases] == [
+        (c["output"], c["expected"]) for c in cases
+    ]
 
 
 def test_long_outputs_take_no_exponential_time() -> None:
@@ -89,25 +95,25 @@ def test_long_outputs_take_no_exponential_time() -> None:
         "정답은 " + " " * 20_000 + "B",
         "A는 아니고 B가 아니며 정답은 C 폐렴이 " * 100,
     ):
-        parse(output)
+        extract_answer_letter(output)
     assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize(("output", "expected"), [(o, x) for x, outputs in MORE_OPTIONS.items() for o in outputs])
 def test_reads_ten_options(output: str, expected: str | None) -> None:
-    assert parse(output, LETTERS) == expected
+    assert extract_answer_letter(output, LETTERS) == expected
 
 
 @pytest.mark.parametrize(("output", "letters"), [("정답: D", "ABC"), ("C", "AB"), ("정답은 3번", "AB"), ("⑤", "ABCD")])
 def test_gives_no_letter_that_is_no_option(output: str, letters: str) -> None:
-    assert parse(output, letters) is None
-    assert parse(output, LETTERS) is not None
+    assert extract_answer_letter(output, letters) is None
+    assert extract_answer_letter(output, LETTERS) is not None
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")
 def test_real_outputs() -> None:
     cases = [json.loads(line) for line in (DATA / "extraction_cases.jsonl").read_text(encoding="utf-8").splitlines()]
-    read = [(case["expected"], parse(case["output"], "".join(case["options"]))) for case in cases]
+    read = [(case["expected"], extract_answer_letter(case["output"], "".join(case["options"]))) for case in cases]
     assert sum(expected == found for expected, found in read) >= 65
     assert not [found for expected, found in read if expected is None and found is not None]
 
@@ -146,14 +152,14 @@ def records(draw: st.DrawFn, text: st.SearchStrategy[str]) -> McqRecord:
 @given(record=records(TEXT) | records(SENTENCES), style=st.sampled_from(MCQ_STYLES))
 def test_reads_back_every_completion_that_the_prompts_render(record: McqRecord, style: str) -> None:
     completion = render_mcq(record, style, worked=record).completion
-    assert parse(completion, record.letters) == record.answer
-    assert parse(completion + "<end_of_turn>\n", record.letters) == record.answer
+    assert extract_answer_letter(completion, record.letters) == record.answer
+    assert extract_answer_letter(completion + "<end_of_turn>\n", record.letters) == record.answer
 
 
 @settings(deadline=None)  # the machine may be busy
 @given(st.text() | SENTENCES, st.sampled_from(["AB", "ABCDE", LETTERS]))
 def test_any_output_gives_an_option_or_none(output: str, letters: str) -> None:
-    assert parse(output, letters) in {None, *letters}
+    assert extract_answer_letter(output, letters) in {None, *letters}
     assert 0 <= score_format(output, FIELDS, letters).score <= 1
 
 
@@ -204,4 +210,4 @@ def test_total_weighs_the_format_one_third() -> None:
     ],
 )
 def test_what_others_might_think_is_no_verdict(output: str, letter: str | None) -> None:
-    assert parse(output, "ABCDE") == letter
+    assert extract_answer_letter(output, "ABCDE") == letter

@@ -89,7 +89,7 @@ def test_a_step_is_one_launch_that_nobody_waits_for(bases: dict[str, str], optio
     decoder = fast.decoder
     assert decoder
     with fast.prepared(), torch.no_grad():
-        logits = decoder.start(make_prompts(tokenizer, 0), get_pad_id(tokenizer), None, 60, 0.0)
+        logits = decoder.prefill(make_prompts(tokenizer, 0), get_pad_id(tokenizer), None, 60, 0.0)
         decoder.token[: len(logits)] = decoder.choose(logits)
         decoder.step()
         assert decoder.captured == 1

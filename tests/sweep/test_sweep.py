@@ -285,12 +285,12 @@ def test_a_ledger_knows_after_a_kill_what_it_knew_before(tmp_path: Path) -> None
     for r in (8, 16, 32):
         ledger.begin({"r": r})
     ledger.run("000")
-    ledger.report("000", 10, 0.5, stop=False)
-    ledger.report("001", 10, 0.2, stop=True)
-    ledger.report("002", 10, 0.4, stop=False)
+    ledger.add_score("000", 10, 0.5, stop=False)
+    ledger.add_score("001", 10, 0.2, stop=True)
+    ledger.add_score("002", 10, 0.4, stop=False)
     ledger.die("002")
-    ledger.report("002", 10, 0.9, stop=False)  # scored again after a checkpoint: the first score counts
-    ledger.report("000", 20, 0.75, stop=False)
+    ledger.add_score("002", 10, 0.9, stop=False)  # scored again after a checkpoint: the first score counts
+    ledger.add_score("000", 20, 0.75, stop=False)
     ledger.end("000", "finished")
     with ledger.path.open("a") as file:
         file.write('{"event": "ended", "tri')  # killed while it wrote
@@ -332,7 +332,7 @@ def drive(suggester: Suggester, ids: range, known: list[Trial]) -> list[Trial]:
         trial = Trial(f"{i:03}", params)
         suggester.begin(trial.id, params, asked)
         score = 1 - abs(params["lr"] - 1e-3) * 50
-        suggester.report(trial.id, 5, score)
+        suggester.add_score(trial.id, 5, score)
         trial.reports.append({"step": 5, "score": score})
         trial.state = "stopped" if i % 3 == 0 else "finished"
         suggester.end(trial)
@@ -395,7 +395,7 @@ def evolve(path: Path, steps: int, size: int = 4, generations: int = 3) -> Ledge
         if trial.id == "006":
             ledger.end(trial.id, "failed", "the loss is nan")
         else:
-            ledger.report(trial.id, 10, 1 - abs(trial.params["lr"] - 1e-3) * 50, stop=False)
+            ledger.add_score(trial.id, 10, 1 - abs(trial.params["lr"] - 1e-3) * 50, stop=False)
             ledger.end(trial.id, "finished")
     return ledger
 
@@ -534,10 +534,10 @@ def done(tmp_path: Path, run: dict[str, Any]) -> tuple[SweepPlan, Ledger, Path]:
     for params in values:
         ledger.begin(params)
     for id, score in (("000", 0.5), ("001", 0.6)):
-        ledger.report(id, 25, score - 0.1, stop=False)
-        ledger.report(id, 50, score, stop=False)
+        ledger.add_score(id, 25, score - 0.1, stop=False)
+        ledger.add_score(id, 50, score, stop=False)
         ledger.end(id, "finished")
-    ledger.report("002", 25, 0.2, stop=True)
+    ledger.add_score("002", 25, 0.2, stop=True)
     ledger.end("003", "failed", f"the loss is nan {NASTY}")
     return swept, ledger, folder
 
@@ -589,7 +589,7 @@ def test_markup_in_values_and_errors_stays_text(tmp_path: Path, run: dict[str, A
         ledger = Ledger(tmp_path / name / "trials.jsonl")
         for n, params in enumerate([swept.start_params, *({"lora.targets": [word]} for word in words)]):
             trial = ledger.begin(params)
-            ledger.report(trial.id, 25, n / 100, stop=False)
+            ledger.add_score(trial.id, 25, n / 100, stop=False)
             ledger.end(trial.id, "failed" if n % 5 == 4 else "finished", words[n - 1] if n % 5 == 4 else "")
         comparison = compare_with_start(make_report({"000": 0.5, "001": 0.6}))
         summary = write_results(tmp_path / name, swept, ledger, comparison, None, 2)
@@ -647,7 +647,7 @@ def test_a_terminal_shows_one_table_and_a_log_plain_lines(done: tuple[SweepPlan,
         display.show({"event": "trial", "trial": trial.id})
         display.show({"event": "trial-step", "trial": trial.id, "step": 10, "steps": 50})
         Console(file=table, width=120).print(display._draw())
-        ledger.report(trial.id, 25, 0.7, stop=True)
+        ledger.add_score(trial.id, 25, 0.7, stop=True)
         display.show({"event": "trial", "trial": trial.id})
         display.show({"event": "trial", "trial": trial.id})
         display.show({"event": "searched"})

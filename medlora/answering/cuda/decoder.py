@@ -71,7 +71,7 @@ class Decoder:
 
     # ---- a batch begins ---------------------------------------------------------------------------------------------
 
-    def start(
+    def prefill(
         self, prompts: Sequence[Sequence[int]], pad_id: int, prefix: Prefix | None, new_tokens: int, temperature: float
     ) -> torch.Tensor:
         """Prefill the lanes; the logits after each prompt, [rows, vocabulary]."""

@@ -118,7 +118,7 @@ class FastPaths:
         return torch.stack(logits)
 
     def _decode_over_lanes(self, decoder: Decoder) -> torch.Tensor:
-        logits = [decoder.start(_TRIED, 0, None, 1, 0.0)]
+        logits = [decoder.prefill(_TRIED, 0, None, 1, 0.0)]
         decoder.token[: len(_NEXT)] = torch.tensor(_NEXT, device=decoder.device)[:, None]
         logits.append(decoder.compute_logits())
         return torch.stack(logits)

@@ -37,7 +37,7 @@ class LaneWriter:
         decoder = self.decoder
         with decoder.releasing():
             decoder.unknown.copy_(self.unknown)  # graphs read it there
-            logits = decoder.start(prompts, pad_id, prefix, max_tokens, self.temperature if uniform else 0.0)
+            logits = decoder.prefill(prompts, pad_id, prefix, max_tokens, self.temperature if uniform else 0.0)
             # Which prompt each row of the batch is; None: nobody's.
             slots: list[int | None] = [*range(len(prompts)), *[None] * (decoder.rows - len(prompts))]
             self._draw(slots, uniform)

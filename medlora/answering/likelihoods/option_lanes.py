@@ -61,7 +61,7 @@ def _score(
     prefix: Prefix | None,
 ) -> Iterator[list[float]]:
     most = max(sum(len(ids) - 1 for ids in row) for row in continuations)
-    logits = decoder.start(contexts, pad_id, prefix, max(most, 1), 0.0).float()
+    logits = decoder.prefill(contexts, pad_id, prefix, max(most, 1), 0.0).float()
     firsts = [[ids[0] for ids in row] for row in continuations]
     widest = max(map(len, firsts))
     picked = logits.gather(

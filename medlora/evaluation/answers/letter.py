@@ -183,7 +183,7 @@ def _takes_back(after: str, option: int | None) -> bool:
     return any(outright or TURN.search(after, 0, place) for place, outright in denials)
 
 
-def parse(output: str, letters: str = LETTERS[:5]) -> str | None:
+def extract_answer_letter(output: str, letters: str = LETTERS[:5]) -> str | None:
     """The one of `letters` that `output` gives as its answer; None when it gives none or several.
 
     Never a guess: refusals, outputs that were cut off, echoes of the options and bare values ("50", "2년") are None.
@@ -200,10 +200,6 @@ def parse(output: str, letters: str = LETTERS[:5]) -> str | None:
             break
     option = _decide(text)
     return letters[option] if option is not None and option < len(letters) else None
-
-
-extract_answer_letter = parse
-"""The name under which the replaced scripts had it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +235,7 @@ def find_written_letter(text: str, letters: str = LETTERS[:5]) -> str | None:
     """The letter that a reasoning answer itself wrote: in its answer field, or wherever `parse` reads one."""
     _, field, value = one_turn(text).rpartition("answer:")
     written = value.strip().rstrip(".")
-    return written if field and written in tuple(letters) else parse(text, letters)
+    return written if field and written in tuple(letters) else extract_answer_letter(text, letters)
 
 
 def score_total(format_score: float, correct: bool) -> float:

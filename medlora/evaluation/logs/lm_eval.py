@@ -15,7 +15,7 @@ from typing import Any
 from medlora.data.rows.conversion import to_record
 from medlora.data.rows.schemas import find_schema
 from medlora.errors import InputError
-from medlora.evaluation.answers.letter import parse
+from medlora.evaluation.answers.letter import extract_answer_letter
 from medlora.evaluation.logs.log import Log, Total
 from medlora.evaluation.predictions import Prediction
 from medlora.records import LETTERS, McqRecord, RecordError
@@ -244,7 +244,7 @@ class _Reader:
     def _judge_text(self, base: Prediction, row: Mapping[str, Any], letters: str) -> Prediction:
         raw, filtered = _first_text(row.get("resps")), _first_text(row.get("filtered_resps"))
         right = next((row[name] == 1 for name in _METRICS if name in row), None)
-        read = parse(raw if self.reparse else filtered, letters)
+        read = extract_answer_letter(raw if self.reparse else filtered, letters)
         choice = read
         if right is not None and not self.reparse:
             choice = base.gold if right else None if read == base.gold else read

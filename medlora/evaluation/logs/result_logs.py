@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medlora.errors import InputError
-from medlora.evaluation.answers.letter import parse
+from medlora.evaluation.answers.letter import extract_answer_letter
 from medlora.evaluation.predictions import Prediction
 from medlora.records import LETTERS
 
@@ -40,7 +40,7 @@ class LogCounts:
     gold_unusable: tuple[str, ...]  # gold missing, no letter, or different between rows; left out
     missing: tuple[str, ...]  # expected, but not in the file: failed
     unexpected: tuple[str, ...]  # in the file, but not expected; left out
-    read_differently: tuple[str, ...]  # letter.parse reads another letter (or none) from the raw response
+    read_differently: tuple[str, ...]  # extract_answer_letter reads another letter (or none) from the raw response
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def read_result_log(
 
     `expected` maps the id of every question that was asked to its gold letter. Questions that the file lacks then become
     failed predictions, so that logs with gaps can be paired. Questions that are not in `expected` are left out. `reparse`
-    takes `letter.parse(response)` in place of the file's own `pred`. `trial` picks one of several runs in one file.
+    takes `extract_answer_letter(response)` in place of the file's own `pred`. `trial` picks one of several runs in one file.
     Raises InputError when the file cannot be read, lacks a column, has no rows, or contradicts the gold letters of
     `expected`. It also does so when the file holds several trials and `trial` names none of them.
     """
@@ -144,7 +144,7 @@ class _Reader:
 
     def _read_choices(self, question: str, group: Sequence[dict[str, str]]) -> Sequence[str | None]:
         """The choice of each row: the file's own, or with `reparse` the one in the raw response."""
-        parsed = [parse(row["response"], self.letters) for row in group]
+        parsed = [extract_answer_letter(row["response"], self.letters) for row in group]
         stated = [_read_choice(row["pred"], self.letters) for row in group]
         if parsed != stated:
             self.irregular["read_differently"].append(question)
@@ -224,7 +224,7 @@ def _read_choice(cell: str, letters: str) -> str | None:
         return None
     behind = found["text"] or ""
     marked = bool(re.search(r"[번)\]}>.:]\s*\Z", text[: found.start("text")])) if behind else True
-    if not marked or behind and parse(f"정답: {text}", letters) is None:
+    if not marked or behind and extract_answer_letter(f"정답: {text}", letters) is None:
         return None
     place = (
         int(found["number"]) - 1

@@ -18,10 +18,10 @@ from medlora.model.miniature_base.pretraining import OnProgress, pretrain
 from medlora.model.miniature_base.tokenizer import train_tokenizer
 
 
-def build(folder: Path, seed: int = 0, report: OnProgress | None = None) -> None:
+def build(folder: Path, seed: int = 0, on_progress: OnProgress | None = None) -> None:
     """Trains tokenizer and base model and writes them to `folder`; the same seed gives the same bytes on one machine.
 
-    Runs on one CPU thread (torch's thread count and random state are put back afterwards). `report` gets
+    Runs on one CPU thread (torch's thread count and random state are put back afterwards). `on_progress` gets
     {"what", "step", "total", "loss", "letters"} every few steps.
     """
     threads = torch.get_num_threads()
@@ -32,7 +32,7 @@ def build(folder: Path, seed: int = 0, report: OnProgress | None = None) -> None
             tokenizer = train_tokenizer()
             model = start_network(tokenizer)
             model.train()
-            pretrain(model, tokenizer, seed, report)
+            pretrain(model, tokenizer, seed, on_progress)
     finally:
         torch.set_num_threads(threads)
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
@@ -57,7 +57,7 @@ def _no_progress_bars() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def ensure(cache_folder: Path, seed: int = 0, report: OnProgress | None = None) -> Path:
+def ensure(cache_folder: Path, seed: int = 0, on_progress: OnProgress | None = None) -> Path:
     """The folder of the base model for `seed` under `cache_folder`, built at the first call.
 
     Safe to call from several processes: one builds, under a lock and into a temporary folder that is renamed when
@@ -69,6 +69,6 @@ def ensure(cache_folder: Path, seed: int = 0, report: OnProgress | None = None) 
         if not folder.exists():
             unfinished = folder.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted build left
-            build(unfinished, seed, report)
+            build(unfinished, seed, on_progress)
             unfinished.rename(folder)
     return folder

@@ -90,7 +90,7 @@ def pretrain(
     model: Gemma3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
-    report: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Trains `model` in place: matching drills until they are mastered, then LESSON_STEPS of mixed lessons.
 
@@ -119,9 +119,9 @@ def pretrain(
             mastered = len(recent) == DRILL_WINDOW and sum(recent) / DRILL_WINDOW >= DRILL_ACCURACY
             if mastered or step == DRILL_STEPS_AT_MOST:
                 drilled = step
-        if report is not None and step % REPORT_EVERY == 0:
+        if on_progress is not None and step % REPORT_EVERY == 0:
             total = LESSON_STEPS + (DRILL_STEPS_AT_MOST if drilled is None else drilled)
-            report({"what": "miniature base", "step": step, "total": total, "loss": loss, "letters": accuracy})
+            on_progress({"what": "miniature base", "step": step, "total": total, "loss": loss, "letters": accuracy})
 
 
 def _add_noise(model: Gemma3ForCausalLM, noise: float) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -38,7 +38,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class QuestionRow:
     """A question with the answers of all stages; `answers` has None where a stage was not asked."""
 
     test: str
@@ -98,7 +98,7 @@ def write_browse_page(
     path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
 
 
-def list_rows(predictions: Sequence[Prediction], questions: Mapping[str, Sequence[McqRecord]]) -> list[Row]:
+def list_rows(predictions: Sequence[Prediction], questions: Mapping[str, Sequence[McqRecord]]) -> list[QuestionRow]:
     """The questions in the order of the predictions."""
     records = {(test, record.id): record for test, inside in questions.items() for record in inside}
     stages = list(dict.fromkeys(p.stage for p in predictions))
@@ -109,7 +109,7 @@ def list_rows(predictions: Sequence[Prediction], questions: Mapping[str, Sequenc
     for (test, id), given in answers.items():
         first = next(iter(given.values())).prediction
         ordered = tuple(given.get(stage) for stage in stages)
-        rows.append(Row(test, id, first.gold, first.subject, records.get((test, id)), ordered))
+        rows.append(QuestionRow(test, id, first.gold, first.subject, records.get((test, id)), ordered))
     return rows
 
 
@@ -126,10 +126,10 @@ def find_confidence(prediction: Prediction) -> float | None:
     return prediction.probabilities[place] if 0 <= place < len(prediction.probabilities) else None
 
 
-def sort_rows(rows: Sequence[Row]) -> list[Row]:
+def sort_rows(rows: Sequence[QuestionRow]) -> list[QuestionRow]:
     """By the last stage: wrong answers first, the most confident ones before all, right answers at the end."""
 
-    def rank(row: Row) -> tuple[int, float]:
+    def rank(row: QuestionRow) -> tuple[int, float]:
         last = row.answers[-1]
         confidence = last.confidence if last and last.confidence is not None else -1.0
         return "wufr-".index(row.states[-1]), -confidence
@@ -137,7 +137,7 @@ def sort_rows(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=rank)
 
 
-def fit(rows: Sequence[Row]) -> tuple[list[Row], int]:
+def fit(rows: Sequence[QuestionRow]) -> tuple[list[QuestionRow], int]:
     """The rows that the page can hold and the characters that it shows of each raw answer.
 
     Answers are shortened first. Where the questions alone are too many, the last rows are left out.
@@ -151,7 +151,7 @@ def fit(rows: Sequence[Row]) -> tuple[list[Row], int]:
     return list(rows[:held]), limit
 
 
-def _measure(row: Row, limit: int) -> int:
+def _measure(row: QuestionRow, limit: int) -> int:
     asked = [row.question.question, row.question.question[:72], *row.question.options] if row.question else []
     given = [answer.prediction for answer in row.answers if answer]
     names = [part for p in given for part in (p.stage, p.stage)]

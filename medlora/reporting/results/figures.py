@@ -26,7 +26,7 @@ _SCALE = 4 / 3
 """Pixels a point: a drawing gives its size in points."""
 
 
-class Row(NamedTuple):
+class FigureRow(NamedTuple):
     """A line of a figure: what it belongs to, its name, its drawing and its numbers."""
 
     group: str
@@ -65,10 +65,10 @@ def write_figures(folder: Path, report: Report, draw: Drawings) -> list[str]:
     return list(made)
 
 
-def _list_accuracies(report: Report, draw: Drawings) -> Iterator[Row]:
+def _list_accuracies(report: Report, draw: Drawings) -> Iterator[FigureRow]:
     for row in _sort_by_test(report):
         numbers = f"{format_percent(row['accuracy'])} ({' to '.join(map(format_percent, row['interval']))})"
-        yield Row(f"{row['test']}, n = {row['n']:,}", row["stage"], draw.accuracy_of(row), numbers)
+        yield FigureRow(f"{row['test']}, n = {row['n']:,}", row["stage"], draw.accuracy_of(row), numbers)
 
 
 def _sort_by_test(report: Report) -> list[StageRow]:
@@ -76,12 +76,12 @@ def _sort_by_test(report: Report) -> list[StageRow]:
     return sorted(report["stages"], key=lambda row: tests.index(row["test"]))
 
 
-def _list_changes(report: Report, draw: Drawings) -> Iterator[Row]:
+def _list_changes(report: Report, draw: Drawings) -> Iterator[FigureRow]:
     for pair in report["comparisons"]:
         if pair["before"] == report["overall"][0]["stage"]:
             group = f"{pair['test'] if pair['test'] is not None else 'all tests together'}, n = {pair['total']:,}"
             interval = f"{format_points(pair['low'])} to {format_points(pair['high'])}"
-            yield Row(
+            yield FigureRow(
                 group, pair["after"], draw.difference_of(pair), f"{format_points(pair['difference'])} ({interval})"
             )
 
@@ -106,7 +106,7 @@ def _list_curves(report: Report, draw: Drawings) -> Iterator[Panel]:
             yield Panel(f"{phase['name']}: dev accuracy in %", draw.curve_of(phase["dev"], phase["name"], True))
 
 
-def draw_rows(title: str, rows: list[Row], scale: str) -> str:
+def draw_rows(title: str, rows: list[FigureRow], scale: str) -> str:
     """A figure with a line for each row and a scale below; empty without rows."""
     if not rows:
         return ""

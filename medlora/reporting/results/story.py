@@ -84,7 +84,7 @@ def _make_curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
 
 def draw_curve(points: Curve, place: int, percent: bool = False) -> str:
     """A line by step; `percent` is an axis from 0 to 100 for shares."""
-    figure, axes = shapes.start(250, 130, left=36, bottom=22, right=12, top=8)
+    figure, axes = shapes.start_figure(250, 130, left=36, bottom=22, right=12, top=8)
     values = [100 * value if percent else value for _, value in points]
     steps = [step for step, _ in points]
     ticks = (0.0, 50.0, 100.0) if percent else shapes.make_scale(values).ticks
