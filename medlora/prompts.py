@@ -1,7 +1,8 @@
 """Every word that a model is shown: record -> Example(prompt, completion).
 
 The prompt is the text of the user's turn; `tokens/encode` puts it into the tokenizer's chat template where it has one.
-Templates and `evaluation/answers/letter.extract_answer_letter` are one idea: `extract_answer_letter(example.completion)` gives the record's answer back in every style.
+Templates and `evaluation/answers/letter` are one idea: `extract_answer_letter(example.completion)` gives the record's
+answer back in every style.
 """
 
 from __future__ import annotations
