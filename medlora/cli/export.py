@@ -111,9 +111,9 @@ def main(argv: list[str] | None = None) -> int:
 def write(stage: Stage, arguments: argparse.Namespace) -> list[str]:
     """Write the export and its model card; returns what the user must know."""
     from medlora.curriculum.checks import find_stage_doubts
-    from medlora.on_ray.workers.starting import importing
     from medlora.reporting.hub.card import CardFacts, build_card
     from medlora.runs.manifests import CARD
+    from medlora.startup import importing
 
     with importing():
         from medlora.drivers.export import Export, making, write_export

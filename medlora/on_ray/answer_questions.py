@@ -37,9 +37,9 @@ from medlora.on_ray.placement import count_gpus, report_while_waiting
 from medlora.on_ray.workers.attempts import Attempts
 from medlora.on_ray.workers.failures import describe_exception, report_failure
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
-from medlora.on_ray.workers.starting import enter_folder, importing
 from medlora.records import McqRecord
 from medlora.runs.disk_errors import explaining
+from medlora.startup import enter_folder, importing
 
 log = logging.getLogger("medlora.run")
 

@@ -13,7 +13,7 @@ from medlora.curriculum.jobs import PhaseJob
 from medlora.data.sources import cut_pieces, scan
 from medlora.events import OnEvent
 from medlora.on_ray.cluster import Cluster, quiet_ray_data
-from medlora.on_ray.workers.starting import enter_folder
+from medlora.startup import enter_folder
 from medlora.tokens.cache import Preparation, finish, new_folder
 from medlora.tokens.tokenizer import Tokenizer
 

@@ -34,13 +34,13 @@ from medlora.on_ray.workers.failures import (
     split_failures,
 )
 from medlora.on_ray.workers.stalls import StallWatch, beating, find_beat_s
-from medlora.on_ray.workers.starting import enter_folder, importing
 from medlora.on_ray.workers.trainer import PhaseTrainer, set_up_workers
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
 from medlora.runs.files import remove
 from medlora.runs.folders import PhaseFolder, RunFolder
 from medlora.runs.manifests import PhaseManifest, read_manifest
+from medlora.startup import enter_folder, importing
 
 
 class _Loop(TypedDict):

@@ -19,12 +19,12 @@ from medlora.errors import InputError
 from medlora.events import Event, OnEvent
 from medlora.on_ray.inbox import Inbox
 from medlora.on_ray.workers.stalls import beating
-from medlora.on_ray.workers.starting import enter_folder, importing
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explain, explaining
 from medlora.runs.environment import get_versions
 from medlora.runs.files import read_json_lines, set_aside, write_sealed, write_yaml
 from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
+from medlora.startup import enter_folder, importing
 
 if TYPE_CHECKING:
     from medlora.training.reuse import ReusedParts

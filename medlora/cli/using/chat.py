@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quantization:
         base = base.model_copy(update={"quantization": arguments.quantization})
     from medlora.curriculum.checks import check_adapters
-    from medlora.on_ray.workers.starting import importing
+    from medlora.startup import importing
 
     check_adapters(base, stages)
     print("loading the base ...", file=sys.stderr)

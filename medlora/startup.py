@@ -1,4 +1,4 @@
-"""The first things that a worker's process does: it goes where the driver is, and imports what it needs."""
+"""The first things that a process does: a worker goes where its driver is, and the imports are made without the collector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's start, without Ray."""
+"""The start of a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from medlora.on_ray.workers.starting import importing
+from medlora.startup import importing
 
 
 def test_the_collector_waits_for_the_imports_and_leaves_what_they_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
