@@ -67,23 +67,21 @@ def beating(inbox: Inbox, who: str, every_s: float) -> Iterator[None]:
         "stacks": f"/proc/{os.getpid()}/fd/{handle}",
     }
 
-    def send() -> None:
-        with suppress(Exception):  # without a driver there is nobody to report to
-            while True:
-                now = pulse.read()
-                beat: Beat = {
-                    **about,
-                    "count": now.count,
-                    "doing": now.doing,
-                    "slow": now.slow,
-                    "thread": now.thread,
-                }
-                inbox.put(beat)
-                if ended.wait(every_s):
-                    inbox.put({**beat, "count": -1, "doing": "", "slow": False})
-                    return
+    def send(ended: bool = False) -> None:
+        now = pulse.read()
+        beat: Beat = {**about, "count": now.count, "doing": now.doing, "slow": now.slow, "thread": now.thread}
+        inbox.put({**beat, "count": -1, "doing": "", "slow": False} if ended else beat)
 
-    thread = threading.Thread(target=send, name="medlora-beat", daemon=True)
+    def send_all() -> None:
+        with suppress(Exception):
+            while not ended.wait(every_s):
+                send()
+            send(ended=True)
+
+    pulse.begin("has started")
+    with suppress(Exception):  # without a driver there is nobody to report to
+        send()  # arrives before the work begins, so that the driver sees a process that hangs in its first second, too
+    thread = threading.Thread(target=send_all, name="medlora-beat", daemon=True)
     thread.start()
     try:
         yield
