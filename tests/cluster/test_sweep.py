@@ -171,7 +171,7 @@ def test_two_trials_share_a_gpu_and_a_third_waits(
         refused = start(
             config, tmp_path / "out", cluster, "--set", "placement={gpus_per_worker: 0.5}", "--set", "concurrency=3"
         )
-        does = {i: {"sleep_s": 0.3, "steps": 4} for i in range(3)}
+        does = {i: {"beside": 2, "steps": 4} for i in range(3)}
         ledger = search(tmp_path / "s", grown, 3, does, halving=False, placement=half, concurrency=3)
         _, err = finish(refused, code=2)
     end = time.monotonic() + 60

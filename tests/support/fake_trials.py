@@ -11,7 +11,10 @@ from typing import Any
 
 
 def fake_trial(trial: dict[str, Any]) -> None:
-    """Scores `steps` times, better the higher `x`; what `does` says happens at the first try, `always` at every one."""
+    """Scores `steps` times, better the higher `x`; what `does` says happens at the first try, `always` at every one.
+
+    `beside` is how many trials must have begun before it goes on; after a minute it goes on alone.
+    """
     from ray import tune
 
     tries = Path(trial["folder"]) / f"{trial['id']}.tries"
@@ -19,6 +22,8 @@ def fake_trial(trial: dict[str, Any]) -> None:
         file.write(f"{os.getpid()} {trial['x']}\n")
     first = len(tries.read_text().splitlines()) == 1
     began = time.time()
+    while len(list(tries.parent.glob("*.tries"))) < trial.get("beside", 1) and time.time() < began + 60:
+        time.sleep(0.05)
     for step in range(1, trial["steps"] + 1):
         time.sleep(trial.get("sleep_s", 0.05))
         if step == 2 and (first or trial.get("always")):
