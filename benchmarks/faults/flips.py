@@ -31,7 +31,7 @@ from medlora.runs.files import (
     truncate_json_lines,
     write_bytes,
     write_json,
-    write_sealed,
+    write_with_checksum,
 )
 from medlora.runs.folders import PhaseFolder, find_finished
 from medlora.runs.manifests import MANIFEST, commit
@@ -129,16 +129,16 @@ def make_files(folder: Path) -> list[tuple[str, Path, Read, Callable[[Any, Any],
     for step in range(1, 9):
         row = {"segment": "normal", "step": step, "loss": 1 / step, "learning_rate": 1e-4, "grad_norm": 0.5}
         append_json(folder / "metrics.jsonl", row)
-    write_sealed(folder / "run.json", {"name": "x", "seed": 3, "versions": get_versions()})
+    write_with_checksum(folder / "run.json", {"name": "x", "seed": 3, "versions": get_versions()})
     parts = {"training": {"a": {"rows": 3}}, "held_out": {}, "overlap": {"records": 0}, "duplicates": {}}
-    write_sealed(folder / "data.json", {**parts, "dropped": {}, "personal": {}, "made_from": "x" * 64})
+    write_with_checksum(folder / "data.json", {**parts, "dropped": {}, "personal": {}, "made_from": "x" * 64})
     phase = PhaseFolder(folder / "phases" / "00")
     write_bytes(phase.adapter / "w.bin", b"weights")
-    write_sealed(phase.fingerprint, {"seed": 1, "data": {"a": "y" * 64}})
+    write_with_checksum(phase.fingerprint, {"seed": 1, "data": {"a": "y" * 64}})
     commit(phase.root, {"seconds": {"all": 1.0, "base": 0.5}, "adapter_hash": "z" * 64, "fingerprint": {"seed": 1}})
     scored = folder / "evaluation"
     write_json(scored / REPORT, {"stages": [{"stage": "a", "accuracy": 0.5}], "n": 10})
-    write_sealed(scored / FINGERPRINT, {"seed": 1})
+    write_with_checksum(scored / FINGERPRINT, {"seed": 1})
     commit(scored, {"fingerprint": {"seed": 1}})
 
     def read_phase(_: Path) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from bench import Row, run_in_fork, start_over
 
 from medlora.runs.environment import log_to
-from medlora.runs.files import write_sealed, write_yaml
+from medlora.runs.files import write_with_checksum, write_yaml
 from medlora.runs.folders import open_run
 from medlora.runs.locks import hold_file_lock
 
@@ -31,7 +31,7 @@ def drive_briefly(folder: Path, start: float, holds_s: float) -> None:
     time.sleep(max(0.0, start - time.time()))
     run = open_run(folder)
     with hold_file_lock(run.lock, f"run {run.root}"), log_to((logging.getLogger("medlora.run"), run.log)):
-        write_sealed(run.about, {"name": "x"})
+        write_with_checksum(run.about, {"name": "x"})
         write_yaml(run.config, {"name": "x"})
         print(f"runs as {os.getpid()}", flush=True)
         time.sleep(holds_s)

@@ -34,7 +34,7 @@ from medlora.reporting.hub.card import write_phase_cards
 from medlora.reporting.results.story import describe_data, describe_phases
 from medlora.runs import mirror
 from medlora.runs.environment import get_git_commit, get_versions
-from medlora.runs.files import read_mapping, remove, set_aside, sweep_temporary, write_sealed, write_yaml
+from medlora.runs.files import read_mapping, remove, set_aside, sweep_temporary, write_with_checksum, write_yaml
 from medlora.runs.folders import RunFolder, find_finished
 from medlora.runs.manifests import PhaseManifest
 
@@ -105,7 +105,7 @@ def begin(config: RunConfig, run: RunFolder, redo: str | None, on_event: OnEvent
     check_run(config, run, redo)
     card = look_through_data(config, run, on_event)
     _describe_run(config, run)
-    write_sealed(run.data, card)
+    write_with_checksum(run.data, card)
     if redo is not None and (moved := set_aside(run.phase(redo).root)) is not None:
         on_event(events.note(redo, f"the old phase is saved in {mirror.name_place(moved)}"))
     mirror.push(run.root)
@@ -253,14 +253,16 @@ def _comes_after(config: RunConfig, phase: PhaseConfig, name: str) -> bool:
 def _mark_run(config: RunConfig, run: RunFolder) -> None:
     """Write the mark before every other file: a folder whose driver was killed at once is known as ours."""
     if read_mapping(run.about) is None:
-        write_sealed(run.about, {"name": config.name, "created": time.strftime("%Y-%m-%d %H:%M:%S%z")})
+        write_with_checksum(run.about, {"name": config.name, "created": time.strftime("%Y-%m-%d %H:%M:%S%z")})
     sweep_temporary(run.root, deep=False)
 
 
 def _describe_run(config: RunConfig, run: RunFolder) -> None:
     write_yaml(run.config, config.model_dump(mode="json"))
     about = read_mapping(run.about) or {}
-    write_sealed(run.about, {**about, "seed": config.seed, "versions": get_versions(), "git_commit": get_git_commit()})
+    write_with_checksum(
+        run.about, {**about, "seed": config.seed, "versions": get_versions(), "git_commit": get_git_commit()}
+    )
 
 
 def _find_report(config: RunConfig, run: RunFolder, stages: Stages) -> Report | None:

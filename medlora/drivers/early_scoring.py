@@ -26,7 +26,7 @@ from medlora.on_ray.inbox import Inbox, listen
 from medlora.on_ray.placement import count_gpus, count_room, find_free, is_group_waiting
 from medlora.on_ray.workers.background import BackgroundTask
 from medlora.runs import mirror
-from medlora.runs.files import read_mapping, remove, write_sealed
+from medlora.runs.files import read_mapping, remove, write_with_checksum
 from medlora.runs.locks import hold_file_lock
 from medlora.runs.manifests import find_differences
 
@@ -99,7 +99,7 @@ class EarlyScoring:
         folder, task = self.folder / stage, self.task.select(stage, chain)
         if find_differences(read_mapping(folder / FINGERPRINT), task.fingerprint):
             remove(folder)
-        write_sealed(folder / FINGERPRINT, task.fingerprint)
+        write_with_checksum(folder / FINGERPRINT, task.fingerprint)
         if len(read_ledger(folder / LEDGER, [stage])) < task.asked.count:
             with self.lock:
                 self.stages[stage] = task

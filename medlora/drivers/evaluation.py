@@ -42,7 +42,7 @@ from medlora.runs.files import (
     read_mapping,
     set_aside,
     truncate_json_lines,
-    write_sealed,
+    write_with_checksum,
 )
 from medlora.runs.folders import RunFolder
 from medlora.runs.manifests import MANIFEST, commit, find_differences
@@ -158,7 +158,7 @@ def ask_stages(
     Each batch goes into the ledger as it comes back, so that a driver that was killed asks the rest alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_sealed(folder / FINGERPRINT, task.fingerprint)
+    write_with_checksum(folder / FINGERPRINT, task.fingerprint)
     ledger = folder / LEDGER
     truncate_json_lines(ledger, lambda line: True)  # drops a torn last line and damaged ones, each named in the log
     weights = {str(line["weights"]) for line in read_json_lines(ledger) if "weights" in line}

@@ -27,7 +27,7 @@ from medlora.on_ray.tune_trial import Common, TrialSpec, run_trial
 from medlora.on_ray.workers.stalls import StallWatch, find_beat_s
 from medlora.reporting.sweep_page import write_sweep_page
 from medlora.runs import mirror
-from medlora.runs.files import sweep_temporary, write_sealed, write_yaml
+from medlora.runs.files import sweep_temporary, write_with_checksum, write_yaml
 from medlora.runs.folders import RunFolder, find_finished
 from medlora.sweep.checks import find_start
 from medlora.sweep.ledger import FINGERPRINT, PAGE, START, Ledger, Trial
@@ -57,8 +57,8 @@ def run_sweep(
     if ledger.damage:
         on_event(events.note("search", ledger.damage))
     card = look_through_data(plan.check_against(), folder, on_event)
-    write_sealed(folder.root / FINGERPRINT, describe_sweep(plan))
-    write_sealed(folder.data, card)
+    write_with_checksum(folder.root / FINGERPRINT, describe_sweep(plan))
+    write_with_checksum(folder.data, card)
     mirror.push(folder.root, exclude=("trials",))
     with TrialLogs(folder.root, plan.config) as logs, connect_and_report([on_event]) as cluster:
         concurrency = find_concurrency(plan.config.concurrency, plan.config.placement, cluster)

@@ -22,7 +22,7 @@ from medlora.on_ray.workers.stalls import beating
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explain, explaining
 from medlora.runs.environment import get_versions
-from medlora.runs.files import read_json_lines, set_aside, write_sealed, write_yaml
+from medlora.runs.files import read_json_lines, set_aside, write_with_checksum, write_yaml
 from medlora.runs.folders import PhaseFolder, RunFolder, find_finished
 from medlora.startup import enter_folder, importing
 
@@ -190,8 +190,8 @@ def _prepare(config: RunConfig, run: RunFolder, links: dict[str, str], card: Dat
     (run.root / "phases").mkdir(parents=True, exist_ok=True)
     write_yaml(run.config, config.model_dump(mode="json"))
     about = {"name": config.name, "seed": config.seed, "versions": get_versions()}
-    write_sealed(run.about, about)
-    write_sealed(run.data, card)
+    write_with_checksum(run.about, about)
+    write_with_checksum(run.data, card)
     for name, target in links.items():
         link = run.phase(name).root
         mirror.pull(Path(target))

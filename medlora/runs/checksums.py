@@ -14,43 +14,43 @@ CRC = "crc"
 """The last key of a line, and a key of a file, that holds the checksum of the rest."""
 
 
-_SEALED = re.compile(rb'(.*?)(?:, )?"([^"]{1,6})": ?"([^"]{0,12})"\}', re.DOTALL)
+_CHECKED_LINE = re.compile(rb'(.*?)(?:, )?"([^"]{1,6})": ?"([^"]{0,12})"\}', re.DOTALL)
 
 
-def seal_line(row: Mapping[str, object]) -> str:
+def make_line(row: Mapping[str, object]) -> str:
     """The row as a line of JSON whose last key is its checksum."""
     text = json.dumps(row, ensure_ascii=False)
     return f'{text[:-1]}{", " if row else ""}"{CRC}": "{_sum(text.encode())}"}}'
 
 
 def open_line(line: bytes) -> dict[str, object] | None:
-    """The row of a line that `seal_line` made, or of an older one without checksum; None when it is damaged."""
+    """The row of a line that `make_line` made, or of an older one without checksum; None when it is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict):
         return None
-    sealed = _SEALED.fullmatch(line)
-    if sealed is None or len(sealed[3]) != 8:
+    found = _CHECKED_LINE.fullmatch(line)
+    if found is None or len(found[3]) != 8:
         return None if CRC in row else row
     # A last key that is nearly ours, with what is nearly a checksum, is ours after damage.
-    if sealed[2] != CRC.encode():
+    if found[2] != CRC.encode():
         near = any(_is_nearly_ours(key, value) for key, value in row.items())
         return None if near else row
-    if _sum(sealed[1] + b"}") != sealed[3].decode("utf-8", "replace"):
+    if _sum(found[1] + b"}") != found[3].decode("utf-8", "replace"):
         return None
     del row[CRC]
     return row
 
 
-def seal(content: Mapping[str, object]) -> dict[str, object]:
+def add_checksum(content: Mapping[str, object]) -> dict[str, object]:
     """A mapping with the checksum of its other keys."""
     return {**content, CRC: _sum_values({key: value for key, value in content.items() if key != CRC})}
 
 
-def unseal(content: object) -> object:
-    """What `seal` was given; None when it is damaged. A value without a checksum is as it is."""
+def remove_checksum(content: object) -> object:
+    """What `add_checksum` was given; None when it is damaged. A value without a checksum is as it is."""
     if not isinstance(content, dict):
         return content
     if CRC not in content:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from medlora.errors import InputError
-from medlora.runs.checksums import open_line, seal, seal_line, unseal
+from medlora.runs.checksums import add_checksum, make_line, open_line, remove_checksum
 
 log = logging.getLogger("medlora.run")
 
@@ -82,9 +82,9 @@ def write_json(path: Path, content: object) -> None:
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
-def write_sealed(path: Path, content: Mapping[str, object]) -> None:
+def write_with_checksum(path: Path, content: Mapping[str, object]) -> None:
     """Write a mapping as JSON with a checksum, the key `crc`, which `read_json` checks and takes out again."""
-    write_json(path, seal(content))
+    write_json(path, add_checksum(content))
 
 
 def write_yaml(path: Path, content: object) -> None:
@@ -95,7 +95,7 @@ def write_yaml(path: Path, content: object) -> None:
 def read_json(path: Path) -> Any:
     """The JSON at `path`, or None when it is absent, torn, or does not match its checksum."""
     try:
-        return unseal(json.loads(path.read_text(encoding="utf-8")))
+        return remove_checksum(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -113,7 +113,7 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
 def append_json(path: Path, row: Mapping[str, object]) -> None:
     """Add one line of JSON with its checksum."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(seal_line(row) + "\n")
+        file.write(make_line(row) + "\n")
 
 
 def read_json_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from medlora.runs.files import is_temporary, read_json, sweep_temporary, sync_files, sync_folder, write_sealed
+from medlora.runs.files import is_temporary, read_json, sweep_temporary, sync_files, sync_folder, write_with_checksum
 
 MANIFEST = "manifest.json"
 
@@ -93,7 +93,7 @@ def commit(folder: Path, about: Mapping[str, object], exclude: Sequence[Path] = 
     sync_folder(folder.parent)
     hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
     manifest = {**about, "files": hashes, "finished": time.strftime("%Y-%m-%d %H:%M:%S%z")}
-    write_sealed(folder / MANIFEST, manifest)
+    write_with_checksum(folder / MANIFEST, manifest)
     return cast(Manifest, manifest)
 
 

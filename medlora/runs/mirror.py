@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from medlora.config.placement import find_cache_folder
 from medlora.errors import InputError
-from medlora.runs.files import read_json, write_bytes, write_sealed
+from medlora.runs.files import read_json, write_bytes, write_with_checksum
 from medlora.runs.folders import find_home
 from medlora.runs.locks import LOCK, adopt_lock, check_lock, hold_store_lock
 from medlora.runs.manifests import LIVING, MANIFEST
@@ -230,7 +230,7 @@ class _Copy:
             try:
                 yield index
             finally:
-                write_sealed(path, index)
+                write_with_checksum(path, index)
 
     def list(self, folder: Path) -> set[str]:
         """The names of the files below a folder that belong to the run."""

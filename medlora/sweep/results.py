@@ -13,7 +13,7 @@ from medlora.evaluation.ledger import REPORT as TEST_REPORT
 from medlora.evaluation.reports import Report
 from medlora.evaluation.statistics import SATURATED, holm, is_saturated
 from medlora.runs.environment import get_versions
-from medlora.runs.files import read_mapping, write_bytes, write_sealed
+from medlora.runs.files import read_mapping, write_bytes, write_with_checksum
 from medlora.runs.manifests import as_json, check_files, read_manifest
 from medlora.sweep.ledger import BEST, PAGE, REPORT, START, TABLE, Ledger, Trial
 from medlora.sweep.plan import SweepPlan
@@ -139,7 +139,7 @@ def write_results(
             "versions": get_versions(),
         }
     )
-    write_sealed(folder / REPORT, summary)
+    write_with_checksum(folder / REPORT, summary)
     write_table(folder / TABLE, trials, list(plan.space))
     write_bytes(folder / BEST, make_best(plan, ledger, ledger.trials[winner], comparison).encode())
     return summary

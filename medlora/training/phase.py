@@ -33,7 +33,7 @@ from medlora.records import FIELDS, McqRecord
 from medlora.runs import mirror
 from medlora.runs.disk_errors import explaining
 from medlora.runs.environment import get_versions, log_to
-from medlora.runs.files import read_json_lines, remove, sweep_temporary, write_sealed
+from medlora.runs.files import read_json_lines, remove, sweep_temporary, write_with_checksum
 from medlora.runs.folders import PhaseFolder
 from medlora.runs.locks import hold_file_lock
 from medlora.runs.manifests import PhaseManifest, commit, hash_adapter
@@ -196,7 +196,7 @@ class _PhaseRun:
         log.info("phase %s (%s) on %s of %s", phase.name, phase.chain, device, socket.gethostname())
         hosts = self.worker.gather_hosts()
         if self.worker.is_first:
-            write_sealed(self.folder.fingerprint, self.job.fingerprint)
+            write_with_checksum(self.folder.fingerprint, self.job.fingerprint)
         return hosts
 
     def tokenise(self, base: BaseModelConfig) -> _Data:

@@ -10,7 +10,7 @@ import flips
 import pytest
 
 from medlora.errors import InputError
-from medlora.runs.checksums import open_line, seal, seal_line, unseal
+from medlora.runs.checksums import add_checksum, make_line, open_line, remove_checksum
 from medlora.runs.files import append_json, read_json_lines, read_mapping, truncate_json_lines, write_bytes
 from medlora.runs.folders import PhaseFolder, find_finished
 from medlora.runs.manifests import MANIFEST, commit
@@ -29,8 +29,8 @@ def test_a_flipped_bit_is_no_traceback_and_no_other_value(number: int, tmp_path:
 
 def test_every_bit_of_a_short_line_and_file_is_guarded() -> None:
     row = {"a": "간", "n": 1.5}
-    line, text = seal_line(row).encode(), json.dumps(seal(row)).encode()
-    for whole, read in ((line, open_line), (text, lambda content: unseal(json.loads(content)))):
+    line, text = make_line(row).encode(), json.dumps(add_checksum(row)).encode()
+    for whole, read in ((line, open_line), (text, lambda content: remove_checksum(json.loads(content)))):
         for bit in range(8 * len(whole)):
             flipped = bytearray(whole)
             flipped[bit // 8] ^= 1 << bit % 8
@@ -38,7 +38,7 @@ def test_every_bit_of_a_short_line_and_file_is_guarded() -> None:
                 assert read(bytes(flipped)) in (None, row), bytes(flipped)
             except ValueError:
                 continue
-    assert open_line(line) == row and unseal(json.loads(text)) == row
+    assert open_line(line) == row and remove_checksum(json.loads(text)) == row
 
 
 def test_valid_json_of_the_wrong_type_is_one_message(tmp_path: Path) -> None:
