@@ -22,8 +22,9 @@ STANDINS = {
     "scontrol": 'echo "scontrol $*" >> "$CALLS"\n[ "$1" = show ] && printf "a\\nb\\n"\nexit 0',
     "srun": 'echo "srun $*" >> "$CALLS"\ncase "$*" in\n*hostname*) echo "127.0.0.1 10.0.0.7" ;;\n*) exec sleep 60 ;;\nesac',
     "ray": 'n=$(grep -c "ray start" "$CALLS")\nfor i in $(seq "$n"); do echo " 1 node_$i"; done',
-    "medlora": 'echo "medlora $* at $RAY_ADDRESS with $RAY_AUTH_MODE" >> "$CALLS"\nstat -c "token %a" "$RAY_AUTH_TOKEN_PATH" '
-    '>> "$CALLS"\ntrap \'echo "medlora saved" >> "$CALLS"; exit 143\' TERM\n'
+    "medlora": 'trap \'echo "medlora saved" >> "$CALLS"; exit 143\' TERM\n'
+    'echo "medlora $* at $RAY_ADDRESS with $RAY_AUTH_MODE" >> "$CALLS"\n'
+    'stat -c "token %a" "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"\n'
     'if [ -n "${DRIVER_CODE:-}" ]; then exit "$DRIVER_CODE"; fi\nwhile true; do sleep 0.05; done',
 }
 
