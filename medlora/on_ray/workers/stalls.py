@@ -67,16 +67,16 @@ def beating(inbox: Inbox, who: str, every_s: float) -> Iterator[None]:
         "stacks": f"/proc/{os.getpid()}/fd/{handle}",
     }
 
-    def send(ended: bool = False) -> None:
+    def send(last: bool = False) -> None:
         now = pulse.read()
         beat: Beat = {**about, "count": now.count, "doing": now.doing, "slow": now.slow, "thread": now.thread}
-        inbox.put({**beat, "count": -1, "doing": "", "slow": False} if ended else beat)
+        inbox.put({**beat, "count": -1, "doing": "", "slow": False} if last else beat)
 
     def send_all() -> None:
         with suppress(Exception):
             while not ended.wait(every_s):
                 send()
-            send(ended=True)
+            send(last=True)
 
     pulse.begin("has started")
     with suppress(Exception):  # without a driver there is nobody to report to
