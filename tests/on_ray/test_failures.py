@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -341,7 +342,9 @@ def test_a_stopped_worker_and_a_deadlock_are_reported_with_a_stack_and_retried(
     )
     assert said.startswith("phase 00: ValueError: came this far") and tries == {0: 3}
     stalled = [note for note in notes if note.startswith("no step from worker 0 (process ")]
-    assert any("; its process is stopped (SIGSTOP)" in note for note in stalled)
+    # The worker stops before its work has sent a beat; on a busy machine one may go out all the same.
+    stopped = re.compile(r"the last it reported: (has started|is in step 1 of 3); its process is stopped \(SIGSTOP\)")
+    assert any(stopped.search(note) for note in stalled)
     assert any("is in step 2 of 3; it is in _lock_up (" in note and "fake_loops.py:" in note for note in stalled)
     assert sum("is ended after " in note for note in notes) == 2
     assert [note for note in notes if "worker 0 died; attempt" in note]

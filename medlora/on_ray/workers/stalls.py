@@ -73,13 +73,13 @@ def beating(inbox: Inbox, who: str, every_s: float) -> Iterator[None]:
         inbox.put({**beat, "count": -1, "doing": "", "slow": False} if last else beat)
 
     def send_all() -> None:
-        with suppress(Exception):
+        with suppress(Exception):  # without a driver there is nobody to report to
             while not ended.wait(every_s):
                 send()
             send(last=True)
 
     pulse.begin("has started")
-    with suppress(Exception):  # without a driver there is nobody to report to
+    with suppress(ray.exceptions.RayError):  # as above
         send()  # arrives before the work begins, so that the driver sees a process that hangs in its first second, too
     thread = threading.Thread(target=send_all, name="medlora-beat", daemon=True)
     thread.start()
